@@ -1,0 +1,17 @@
+"""Qwen-VL (arXiv 2308.12966) in JAX and Flax."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from qwenvl_jax.api import Handle, load
+
+__all__ = ['Handle', 'load']
+
+
+def __getattr__(name):
+  # Lazy, so that `import qwenvl_jax.text` does not pay for JAX.
+  if name in __all__:
+    from qwenvl_jax import api
+
+    return getattr(api, name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,1 @@
+"""Released PyTorch layouts to parameter trees and back."""

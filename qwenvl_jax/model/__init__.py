@@ -1,0 +1,1 @@
+"""The model as pure linen modules: vision, adapter, decoder, assembly."""

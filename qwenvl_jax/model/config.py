@@ -1,0 +1,164 @@
+"""Shapes and numerics of the model, one frozen dataclass per part."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from qwenvl_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """Vision transformer (OpenCLIP ViT-bigG in the release).
+
+  Attributes:
+    image_size: side in pixels that data is resized to by default; the model
+      itself takes any multiple of `patch_size`.
+    position_grid: side of the learned position table (16: 256 rows).
+    window: side in patches of the attention window, None for global attention
+      everywhere (the release).
+    global_every: with a window, every n-th block attends globally (paper,
+      appendix E: window attention in 3 of 4 blocks).
+  """
+
+  image_size: int = 448
+  patch_size: int = 14
+  width: int = 1664
+  layers: int = 48
+  heads: int = 16
+  mlp_dim: int = 8192
+  position_grid: int = 16
+  norm_eps: float = 1e-6
+  window: int | None = None
+  global_every: int = 4
+
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise ConfigError(
+        f'VisionConfig.width={self.width} is not a multiple of '
+        f'heads={self.heads}'
+      )
+    if self.image_size % self.patch_size:
+      raise ConfigError(
+        f'VisionConfig.image_size={self.image_size} is not a multiple of '
+        f'patch_size={self.patch_size}'
+      )
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+  """Position-aware adapter: `queries` learned queries, one cross-attention.
+
+  Attributes:
+    queries: a square number (paper: 256; ablation: 64, 144, 256, 400).
+    dim: width of the decoder.
+    init: 'random' as in the release, or 'aligned', where query i starts out
+      attending to the patches at its own place and passes them on.
+  """
+
+  queries: int = 256
+  dim: int = 4096
+  heads: int = 32
+  norm_eps: float = 1e-6
+  init: str = 'random'
+
+  def __post_init__(self):
+    if self.grid**2 != self.queries:
+      raise ConfigError(
+        f'AdapterConfig.queries={self.queries} is not a square number; '
+        'the paper uses 64, 144, 256 or 400'
+      )
+    if self.dim % self.heads or self.dim % 4:
+      raise ConfigError(
+        f'AdapterConfig.dim={self.dim} must be a multiple of 4 and of '
+        f'heads={self.heads}'
+      )
+    if self.init not in ('random', 'aligned'):
+      raise ConfigError(
+        f"AdapterConfig.init={self.init!r} is neither 'random' nor 'aligned'"
+      )
+    if self.init == 'aligned' and self.heads != 1:
+      raise ConfigError(
+        f"AdapterConfig.init='aligned' needs heads=1, not {self.heads}: the "
+        'sines and cosines of both axes must meet in one head'
+      )
+
+  @property
+  def grid(self) -> int:
+    return int(self.queries**0.5 + 0.5)
+
+  @property
+  def head_dim(self) -> int:
+    return self.dim // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Qwen-7B decoder.
+
+  Attributes:
+    mlp_dim: width of gate and up (half of config.json's `intermediate_size`).
+    seq_length: length the decoder was pre-trained at; in inference, longer
+      rows get dynamic NTK frequencies and LogN query scaling.
+  """
+
+  vocab_size: int = 151936
+  dim: int = 4096
+  layers: int = 32
+  heads: int = 32
+  head_dim: int = 128
+  mlp_dim: int = 11008
+  norm_eps: float = 1e-6
+  rope_base: float = 10000.0
+  seq_length: int = 2048
+  max_position_embeddings: int = 8192
+  dynamic_ntk: bool = True
+  logn: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVLConfig:
+  """The whole model, and how it computes.
+
+  Attributes:
+    image_start_id: id of `<img>`; `</img>` and `<imgpad>` follow it.
+    dtype: of activations. Norms, softmax, rotary and loss are float32.
+    param_dtype: of parameters.
+    remat: what a layer keeps for its backward pass: 'none' keeps everything,
+      'full' its input only, 'dots' the matrix products' results.
+  """
+
+  vision: VisionConfig = VisionConfig()
+  adapter: AdapterConfig = AdapterConfig()
+  decoder: DecoderConfig = DecoderConfig()
+  image_start_id: int = 151857
+  dtype: Any = jnp.bfloat16
+  param_dtype: Any = jnp.float32
+  remat: str = 'full'
+
+  def __post_init__(self):
+    for name in ('dtype', 'param_dtype'):
+      object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+    if self.adapter.dim != self.decoder.dim:
+      raise ConfigError(
+        f'AdapterConfig.dim={self.adapter.dim} differs from '
+        f'DecoderConfig.dim={self.decoder.dim}: image features replace '
+        'embeddings, so both must be equal'
+      )
+    if self.remat not in ('none', 'full', 'dots'):
+      raise ConfigError(
+        f"QwenVLConfig.remat={self.remat!r} is not 'none', 'full' or 'dots'"
+      )
+
+  def replace(self, **changes) -> 'QwenVLConfig':
+    return dataclasses.replace(self, **changes)
+
+
+def qwen_vl_7b(**changes) -> QwenVLConfig:
+  """The released 9.6B model (853 tensors, 9,656,935,168 values)."""
+  return QwenVLConfig(**changes)

@@ -1,0 +1,121 @@
+"""Norms, projections and remat policies shared by the towers.
+
+Parameters carry logical axis names where they are born; `sharding.py` maps
+them to mesh axes. Matrix products run in `dtype`, norms in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+default_init = nn.initializers.normal(0.02)
+
+_POLICIES = {
+  'full': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat(module: Callable, policy: str, static_argnums=()) -> Callable:
+  """Rematerializes a layer's class under a named policy ('none' keeps all)."""
+  if policy == 'none':
+    return module
+  return nn.remat(
+    module,
+    policy=_POLICIES[policy],
+    prevent_cse=False,  # Layers run inside a scan, which already prevents it.
+    static_argnums=static_argnums,
+  )
+
+
+class LayerNorm(nn.Module):
+  """Layer norm over the last axis: float32 inside, dtype of x outside."""
+
+  epsilon: float
+  param_dtype: Any = jnp.float32
+  scale_init: Callable = nn.initializers.ones
+
+  @nn.compact
+  def __call__(self, x):
+    shape = x.shape[-1:]
+    part = nn.with_logical_partitioning
+    scale = self.param(
+      'scale', part(self.scale_init, ('norm',)), shape, self.param_dtype
+    )
+    bias = self.param(
+      'bias', part(nn.initializers.zeros, ('norm',)), shape, self.param_dtype
+    )
+    h = x.astype(jnp.float32)
+    h = h - jnp.mean(h, axis=-1, keepdims=True)
+    h = h * jax.lax.rsqrt(
+      jnp.mean(jnp.square(h), axis=-1, keepdims=True) + self.epsilon
+    )
+    h = h * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return h.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """RMS norm; as in the release, cast back before the weight is applied."""
+
+  epsilon: float
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param(
+      'scale',
+      nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
+      x.shape[-1:],
+      self.param_dtype,
+    )
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(
+      jnp.mean(jnp.square(h), axis=-1, keepdims=True) + self.epsilon
+    )
+    return h.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Projection(nn.Module):
+  """A linear map given by an einsum, e.g. 'BTD,DNH->BTNH'.
+
+  Attributes:
+    equation: input, kernel and output axes. An ellipsis is not needed: inputs
+      have one leading batch axis.
+    shape: of the kernel.
+    axes: logical axis names of the kernel.
+    bias_axes: how many trailing axes of the output carry a bias; 0 for none.
+  """
+
+  equation: str
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  bias_axes: int = 0
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  kernel_init: Callable = default_init
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param(
+      'kernel',
+      nn.with_logical_partitioning(self.kernel_init, self.axes),
+      self.shape,
+      self.param_dtype,
+    )
+    y = jnp.einsum(
+      self.equation, x.astype(self.dtype), kernel.astype(self.dtype)
+    )
+    if self.bias_axes:
+      bias = self.param(
+        'bias',
+        nn.with_logical_partitioning(
+          nn.initializers.zeros, self.axes[-self.bias_axes :]
+        ),
+        self.shape[-self.bias_axes :],
+        self.param_dtype,
+      )
+      y = y + bias.astype(self.dtype)
+    return y

@@ -1,0 +1,278 @@
+"""Vision transformer (OpenCLIP ViT-bigG), any resolution.
+
+Released source: `visual.py` (VisionTransformer). Position tables are resized
+bicubically to the patch grid inside the forward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwenvl_jax.errors import DataError
+from qwenvl_jax.model.attention import attend
+from qwenvl_jax.model.config import VisionConfig
+from qwenvl_jax.model.layers import LayerNorm, Projection, default_init, remat
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+# Cubic coefficient of torch's bicubic interpolation; Keys' -0.5 is PIL's.
+_CUBIC = -0.75
+
+
+def normalize_pixels(pixels) -> jax.Array:
+  """uint8 pixels to CLIP's normalized float32; float pixels pass unchanged.
+
+  Args:
+    pixels: [...,3] uint8 in [0, 255], or float already normalized.
+
+  Returns:
+    [...,3] float.
+  """
+  if pixels.dtype != jnp.uint8:
+    return pixels
+  return (pixels.astype(jnp.float32) / 255 - CLIP_MEAN) / CLIP_STD
+
+
+def _resize_matrix(source: int, target: int) -> np.ndarray:
+  """[target, source] float32 weights of a 1-D bicubic resize.
+
+  Half-pixel centres, no antialiasing, edges repeated: torch's
+  `interpolate(mode='bicubic', align_corners=False)`.
+  """
+  position = (np.arange(target) + 0.5) * (source / target) - 0.5
+  first = np.floor(position).astype(int) - 1
+  weights = np.zeros((target, source), np.float64)
+  for tap in range(4):
+    x = np.abs(position - (first + tap))
+    near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
+    far = _CUBIC * (((x - 5) * x + 8) * x - 4)
+    index = np.clip(first + tap, 0, source - 1)
+    np.add.at(
+      weights, (np.arange(target), index), np.where(x <= 1, near, far)
+    )
+  return weights.astype(np.float32)
+
+
+def resize_positions(table, grid: tuple[int, int]) -> jax.Array:
+  """Resizes a square position table to a patch grid, in float32.
+
+  Args:
+    table: [S*S,D].
+    grid: (rows, columns) of patches.
+
+  Returns:
+    [rows*columns,D], dtype of `table`; the table itself when the grid fits.
+  """
+  side = int(table.shape[0] ** 0.5 + 0.5)
+  if grid == (side, side):
+    return table
+  square = table.astype(jnp.float32).reshape(side, side, -1)
+  resized = jnp.einsum(
+    'rh,hwd,cw->rcd',
+    _resize_matrix(side, grid[0]),
+    square,
+    _resize_matrix(side, grid[1]),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return resized.reshape(-1, table.shape[1]).astype(table.dtype)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head attention over the patches, global or within windows."""
+
+  config: VisionConfig
+  dtype: Any
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x, is_global, grid: tuple[int, int]):
+    c = self.config
+    heads = (c.width, c.heads, c.head_dim)
+    axes = ('embed', 'heads', 'head_dim')
+
+    def project(name):
+      return Projection(
+        'BPD,DNH->BPNH', heads, axes, 2, self.dtype, self.param_dtype, name=name
+      )(x)
+
+    q, k, v = project('q'), project('k'), project('v')
+    if c.window is None:
+      out = attend(q, k, v)
+    else:
+      out = jax.lax.cond(
+        is_global,
+        attend,
+        lambda *qkv: windowed(attend, *qkv, grid=grid, window=c.window),
+        q,
+        k,
+        v,
+      )
+    return Projection(
+      'BPNH,NHD->BPD',
+      (c.heads, c.head_dim, c.width),
+      ('heads', 'head_dim', 'embed'),
+      1,
+      self.dtype,
+      self.param_dtype,
+      name='out',
+    )(out)
+
+
+def windowed(
+  function: Callable, *arrays, grid: tuple[int, int], window: int
+) -> jax.Array:
+  """Applies attention within square windows of the patch grid.
+
+  Args:
+    function: of arrays [B,P,N,H].
+    *arrays: [B,P,N,H], patches in raster order.
+    grid: (rows, columns) of patches.
+    window: side of a window in patches; must divide both.
+
+  Returns:
+    [B,P,N,H].
+
+  Raises:
+    DataError: the window does not divide the grid.
+  """
+  rows, columns = grid
+  if rows % window or columns % window:
+    raise DataError(
+      f'a grid of {rows}x{columns} patches does not split into windows of '
+      f'{window}x{window}: choose a resolution that is a multiple of '
+      'patch_size * window'
+    )
+  sizes = {'r': rows // window, 'c': columns // window, 'a': window}
+  split = 'b (r a c e) n h -> (b r c) (a e) n h'
+  merge = '(b r c) (a e) n h -> b (r a c e) n h'
+  sizes['e'] = window
+  arrays = [einops.rearrange(x, split, **sizes) for x in arrays]
+  return einops.rearrange(function(*arrays), merge, **sizes)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block; the scan's body."""
+
+  config: VisionConfig
+  dtype: Any
+  param_dtype: Any
+  grid: tuple[int, int]
+
+  @nn.compact
+  def __call__(self, x, is_global):
+    c = self.config
+    kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    h = LayerNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
+    x = x + SelfAttention(c, **kinds, name='attn')(h, is_global, self.grid)
+    h = LayerNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
+    return x + Mlp(c, **kinds, name='mlp')(h), None
+
+
+class Mlp(nn.Module):
+  """Two projections around an exact GELU."""
+
+  config: VisionConfig
+  dtype: Any
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    h = Projection(
+      'BPD,DF->BPF',
+      (c.width, c.mlp_dim),
+      ('embed', 'mlp'),
+      1,
+      **kinds,
+      name='up',
+    )(x)
+    h = jax.nn.gelu(h, approximate=False)
+    return Projection(
+      'BPF,FD->BPD',
+      (c.mlp_dim, c.width),
+      ('mlp', 'embed'),
+      1,
+      **kinds,
+      name='down',
+    )(h)
+
+
+class VisionTransformer(nn.Module):
+  """Pixels to patch features.
+
+  Attributes:
+    config: shapes.
+    dtype: of activations.
+    param_dtype: of parameters.
+    remat: policy of the blocks.
+    capture: also return the activations after `ln_pre`.
+  """
+
+  config: VisionConfig
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  remat: str = 'none'
+
+  @nn.compact
+  def __call__(self, pixels):
+    """Encodes images.
+
+    Args:
+      pixels: [B,R,R',3], uint8 or normalized float; R and R' multiples of the
+        patch size.
+
+    Returns:
+      [B,P,D] features in raster order; no final norm (it is the adapter's).
+
+    Raises:
+      DataError: a side is not a multiple of the patch size.
+    """
+    c = self.config
+    _, height, width, _ = pixels.shape
+    if height % c.patch_size or width % c.patch_size:
+      raise DataError(
+        f'images of {height}x{width} pixels do not split into patches of '
+        f'{c.patch_size}: resize them to a multiple of {c.patch_size}'
+      )
+    grid = height // c.patch_size, width // c.patch_size
+    patches = einops.rearrange(
+      normalize_pixels(pixels),
+      'b (h i) (w j) c -> b (h w) i j c',
+      i=c.patch_size,
+      j=c.patch_size,
+    )
+    x = Projection(
+      'BPijc,ijcD->BPD',
+      (c.patch_size, c.patch_size, 3, c.width),
+      ('patch', 'patch', 'patch', 'embed'),
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name='patch_embed',
+    )(patches)
+    positions = self.param(
+      'pos_embed',
+      nn.with_logical_partitioning(default_init, ('patch', 'embed')),
+      (c.position_grid**2, c.width),
+      self.param_dtype,
+    )
+    x = x + resize_positions(positions, grid).astype(self.dtype)
+    x = LayerNorm(c.norm_eps, self.param_dtype, name='ln_pre')(x)
+    self.sow('intermediates', 'after_ln_pre', x)
+    x = nn.with_logical_constraint(x, ('batch', 'patches', 'embed_act'))
+    is_global = jnp.arange(c.layers) % c.global_every == c.global_every - 1
+    blocks = nn.scan(
+      remat(Block, self.remat),
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=c.layers,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )(c, self.dtype, self.param_dtype, grid, name='blocks')
+    x, _ = blocks(x, is_global)
+    return x
