@@ -1,7 +1,8 @@
 """`config.json` of the released layout to `QwenVLConfig` and back.
 
 The released file is also our own checkpoints' format; what it cannot say
-(number of queries, window attention) goes into extra keys of `visual`.
+(number of queries, window attention, ...) goes into extra keys of `visual`,
+written only where they differ from the release.
 """
 
 import math
@@ -14,9 +15,21 @@ from qwenvl_jax.model.config import (
   VisionConfig,
 )
 
-# The release fixes what its config.json does not say.
-_RELEASED_QUERIES = 256
-_RELEASED_ADAPTER_HEAD_DIM = 128
+# The release's adapter has one head per this many channels.
+_ADAPTER_HEAD_DIM = 128
+
+# What the release fixes without saying so in its config.json.
+_EXTRAS = {
+  'queries': 256,
+  'adapter_heads': None,
+  'position_grid': 16,
+  'window': None,
+  'global_every': 4,
+}
+
+
+def _adapter_heads(dim: int) -> int:
+  return max(dim // _ADAPTER_HEAD_DIM, 1)
 
 
 def config_from_hf(raw: dict, where: str = 'config.json') -> QwenVLConfig:
@@ -58,11 +71,10 @@ def config_from_hf(raw: dict, where: str = 'config.json') -> QwenVLConfig:
       return QwenVLConfig(
         decoder=decoder,
         adapter=AdapterConfig(
-          dim=decoder.dim,
-          heads=max(decoder.dim // _RELEASED_ADAPTER_HEAD_DIM, 1),
+          dim=decoder.dim, heads=_adapter_heads(decoder.dim)
         ),
       )
-    queries = visual.get('queries', _RELEASED_QUERIES)
+    extras = _EXTRAS | visual
     vision = VisionConfig(
       image_size=visual['image_size'],
       patch_size=visual['patch_size'],
@@ -70,16 +82,17 @@ def config_from_hf(raw: dict, where: str = 'config.json') -> QwenVLConfig:
       layers=visual['layers'],
       heads=visual['heads'],
       mlp_dim=int(visual['width'] * visual['mlp_ratio']),
-      window=visual.get('window'),
-      global_every=visual.get('global_every', 4),
+      position_grid=extras['position_grid'],
+      window=extras['window'],
+      global_every=extras['global_every'],
     )
     return QwenVLConfig(
       decoder=decoder,
       vision=vision,
       adapter=AdapterConfig(
-        queries=queries,
+        queries=extras['queries'],
         dim=visual['output_dim'],
-        heads=max(visual['output_dim'] // _RELEASED_ADAPTER_HEAD_DIM, 1),
+        heads=extras['adapter_heads'] or _adapter_heads(visual['output_dim']),
       ),
       image_start_id=visual['image_start_id'],
     )
@@ -103,11 +116,15 @@ def config_to_hf(config: QwenVLConfig) -> dict:
     'patch_size': vision.patch_size,
     'width': vision.width,
   }
-  if adapter.queries != _RELEASED_QUERIES:
-    visual['queries'] = adapter.queries
-  if vision.window is not None:
-    visual['window'] = vision.window
-    visual['global_every'] = vision.global_every
+  extras = {
+    'queries': adapter.queries,
+    'adapter_heads': adapter.heads,
+    'position_grid': vision.position_grid,
+    'window': vision.window,
+    'global_every': vision.global_every,
+  }
+  released = _EXTRAS | {'adapter_heads': _adapter_heads(adapter.dim)}
+  visual |= {k: v for k, v in extras.items() if v != released[k]}
   return {
     'architectures': ['QWenLMHeadModel'],
     'auto_map': {

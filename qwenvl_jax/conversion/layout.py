@@ -73,7 +73,7 @@ def _expand(path: str) -> tuple[str, ...]:
   return tuple(path.replace(match[0], part) for part in match[1].split(','))
 
 
-# Released name, our path, pattern. Axes: v vocabulary, d decoder width, n heads,
+# Released name, our path, pattern. Axes: v vocabulary, d decoder width, n heads
 # h head dim, f decoder mlp, w vision width, m heads and j head dim of vision,
 # u vision mlp, i k patch, s position rows, q queries, a heads and b head dim of
 # the adapter, r colour, c fused (q, k, v).
@@ -236,34 +236,61 @@ def unflatten(leaves: dict[str, object]) -> dict:
   return tree
 
 
-def check_names(table: list[Rule], shapes: dict[str, tuple], where: str):
-  """Compares a checkpoint's tensors with the table.
+def released_shapes(table: list[Rule]) -> dict[str, tuple[int, ...]]:
+  """Released name to shape of every tensor that a checkpoint must hold."""
+  return {name: rule.shape for rule in table for name in rule.released_names()}
+
+
+def parameter_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:
+  """Path to shape of every parameter of a model."""
+  shapes = {}
+  for rule in rules(config):
+    stack = () if rule.layers is None else (rule.layers,)
+    blank = np.broadcast_to(np.int8(0), rule.shape)
+    for path, part in zip(rule.paths, rule.to_ours(blank), strict=True):
+      shapes[path] = stack + part.shape
+  return shapes
+
+
+def part_of(name: str) -> str:
+  """'vision', 'adapter' or 'decoder' of a released name or one of our paths."""
+  if '/' in name:
+    return name.split('/')[0]
+  visual = name.partition('transformer.visual.')[2]
+  if not visual:
+    return 'decoder'
+  adapter = ('attn_pool.', 'ln_post.', 'proj')
+  return 'adapter' if visual.startswith(adapter) else 'vision'
+
+
+def check_shapes(
+  expected: dict[str, tuple], found: dict[str, tuple], where: str
+):
+  """Compares what a checkpoint holds with what it must hold.
 
   Args:
-    table: from `rules`.
-    shapes: released name to shape of what is there.
-    where: the checkpoint, for messages.
+    expected: name to shape.
+    found: name to shape.
+    where: the checkpoint, for the message.
 
   Raises:
     CheckpointError: names missing, unknown and misshapen tensors.
   """
-  expected = {
-    name: rule.shape for rule in table for name in rule.released_names()
-  }
   problems = []
-  missing = sorted(expected.keys() - shapes.keys())
-  unknown = sorted(shapes.keys() - expected.keys())
-  if missing:
-    problems.append(f'{len(missing)} missing: {_some(missing)}')
-  if unknown:
-    problems.append(f'{len(unknown)} unknown: {_some(unknown)}')
+  missing = sorted(expected.keys() - found.keys())
+  unknown = sorted(found.keys() - expected.keys())
   misshapen = [
-    f'{name} is {list(shapes[name])}, not {list(shape)}'
+    f'{name} is {list(found[name])}, not {list(shape)}'
     for name, shape in expected.items()
-    if name in shapes and tuple(shapes[name]) != tuple(shape)
+    if name in found and tuple(found[name]) != tuple(shape)
   ]
-  if misshapen:
-    problems.append(f'{len(misshapen)} misshapen: {_some(misshapen)}')
+  for kind, names in (
+    ('missing', missing),
+    ('unknown', unknown),
+    ('misshapen', misshapen),
+  ):
+    if names:
+      problems.append(f'{len(names)} {kind}: {_some(names)}')
   if problems:
     raise CheckpointError(
       f'{where}: tensors do not match config.json. ' + '; '.join(problems)

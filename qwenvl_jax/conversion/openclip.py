@@ -5,15 +5,25 @@ place in Qwen-VL and are left out; `read_vision` says which names it expects.
 """
 
 import dataclasses
+from pathlib import Path
 
-import numpy as np
-
-from qwenvl_jax.conversion.layout import Rule, rules
+from qwenvl_jax.conversion.layout import (
+  Rule,
+  check_shapes,
+  from_released,
+  released_shapes,
+  rules,
+)
+from qwenvl_jax.conversion.reader import open_file
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig, VisionConfig
 
 # OpenCLIP computes its norms with this epsilon, Qwen-VL with 1e-6.
 OPENCLIP_EPS = 1e-5
+
+FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')
+
+_POSITIONS = 'visual.positional_embedding'
 
 # Of `visual.`, what Qwen-VL does not use.
 DROPPED = ('class_embedding', 'ln_post.weight', 'ln_post.bias', 'proj')
@@ -60,11 +70,45 @@ def _rename(rule: Rule) -> Rule:
     # [q; k; v] one after the other, not head by head.
     name = name.replace('.in_proj.', '.in_proj_')
     pattern = pattern.replace('(m c j)', '(c m j)')
-  if name == 'visual.positional_embedding':
+  if name == _POSITIONS:
     shape = (shape[0] + 1, shape[1])
   return dataclasses.replace(rule, tensor=name, pattern=pattern, shape=shape)
 
 
-def drop_class_row(name: str, tensor: np.ndarray) -> np.ndarray:
-  """Removes the class token's row of the position table."""
-  return tensor[1:] if name == 'visual.positional_embedding' else tensor
+def read_vision(folder: Path, config: QwenVLConfig) -> dict:
+  """The vision tower of an OpenCLIP checkpoint.
+
+  Args:
+    folder: with `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
+    config: its `vision` from `vision_config`.
+
+  Returns:
+    {'vision': nested dict of NumPy arrays}.
+
+  Raises:
+    CheckpointError: no weights, or tensors that do not match.
+  """
+  path = next((folder / f for f in FILES if (folder / f).exists()), None)
+  if path is None:
+    raise CheckpointError(
+      f'{folder} holds no OpenCLIP weights: expected {" or ".join(FILES)}'
+    )
+  tensors = {
+    name: tensor
+    for name, tensor in open_file(path).items()
+    if name.startswith('visual.')
+    and name.removeprefix('visual.') not in DROPPED
+  }
+  table = openclip_rules(config)
+  check_shapes(
+    released_shapes(table),
+    {name: tensor.shape for name, tensor in tensors.items()},
+    str(path),
+  )
+
+  def read(name):
+    tensor = tensors[name].load()
+    # The first row belongs to the class token.
+    return tensor[1:] if name == _POSITIONS else tensor
+
+  return from_released(table, read)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.model import rope
-from qwenvl_jax.model.attention import attend, causal_mask
+from qwenvl_jax.model.attention import attend, causal_bias
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import DecoderConfig
 from qwenvl_jax.model.layers import Projection, RMSNorm, default_init, remat
@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
       q = (q * context['logn']).astype(self.dtype)
     if store is not None:
       store, k, v = _update(store, k, v, layer, context['used'])
-    out = attend(q, k, v, context['mask'])
+    out = attend(q, k, v, context['bias'])
     out = Projection(
       'BTNH,NHD->BTD',
       (c.heads, c.head_dim, c.dim),
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         if inference and c.logn
         else None
       ),
-      'mask': causal_mask(index, segment_ids, branch_ids, *keys),
+      'bias': causal_bias(index, segment_ids, branch_ids, *keys),
       'used': used,
     }
     (x, store), _ = self.blocks((x, store), jnp.arange(c.layers), context)

@@ -27,12 +27,10 @@ def place_features(embeddings, features, image_starts) -> jax.Array:
     [B,T,D].
   """
   batch, slots, queries, dim = features.shape
-  offset = jnp.arange(embeddings.shape[1])[None, :, None] - (
-    image_starts[:, None, :]
+  offset = (
+    jnp.arange(embeddings.shape[1])[None, :, None] - (image_starts[:, None, :])
   )
-  inside = (
-    (offset >= 0) & (offset < queries) & (image_starts >= 0)[:, None, :]
-  )
+  inside = (offset >= 0) & (offset < queries) & (image_starts >= 0)[:, None, :]
   index = jnp.sum(
     jnp.where(inside, offset + jnp.arange(slots) * queries, 0), axis=-1
   )

@@ -53,9 +53,7 @@ def _resize_matrix(source: int, target: int) -> np.ndarray:
     near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
     far = _CUBIC * (((x - 5) * x + 8) * x - 4)
     index = np.clip(first + tap, 0, source - 1)
-    np.add.at(
-      weights, (np.arange(target), index), np.where(x <= 1, near, far)
-    )
+    np.add.at(weights, (np.arange(target), index), np.where(x <= 1, near, far))
   return weights.astype(np.float32)
 
 

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Runs the tests, making the environment first if need be.
+set -euo pipefail
+
+root=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+
+usage() {
+  cat <<'TEXT'
+Usage: launch/test.sh [--fast] [PYTEST ARGUMENTS]
+
+  --fast   leave out the tests marked slow (those over about ten seconds)
+  --help   this text
+
+Everything else goes to pytest; paths count from the repository's root:
+  launch/test.sh tests/model -k rope -x
+TEXT
+}
+
+args=()
+for arg in "$@"; do
+  case $arg in
+    --fast) args+=(-m 'not slow') ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *) args+=("$arg") ;;
+  esac
+done
+
+# shellcheck source=launch/env.sh
+source "$root/launch/env.sh"
+cd "$root"
+exec python -m pytest "${args[@]+"${args[@]}"}"

@@ -1,0 +1,236 @@
+"""The public face: open a checkpoint folder, use the model.
+
+  import qwenvl_jax
+  qwen = qwenvl_jax.load('Qwen-VL-Chat')
+  answer, history = qwen.chat('What is this?', images=['picture.png'])
+
+A thin handle over pure functions; `handle.model.apply({'params':
+handle.params}, batch)` is the same computation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
+from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.data.image import pixels as decode_pixels
+from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.infer import chat as chatting
+from qwenvl_jax.infer import generate as generation
+from qwenvl_jax.infer import prompts
+from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.qwen_vl import QwenVL
+from qwenvl_jax.model.vision import normalize_pixels
+from qwenvl_jax.text.tokenizer import Tokenizer
+from qwenvl_jax.train.loss import next_token_loss
+
+
+def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
+  """Opens a checkpoint folder.
+
+  Args:
+    folder: the released layout (safetensors or `.bin` shards), a converted
+      checkpoint, or a training run (its newest complete step).
+    dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
+      dtype that is stored.
+    shardings: tree of shardings like the parameters, to place them over a mesh.
+
+  Returns:
+    A `Handle`.
+
+  Raises:
+    CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged.
+  """
+  folder = Path(folder).expanduser()
+  config = folders.read_config(folder)
+  params = folders.read_params(folder, config, dtype, shardings)
+  folders.check_against(config, params, str(folder))
+  dtype = dtype or params['decoder']['embed'].dtype
+  config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
+  return Handle(config, params, folders.read_tokenizer(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class Handle:
+  """A model ready to use.
+
+  Attributes:
+    config: sizes and dtypes.
+    params: nested dict of arrays with the children vision, adapter, decoder.
+    tokenizer: the folder's own vocabulary, None if it has none.
+  """
+
+  config: QwenVLConfig
+  params: dict
+  tokenizer: Tokenizer | None
+
+  @functools.cached_property
+  def model(self) -> QwenVL:
+    """The linen module."""
+    return QwenVL(self.config)
+
+  @functools.cached_property
+  def _encode(self):
+    return jax.jit(
+      lambda params, pixels: self.model.apply(
+        {'params': params}, pixels, method='encode_images'
+      )
+    )
+
+  @functools.cached_property
+  def _logits(self):
+    return jax.jit(
+      lambda params, batch, inference: self.model.apply(
+        {'params': params}, batch, inference=inference
+      ),
+      static_argnums=2,
+    )
+
+  def preprocess(self, image) -> np.ndarray:
+    """A PIL image (or path) to normalized pixels.
+
+    Squashed to the model's square with Pillow's bicubic on uint8, as released.
+
+    Returns:
+      [R,R,3] float32.
+
+    Raises:
+      DataError: the image cannot be read.
+    """
+    pixels = decode_pixels(image, self.config.vision.image_size)
+    return np.asarray(normalize_pixels(jnp.asarray(pixels)))
+
+  def encode_images(self, pixels) -> jax.Array:
+    """Image features.
+
+    Args:
+      pixels: [I,R,R,3] float, normalized (or uint8).
+
+    Returns:
+      [I,Q,D].
+    """
+    return self._encode(self.params, jnp.asarray(pixels))
+
+  def logits(self, tokens, images=None) -> jax.Array:
+    """Logits in inference mode.
+
+    Args:
+      tokens: [B,T] int, no padding.
+      images: [I,R,R,3] pixels that fill the `<img>` spans in reading order.
+
+    Returns:
+      [B,T,V].
+
+    Raises:
+      DataError: the number of images differs from that of the spans, or a span
+        is cut.
+    """
+    return self._logits(self.params, self._batch(tokens, None, images), True)
+
+  def loss(self, tokens, labels, mask=None, images=None) -> jax.Array:
+    """Mean next-token cross entropy in training mode.
+
+    Args:
+      tokens: [B,T] int.
+      labels: [B,T] int aligned with `tokens`, -100 for no loss.
+      mask: [B,T] bool, false for padding.
+      images: as in `logits`.
+
+    Returns:
+      [] float32.
+    """
+    batch = self._batch(tokens, mask, images)
+    labels = np.pad(
+      np.asarray(labels)[:, 1:], ((0, 0), (0, 1)), constant_values=-100
+    )
+    weights = (labels != -100).astype(np.float32)
+    logits = self._logits(self.params, batch, False)
+    total, weight = next_token_loss(logits, np.maximum(labels, 0), weights)
+    return total / weight
+
+  def generate(
+    self,
+    tokens: Sequence[Sequence[int]],
+    images=None,
+    max_new_tokens: int = 512,
+    stop: Sequence[int] = (),
+    temperature: float = 0.0,
+    **sampling,
+  ) -> list[list[int]]:
+    """Continues prompts; greedy at temperature 0.
+
+    Args:
+      tokens: B prompts of any lengths.
+      images: [I,R,R,3] pixels for all spans in reading order.
+      max_new_tokens: upper bound on the new tokens.
+      stop: ids that end a row; they are not returned.
+      temperature: of sampling.
+      **sampling: see `infer.generate.generate` (top_k, top_p, key, ...).
+
+    Returns:
+      New ids of each row.
+    """
+    rows = [list(row) for row in tokens]
+    starts, images = self._spans(rows, images)
+    counts = np.cumsum([0] + [len(row) for row in starts])
+    return generation.generate(
+      self.model,
+      self.params,
+      rows,
+      [images[a:b] for a, b in zip(counts, counts[1:], strict=False)],
+      max_new_tokens=max_new_tokens,
+      stop_ids=tuple(stop),
+      temperature=temperature,
+      **sampling,
+    )
+
+  def chat(self, query: str, images=(), history=None, **options):
+    """One turn of a conversation.
+
+    Args:
+      query: what the user says.
+      images: PIL images or paths that come with this turn.
+      history: what an earlier call returned, None to start.
+      **options: system prompt and sampling, see `infer.chat`.
+
+    Returns:
+      (answer, history).
+
+    Raises:
+      CheckpointError: the folder has no vocabulary.
+    """
+    if self.tokenizer is None:
+      raise CheckpointError(
+        f'this checkpoint has no vocabulary ({folders.VOCABULARY}): chat needs '
+        'one beside config.json'
+      )
+    return chatting.chat(self, query, images, history, **options)
+
+  def _spans(self, rows, images) -> tuple[list[list[int]], np.ndarray]:
+    """Where each row's images start, and all images in reading order."""
+    starts = [
+      prompts.image_starts(row, self.config, f'row {i}')
+      for i, row in enumerate(rows)
+    ]
+    images = prompts.match_images(sum(starts, []), images, 'the batch')
+    return starts, images
+
+  def _batch(self, tokens, mask, images) -> Batch:
+    batch = text_batch(tokens, mask)
+    starts, images = self._spans(batch.tokens, images)
+    slots = max(len(row) for row in starts)
+    if not slots:
+      return batch
+    where = np.full((len(starts), slots), NO_IMAGE, np.int32)
+    for row, found in zip(where, starts, strict=True):
+      row[: len(found)] = found
+    pixels = np.zeros((*where.shape, *images.shape[1:]), images.dtype)
+    pixels[where != NO_IMAGE] = images
+    return dataclasses.replace(batch, pixels=pixels, image_starts=where)

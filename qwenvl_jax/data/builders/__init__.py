@@ -1,0 +1,1 @@
+"""Builders that turn sources into record files."""

@@ -1,0 +1,264 @@
+"""Draws one scene: sprites and perhaps a word on a textured background.
+
+A pure function of its random generator, without files or records, so that the
+builder, the tests and the pictures in a report all draw the same way.
+"""
+
+import colorsys
+import dataclasses
+import functools
+import math
+import pathlib
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from qwenvl_jax.data import things
+from qwenvl_jax.errors import DataError
+from qwenvl_jax.text import fonts
+
+ASSETS = pathlib.Path(__file__).parent / 'assets'
+CELL = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+  """What scenes look like.
+
+  Attributes:
+    side: of the square picture, in pixels.
+    classes: how many of `things.THINGS` occur.
+    sprite: smallest and largest longer side of a sprite, in pixels.
+    counts: relative frequency of scenes with 1, 2, .. sprites.
+    repeat: chance that a further sprite is of a class already there.
+    overlap: largest share of the smaller box that two boxes may share.
+    text: chance of a painted word; such a scene has at most two sprites.
+    font: smallest and largest font size.
+    tilt: largest angle of a word, in degrees.
+  """
+
+  side: int = 112
+  classes: int = 16
+  sprite: tuple[int, int] = (30, 56)
+  counts: tuple[float, ...] = (0.35, 0.4, 0.25)
+  repeat: float = 0.25
+  overlap: float = 0.05
+  text: float = 0.25
+  font: tuple[int, int] = (18, 26)
+  tilt: float = 12.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+  """A sprite: class id and x1, y1, x2, y2 in pixels, upper bounds excluded."""
+
+  thing: int
+  box: tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Painted:
+  """A word and its corners, clockwise from the upper left, in pixels."""
+
+  word: str
+  language: str
+  quad: tuple[tuple[float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """A finished scene: the picture and everything that is true of it."""
+
+  picture: Image.Image
+  objects: tuple[Placed, ...]
+  colour: int
+  texture: str
+  texts: tuple[Painted, ...]
+
+
+def compose(rng: random.Random, style: Style, combos: bool = False) -> Drawing:
+  """Draws a scene.
+
+  Args:
+    rng: decides everything.
+    style: what scenes look like.
+    combos: whether at least one object stands on a colour that `held_out`
+      reserves; otherwise none does.
+  """
+  colour = rng.randrange(len(things.COLOURS))
+  texture = rng.choice(things.TEXTURES)
+  picture = _background(rng, style.side, things.COLOURS[colour], texture)
+  boxes, texts = [], []
+  if rng.random() < style.text:
+    painted, around = _paint_word(rng, style, picture)
+    texts.append(painted)
+    boxes.append(around)
+  count = rng.choices(range(1, len(style.counts) + 1), style.counts)[0]
+  if texts:
+    count = min(count, 2)
+  objects = []
+  for thing in _choose_things(rng, style, colour, count, combos):
+    box = _place(rng, style, thing, boxes, needed=not objects)
+    if box is None:
+      continue
+    boxes.append(box)
+    sprite = _sprite(thing, max(box[2] - box[0], box[3] - box[1]))
+    picture.paste(sprite, box[:2], sprite)
+    objects.append(Placed(thing, box))
+  return Drawing(picture, tuple(objects), colour, texture, tuple(texts))
+
+
+def _choose_things(rng, style, colour, count, combos):
+  everything = range(style.classes)
+  reserved = [x for x in everything if things.held_out(x, colour)]
+  allowed = [x for x in everything if combos or x not in reserved]
+  first = rng.choice(reserved if combos and reserved else allowed)
+  chosen = [first]
+  while len(chosen) < count:
+    if rng.random() < style.repeat:
+      chosen.append(rng.choice(chosen))
+    else:
+      chosen.append(rng.choice([x for x in allowed if x not in chosen]))
+  return chosen
+
+
+def _place(rng, style, thing, boxes, needed):
+  """A free box for a sprite, or None if the picture is too full.
+
+  A scene needs one object: if there is no room beside the word, it covers it.
+  """
+  low, high = style.sprite
+  for attempt in range(40):
+    # Later tries are smaller, so that a crowded picture still fills.
+    size = rng.randint(low, max(low, high - attempt // 2))
+    width, height = _sprite(thing, size).size
+    x = rng.randint(0, style.side - width)
+    y = rng.randint(0, style.side - height)
+    box = (x, y, x + width, y + height)
+    if all(_shared(box, other) <= style.overlap for other in boxes):
+      return box
+  return box if needed else None
+
+
+def _shared(a, b) -> float:
+  width = min(a[2], b[2]) - max(a[0], b[0])
+  height = min(a[3], b[3]) - max(a[1], b[1])
+  if width <= 0 or height <= 0:
+    return 0.0
+  areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+  return width * height / min(areas)
+
+
+@functools.lru_cache(maxsize=1)
+def _sheet() -> Image.Image:
+  file = ASSETS / 'sprites.png'
+  if not file.exists():
+    raise DataError(
+      f'{file} is missing: reinstall the package, or run '
+      'python -m qwenvl_jax.data.builders.make_sprites'
+    )
+  return Image.open(file).convert('RGBA')
+
+
+@functools.lru_cache(maxsize=4096)
+def _sprite(thing: int, size: int) -> Image.Image:
+  """RGBA picture whose longer side is `size` and that has no empty border."""
+  cell = _sheet().crop((thing * CELL, 0, (thing + 1) * CELL, CELL))
+  cell = cell.crop(cell.getbbox())
+  scale = size / max(cell.size)
+  shape = tuple(max(1, round(side * scale)) for side in cell.size)
+  return cell.resize(shape, Image.Resampling.LANCZOS)
+
+
+def _background(rng, side, colour, texture) -> Image.Image:
+  """Two shades of one colour, mixed by the texture's pattern."""
+  shades = []
+  for _ in range(2):
+    hue = (colour.hue + rng.uniform(-6, 6)) % 360 / 360
+    saturation = rng.uniform(*colour.saturation)
+    value = rng.uniform(*colour.value)
+    shades.append(colorsys.hsv_to_rgb(hue, saturation, value))
+  first, second = 255 * np.array(shades)
+  mix = np.linspace(0, 1, 256)[:, None]
+  palette = np.round(first + mix * (second - first)).astype(np.uint8)
+  # Pillow looks colours up several times faster than NumPy does.
+  picture = Image.fromarray(_pattern(rng, side, texture))
+  picture.putpalette(palette.tobytes())
+  return picture.convert('RGB')
+
+
+def _pattern(rng, side, texture):
+  """[side,side] uint8, 0 for one shade and 255 for the other."""
+  if texture == 'plain':
+    return np.zeros((side, side), np.uint8)
+  if texture == 'noise':
+    noise = np.random.default_rng(rng.getrandbits(32))
+    grain = rng.choice((2, 4, 8))
+    cells = -(-side // grain)
+    small = noise.integers(0, 256, (cells, cells), np.uint8)
+    large = small.repeat(grain, axis=0).repeat(grain, axis=1)
+    return large[:side, :side]
+  angle = rng.uniform(0, math.pi)
+  axis = np.arange(side, dtype=np.float32)
+  along = math.cos(angle) * axis[None] + math.sin(angle) * axis[:, None]
+  if texture == 'gradient':
+    along -= along.min()
+    return (along * (255 / along.max())).astype(np.uint8)
+  period = rng.uniform(8, 28)
+  bands = np.floor(along / period).astype(np.int32)
+  if texture == 'checks':
+    across = -math.sin(angle) * axis[None] + math.cos(angle) * axis[:, None]
+    bands += np.floor(across / period).astype(np.int32)
+  return ((bands & 1) * 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=4096)
+def _word_mask(word: str, size: int) -> Image.Image:
+  """The word in white on black, cut to its pixels."""
+  # The packaged font, so that scenes are the same on every machine.
+  font, _ = fonts.find_font(word, size, system=False)
+  left, top, right, bottom = font.getbbox(word)
+  mask = Image.new('L', (right - left, bottom - top))
+  ImageDraw.Draw(mask).text((-left, -top), word, fill=255, font=font)
+  return mask.crop(mask.getbbox())
+
+
+def _paint_word(rng, style, picture) -> tuple[Painted, tuple]:
+  """Paints a word and returns it with the upright box around it."""
+  word, language = rng.choice(things.WORDS)
+  mask = _word_mask(word, rng.randint(*style.font))
+  width, height = mask.size
+  angle = math.radians(rng.uniform(-style.tilt, style.tilt))
+  cos, sin = math.cos(angle), math.sin(angle)
+  outer_width = width * cos + height * abs(sin)
+  outer_height = width * abs(sin) + height * cos
+  x = rng.uniform(outer_width / 2, style.side - outer_width / 2)
+  y = rng.uniform(outer_height / 2, style.side - outer_height / 2)
+  quad = tuple(
+    (x + cos * u - sin * v, y + sin * u + cos * v)
+    for u, v in (
+      (-width / 2, -height / 2),
+      (width / 2, -height / 2),
+      (width / 2, height / 2),
+      (-width / 2, height / 2),
+    )
+  )
+  # For each pixel of the picture, where in the mask it comes from.
+  back = (
+    cos, sin, width / 2 - cos * x - sin * y,
+    -sin, cos, height / 2 + sin * x - cos * y,
+  )  # fmt: skip
+  turned = mask.transform(
+    picture.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR
+  )
+  brightness = np.asarray(picture).mean()
+  light = brightness < 110 or (brightness < 150 and rng.random() < 0.5)
+  picture.paste((255, 255, 255) if light else (0, 0, 0), mask=turned)
+  around = (
+    x - outer_width / 2,
+    y - outer_height / 2,
+    x + outer_width / 2,
+    y + outer_height / 2,
+  )
+  return Painted(word, language, quad), around

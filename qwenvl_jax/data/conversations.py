@@ -1,0 +1,144 @@
+"""Stage 3: ChatML conversations about one picture, two, or none.
+
+Which tokens carry loss follows the release's fine-tuning script: of every turn
+the `<|im_start|>`, the `<|im_end|>` and the line break after it, and of the
+assistant's turns the text.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from qwenvl_jax.data import things, wording
+from qwenvl_jax.data.examples import Piece, Question, Sample, WordMap
+from qwenvl_jax.data.records import Scene
+from qwenvl_jax.text import chatml
+
+# Questions about two pictures, beside those about one.
+PAIR_KINDS = ('which', 'nth_caption', 'nth_count', 'nth_colour')
+
+_START = Piece('<|im_start|>', loss=True)
+_END = (Piece('<|im_end|>', loss=True), Piece('\n', loss=True))
+
+
+def sample(
+  record: str,
+  pictures: Sequence[Piece | WordMap],
+  branches: Sequence[Sequence[Question]],
+  images: Sequence[object] = (),
+) -> Sample:
+  """A sample whose branches are conversations about the same pictures.
+
+  Args:
+    record: names the sample in errors.
+    pictures: one image span each, or a word map instead.
+    branches: each a conversation: questions asked one after the other.
+    images: what fills the image spans.
+  """
+  trunk = [*_turn('system', Piece(chatml.DEFAULT_SYSTEM)), *_open('user')]
+  for number, span in enumerate(pictures, start=1):
+    trunk += [Piece(f'Picture {number}: '), span, Piece('\n')]
+  return Sample(
+    record=record,
+    trunk=tuple(trunk),
+    branches=tuple(_conversation(x) for x in branches),
+    images=tuple(images),
+  )
+
+
+def _conversation(turns: Sequence[Question]) -> tuple[Piece, ...]:
+  pieces = []
+  for number, turn in enumerate(turns):
+    if number:
+      pieces += _open('user')
+    pieces += [Piece(turn.prompt), *_END]
+    pieces += _turn('assistant', Piece(turn.answer, loss=True))
+  return tuple(pieces)
+
+
+def _open(role: str) -> tuple[Piece, ...]:
+  return _START, Piece(role), Piece('\n')
+
+
+def _turn(role: str, content: Piece) -> tuple[Piece, ...]:
+  return *_open(role), content, *_END
+
+
+def pair_subjects(
+  kind: str, first: Scene, second: Scene
+) -> list[tuple[int, ...]]:
+  """Everything a kind of `PAIR_KINDS` can ask about two scenes."""
+  here, there = set(first.classes), set(second.classes)
+  if kind == 'which':
+    return [(x,) for x in sorted(here ^ there)]
+  if kind == 'nth_count':
+    return [(n, x) for n in (1, 2) for x in sorted(here | there)]
+  if kind in ('nth_caption', 'nth_colour'):
+    return [(1,), (2,)]
+  raise KeyError(kind)
+
+
+def ask_pair(
+  kind: str,
+  first: Scene,
+  second: Scene,
+  language: str,
+  subject: tuple[int, ...],
+) -> Question:
+  """A question about two pictures; `subject` is one of `pair_subjects`."""
+  arguments, answer = _ask_pair(kind, (first, second), language, subject)
+  return Question(
+    task='pair',
+    kind=kind,
+    language=language,
+    prompt=wording.CHAT[language][kind].format(*arguments),
+    answer=answer,
+    record=f'{first.id}+{second.id}',
+    objects=len(first.objects) + len(second.objects),
+  )
+
+
+def _ask_pair(kind, scenes, language, subject):
+  if kind == 'which':
+    (thing,) = subject
+    number = 1 if scenes[0].of(thing) else 2
+    return (wording.bare(thing, language),), str(number)
+  number, *rest = subject
+  scene = scenes[number - 1]
+  if kind == 'nth_caption':
+    return (number,), wording.caption(scene, language)
+  if kind == 'nth_colour':
+    return (number,), scene.colour_name(language)
+  names = [wording.many(rest[0], language), number]
+  if language == 'zh':
+    names.reverse()
+  return names, str(len(scene.of(rest[0])))
+
+
+def sample_pair(
+  first: Scene,
+  second: Scene,
+  rng: random.Random,
+  count: int,
+  chinese: float = 0.5,
+) -> list[Question]:
+  """Up to `count` different questions about two scenes."""
+  found = {}
+  for _ in range(3 * count):
+    kind = rng.choice(PAIR_KINDS)
+    language = 'zh' if rng.random() < chinese else 'en'
+    possible = pair_subjects(kind, first, second)
+    if not possible:
+      continue
+    subject = rng.choice(possible)
+    found[kind, language, subject] = (kind, first, second, language, subject)
+    if len(found) == count:
+      break
+  return [ask_pair(*arguments) for arguments in found.values()]
+
+
+def enumerate_pair(first: Scene, second: Scene) -> Iterator[Question]:
+  """Every question about two scenes, in a fixed order."""
+  for kind in PAIR_KINDS:
+    for subject in pair_subjects(kind, first, second):
+      for language in things.LANGUAGES:
+        yield ask_pair(kind, first, second, language, subject)

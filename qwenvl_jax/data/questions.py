@@ -1,0 +1,328 @@
+"""Questions about scenes: the seven tasks of stage 2, as pure functions.
+
+A *kind* is a function from a scene to what can be asked about it (`subjects`)
+and from one subject to a `Question`. Sampling draws a kind, then a subject;
+enumeration (for the vocabulary and the tests) walks through all of them.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+
+from qwenvl_jax.data import things, wording
+from qwenvl_jax.data.examples import Question
+from qwenvl_jax.data.records import Scene
+
+# Task (as in the paper's table 3) of every kind of question.
+KINDS = {
+  'caption': 'caption',
+  'exist': 'vqa',
+  'count': 'vqa',
+  'colour': 'vqa',
+  'left_of': 'vqa',
+  'side': 'vqa',
+  'grounded_caption': 'grounding',
+  'refer': 'referring',
+  'name_box': 'grounded_captioning',
+  'ocr': 'ocr',
+  'translate': 'text',
+  'compare': 'text',
+}
+
+# What stands between a plain prompt and its answer, where anything does.
+_LEAD = {
+  'en': {
+    **{kind: ' ' for kind, task in KINDS.items() if task != 'text'},
+    'refer': '',
+    'name_box': ' is ',
+    'compare': ' ',
+  },
+  'zh': {'name_box': '是'},
+}
+
+# Things whose centres are closer than this share of the side are not asked
+# about as left and right.
+MARGIN = 0.08
+
+
+def ask(
+  kind: str,
+  scene: Scene,
+  language: str,
+  subject: object,
+  chat: bool = False,
+) -> Question:
+  """The question of a kind about a subject (one of `subjects(kind, ..)`)."""
+  wordings = (wording.CHAT if chat else wording.PLAIN)[language]
+  arguments, answer, extra = _BUILD[kind](scene, language, subject)
+  key = kind
+  if kind == 'count' and subject != 'all':
+    key = 'count_both' if isinstance(subject, tuple) else 'count'
+  elif kind == 'count':
+    key = 'count_all'
+  prompt = wordings[key].format(*arguments)
+  if not chat:
+    answer = _LEAD[language].get(kind, '') + answer
+  elif kind == 'refer':
+    # A chat names what it found; the plain prompt is that phrase.
+    answer = f'<ref>{arguments[0]}</ref>{answer}'
+  return Question(
+    task=KINDS[kind],
+    kind=kind,
+    language=language,
+    prompt=prompt,
+    answer=answer,
+    record=scene.id,
+    objects=len(scene.objects),
+    image=KINDS[kind] != 'text',
+    **extra,
+  )
+
+
+def subjects(kind: str, scene: Scene, classes: int) -> list:
+  """Everything a kind can ask about a scene; empty if it cannot.
+
+  Args:
+    kind: a key of `KINDS`.
+    scene: what is asked about.
+    classes: how many of `things.THINGS` the data has (absent ones are asked
+      for, too).
+  """
+  present = scene.classes
+  single = [x for x in present if len(scene.of(x)) == 1]
+  if kind in ('caption', 'grounded_caption', 'colour'):
+    return [()]
+  if kind == 'exist':
+    return list(range(classes))
+  if kind == 'count':
+    pairs = [(a, b) for a in present for b in present if a < b]
+    return ['all', *present, *pairs]
+  if kind == 'left_of' or kind == 'compare':
+    return [
+      (a, b)
+      for a in single
+      for b in single
+      if a != b and abs(_x(scene, a) - _x(scene, b)) >= MARGIN * scene.side
+    ]
+  if kind == 'side':
+    middle, margin = scene.side / 2, MARGIN * scene.side
+    return [x for x in single if abs(_x(scene, x) - middle) >= margin]
+  if kind == 'refer':
+    return list(present)
+  if kind == 'name_box':
+    return list(range(len(scene.objects)))
+  if kind == 'ocr':
+    return [()] if scene.words else []
+  if kind == 'translate':
+    return ['caption', *present]
+  raise KeyError(kind)
+
+
+def draw(
+  kind: str, scene: Scene, classes: int, rng: random.Random
+) -> object | None:
+  """A subject at random, or None: 'exist' is there in half of the cases."""
+  if kind == 'exist':
+    present = scene.classes
+    if rng.random() < 0.5:
+      return rng.choice(present)
+    # At most a few tries: a scene holds few of the classes.
+    while True:
+      absent = rng.randrange(classes)
+      if absent not in present:
+        return absent
+  found = subjects(kind, scene, classes)
+  return rng.choice(found) if found else None
+
+
+def sample(
+  scene: Scene,
+  rng: random.Random,
+  weights: Mapping[str, float],
+  count: int,
+  *,
+  classes: int,
+  chinese: float = 0.5,
+  chat: bool = False,
+) -> list[Question]:
+  """Up to `count` different questions about a scene.
+
+  Args:
+    scene: what is asked about.
+    rng: decides.
+    weights: how often each kind is drawn, e.g. {'caption': 1, 'refer': 2}.
+    count: how many questions at most; a kind that the scene does not allow is
+      drawn again.
+    classes: how many of `things.THINGS` the data has.
+    chinese: share of questions in Chinese.
+    chat: worded for a chat.
+  """
+  kinds, shares = list(weights), list(weights.values())
+  found = {}
+  for kind in rng.choices(kinds, shares, k=3 * count):
+    language = 'zh' if rng.random() < chinese else 'en'
+    subject = draw(kind, scene, classes, rng)
+    key = (kind, language, subject)
+    if subject is None or key in found:
+      continue
+    found[key] = ask(kind, scene, language, subject, chat)
+    if len(found) == count:
+      break
+  return list(found.values())
+
+
+def exam(
+  scene: Scene,
+  kinds: Iterable[str],
+  *,
+  classes: int,
+  seed: int = 0,
+  chat: bool = False,
+) -> list[Question]:
+  """Questions to score a model on: one of each kind, in both languages.
+
+  Both languages ask about the same subject. Kinds that the scene does not allow
+  are left out: a scene with one object has no left and right of two.
+
+  Args:
+    scene: what is asked about.
+    kinds: which kinds of questions.
+    classes: how many of `things.THINGS` the data has.
+    seed: other subjects for another seed.
+    chat: worded for a chat.
+  """
+  asked = []
+  for kind in kinds:
+    rng = random.Random(f'exam-{seed}-{kind}-{scene.id}')
+    subject = draw(kind, scene, classes, rng)
+    if subject is not None:
+      for language in things.LANGUAGES:
+        asked.append(ask(kind, scene, language, subject, chat))
+  return asked
+
+
+def enumerate_all(
+  scene: Scene,
+  classes: int,
+  chat: bool = False,
+  kinds: Iterable[str] = tuple(KINDS),
+) -> Iterator[Question]:
+  """Every question of some kinds about a scene, in a fixed order."""
+  for kind in kinds:
+    for subject in subjects(kind, scene, classes):
+      for language in things.LANGUAGES:
+        yield ask(kind, scene, language, subject, chat)
+
+
+def _x(scene, thing) -> float:
+  return scene.of(thing)[0].x
+
+
+# Each returns the prompt's arguments, the answer and further fields.
+
+
+def _caption(scene, language, subject):
+  del subject
+  return (), wording.caption(scene, language), {}
+
+
+def _grounded_caption(scene, language, subject):
+  del subject
+  boxes = [x for thing in scene.classes for x in scene.of(thing)]
+  answer = wording.caption(scene, language, boxes=True)
+  return (), answer, {'boxes': _boxes(scene, boxes)}
+
+
+def _exist(scene, language, thing):
+  there = wording.yes(bool(scene.of(thing)), language)
+  return (wording.bare(thing, language),), there, {}
+
+
+def _count(scene, language, subject):
+  if subject == 'all':
+    return (), str(len(scene.objects)), {}
+  if isinstance(subject, tuple):
+    total = sum(len(scene.of(x)) for x in subject)
+    if language == 'en':
+      names = [wording.many(x, language) for x in subject]
+    else:
+      names = [wording.bare(x, language) for x in subject]
+    return names, str(total), {}
+  names = (wording.many(subject, language),)
+  return names, str(len(scene.of(subject))), {}
+
+
+def _colour(scene, language, subject):
+  del subject
+  return (), scene.colour_name(language), {}
+
+
+def _left_of(scene, language, subject):
+  names = [wording.the(x, 1, language) for x in subject]
+  is_left = _x(scene, subject[0]) < _x(scene, subject[1])
+  return names, wording.true(is_left, language), {}
+
+
+def _compare(scene, language, subject):
+  """Told which is left, asked the same or the reverse: no picture needed."""
+  left, right = sorted(subject, key=lambda x: _x(scene, x))
+  same = subject == (left, right)
+  names = [wording.the(x, 1, language) for x in (left, right, *subject)]
+  names[0] = names[0][:1].upper() + names[0][1:]
+  return names, wording.true(same, language), {}
+
+
+def _side(scene, language, thing):
+  right = _x(scene, thing) > scene.side / 2
+  name = wording.the(thing, 1, language)
+  return (name,), wording.side(right, language), {}
+
+
+def _refer(scene, language, thing):
+  members = scene.of(thing)
+  name = wording.the(thing, len(members), language)
+  return (
+    (name,),
+    wording.box_text(scene, members),
+    {'boxes': _boxes(scene, members)},
+  )
+
+
+def _name_box(scene, language, index):
+  one = scene.objects[index]
+  answer = wording.some(one.thing, 1, language)
+  return (wording.box_text(scene, [one]),), answer, {}
+
+
+def _ocr(scene, language, subject):
+  del language, subject
+  return (), ''.join(wording.quad_text(scene, x) for x in scene.words), {}
+
+
+def _translate(scene, language, subject):
+  other = 'zh' if language == 'en' else 'en'
+  if subject == 'caption':
+    texts = [wording.caption(scene, x) for x in (language, other)]
+  else:
+    count = len(scene.of(subject))
+    texts = [wording.some(subject, count, x) for x in (language, other)]
+  return (texts[0],), texts[1], {}
+
+
+def _boxes(scene, objects):
+  return tuple(wording.thousandths(scene, x.box) for x in objects)
+
+
+_BUILD = {
+  'caption': _caption,
+  'exist': _exist,
+  'count': _count,
+  'colour': _colour,
+  'left_of': _left_of,
+  'side': _side,
+  'grounded_caption': _grounded_caption,
+  'refer': _refer,
+  'name_box': _name_box,
+  'ocr': _ocr,
+  'translate': _translate,
+  'compare': _compare,
+}

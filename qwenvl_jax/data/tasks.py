@@ -1,0 +1,225 @@
+"""From a record to the samples of a row: what a stage asks, and how often.
+
+Each class is a function `(record, rng, another) -> [Sample, ..]` with settings:
+`rng` decides everything, `another()` gives a further record at random. The
+first sample is the one with the picture; pure text follows in samples of its
+own. More branches are offered than may fit: rows drop what does not.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping
+
+from qwenvl_jax.data import conversations, maps, questions
+from qwenvl_jax.data.examples import Piece, Question, Sample, WordMap, plain
+from qwenvl_jax.data.records import Asked, Scene
+from qwenvl_jax.errors import ConfigError
+
+# Relative frequency of the kinds of questions in stage 2; coordinates and
+# names need the most practice.
+MULTITASK = {
+  'caption': 2.0,
+  'exist': 2.0,
+  'count': 2.0,
+  'colour': 1.0,
+  'left_of': 1.0,
+  'side': 0.5,
+  'grounded_caption': 1.0,
+  'refer': 4.0,
+  'name_box': 2.0,
+  'ocr': 1.0,
+  'translate': 0.5,
+  'compare': 0.25,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SceneTasks:
+  """What the tasks about scenes have in common.
+
+  Attributes:
+    kinds: relative frequency of the kinds of questions (`questions.KINDS`).
+    branches: questions for one picture; 0 for one question without branches.
+    classes: how many of `things.THINGS` the data has.
+    chinese: share of questions in Chinese.
+    grid: write each picture as a map of grid x grid words and attach no image:
+      text for a decoder that has no eyes yet. None for pictures.
+  """
+
+  kinds: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: dict(MULTITASK)
+  )
+  branches: int = 6
+  classes: int = 16
+  chinese: float = 0.5
+  grid: int | None = None
+
+  def __post_init__(self):
+    for kind in self.kinds:
+      if kind not in questions.KINDS:
+        raise ConfigError(
+          f'{type(self).__name__}.kinds names {kind!r}, which is none of '
+          f'{", ".join(questions.KINDS)}'
+        )
+    if not self.kinds:
+      raise ConfigError(f'{type(self).__name__}.kinds is empty; name a kind')
+
+  def _kinds(self) -> Mapping[str, float]:
+    if self.grid is None:
+      return self.kinds
+    # A map has no letters to read.
+    return {k: v for k, v in self.kinds.items() if k != 'ocr'}
+
+  def _span(self, scene: Scene, number: int, rng) -> Piece | WordMap:
+    if self.grid is None:
+      return Piece(f'<img>{number}</img>')
+    language = rng.choice(('en', 'zh'))
+    return maps.word_map(scene, self.grid, language)
+
+  def _images(self, *scenes: Scene) -> tuple[object, ...]:
+    return () if self.grid else tuple(x.image for x in scenes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Questions(SceneTasks):
+  """Stages 1 and 2: `<img>..</img>PROMPT ANSWER<|endoftext|>`."""
+
+  def __call__(
+    self, record: Scene, rng: random.Random, another: Callable[[], Scene]
+  ) -> list[Sample]:
+    del another  # One picture.
+    asked = questions.sample(
+      record,
+      rng,
+      self._kinds(),
+      max(self.branches, 1),
+      classes=self.classes,
+      chinese=self.chinese,
+    )
+    samples = []
+    seen = [x.pieces() for x in asked if x.image]
+    if seen:
+      samples.append(
+        Sample(
+          record=record.id,
+          trunk=(self._span(record, 0, rng),),
+          branches=tuple(seen),
+          images=self._images(record),
+        )
+      )
+    for question in asked:
+      if not question.image:
+        samples.append(Sample(record.id, question.pieces()))
+    return samples if self.branches else [plain(x) for x in samples]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chats(SceneTasks):
+  """Stage 3: ChatML conversations.
+
+  Attributes:
+    turns: most questions in one conversation.
+    two: share of samples with two pictures.
+    text: share of rows that also hold a conversation without a picture.
+  """
+
+  turns: int = 2
+  two: float = 0.25
+  text: float = 0.1
+  kinds: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: {
+      k: v for k, v in MULTITASK.items() if questions.KINDS[k] != 'text'
+    }
+  )
+
+  def __call__(
+    self, record: Scene, rng: random.Random, another: Callable[[], Scene]
+  ) -> list[Sample]:
+    wanted = max(self.branches, 1)
+    scenes = [record]
+    if rng.random() < self.two:
+      scenes.append(another())
+      asked = conversations.sample_pair(
+        record, scenes[1], rng, wanted * self.turns, self.chinese
+      )
+    else:
+      asked = questions.sample(
+        record,
+        rng,
+        self._kinds(),
+        wanted * self.turns,
+        classes=self.classes,
+        chinese=self.chinese,
+        chat=True,
+      )
+    if not asked:
+      return []
+    samples = [
+      conversations.sample(
+        '+'.join(x.id for x in scenes),
+        [self._span(x, i, rng) for i, x in enumerate(scenes)],
+        self._split(asked, wanted, rng),
+        self._images(*scenes),
+      )
+    ]
+    if not self.branches:
+      return [plain(samples[0])]
+    if rng.random() < self.text:
+      talk = questions.sample(
+        record,
+        rng,
+        {'translate': 2, 'compare': 1},
+        1,
+        classes=self.classes,
+        chinese=self.chinese,
+        chat=True,
+      )
+      samples.append(plain(conversations.sample(record.id, (), [talk])))
+    return samples
+
+  def _split(self, asked, wanted, rng) -> list[list[Question]]:
+    """Cuts the questions into at most `wanted` conversations."""
+    branches = []
+    while asked and len(branches) < wanted:
+      turns = rng.randint(1, self.turns)
+      branches.append(asked[:turns])
+      asked = asked[turns:]
+    return branches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AskedTasks:
+  """Questions that came with their pictures: `QUESTION Answer: ANSWER`.
+
+  Attributes:
+    branches: questions for one picture; 0 for one question without branches.
+  """
+
+  branches: int = 6
+
+  def __call__(
+    self, record: Asked, rng: random.Random, another: Callable[[], Asked]
+  ) -> list[Sample]:
+    del another  # One picture.
+    count = min(len(record.questions), max(self.branches, 1))
+    chosen = rng.sample(range(len(record.questions)), count)
+    sample = Sample(
+      record=record.id,
+      trunk=(Piece('<img>0</img>'),),
+      branches=tuple(vqa(record, i).pieces() for i in chosen),
+      images=(record.image,),
+    )
+    return [sample] if self.branches else [plain(sample)]
+
+
+def vqa(record: Asked, index: int) -> Question:
+  """A question that came with its picture."""
+  question, answer = record.questions[index]
+  return Question(
+    task='vqa',
+    kind='easy_vqa',
+    language='en',
+    prompt=f'{question} Answer:',
+    answer=f' {answer}',
+    record=record.id,
+  )

@@ -1,0 +1,116 @@
+"""The small vocabulary: the released one, reduced to what the data can say.
+
+A small model's embedding table need not hold 151,643 rows of which it meets a
+few hundred. The subset splits every text below exactly as the whole vocabulary
+does, so that what is learned is Qwen's own segmentation.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+from qwenvl_jax.data import (
+  conversations,
+  maps,
+  questions,
+  sources,
+  things,
+  wording,
+)
+from qwenvl_jax.data.examples import END, Question
+from qwenvl_jax.data.records import Object, Scene, Word, scene
+from qwenvl_jax.data.tasks import vqa
+from qwenvl_jax.text import chatml
+from qwenvl_jax.text.tokenizer import Tokenizer
+
+# Kinds of questions that write two classes into one sentence.
+_OF_TWO = ('caption', 'count', 'left_of', 'compare', 'translate')
+
+_SIDE = 100
+# Left to right, without overlap.
+_PLACES = ((2, 10, 22, 30), (40, 30, 60, 50), (70, 60, 90, 80))
+
+
+def texts(classes: int, easy_vqa: bool = True) -> Iterator[str]:
+  """Everything that the templates can write, or its parts.
+
+  Chinese runs without spaces are split as a whole, so each two classes that may
+  meet in a sentence are met here.
+
+  Args:
+    classes: how many of `things.THINGS` the data has.
+    easy_vqa: include the questions and answers of easy-VQA.
+  """
+  yield from map(str, range(10))
+  yield from ('(', ',', '),(', ')', ' ', END, 'Picture 1: ', 'Picture 2: ')
+  yield from chatml.SCAFFOLD
+  for language in things.LANGUAGES:
+    for label in range(things.PATCH_CLASSES):
+      yield maps.map_word(label, language)
+    # As chats answer, without a space before it.
+    for flag in (False, True):
+      yield wording.yes(flag, language)
+      yield wording.true(flag, language)
+      yield wording.side(flag, language)
+  for question in _questions(classes):
+    yield question.prompt
+    yield question.answer + END
+  if easy_vqa:
+    yield from _easy_vqa()
+
+
+def build(tokenizer: Tokenizer, classes: int, easy_vqa: bool = True):
+  """The subset of `tokenizer` that splits all of `texts` alike."""
+  return tokenizer.subset(dict.fromkeys(texts(classes, easy_vqa)))
+
+
+def scenes(classes: int) -> Iterator[Scene]:
+  """Scenes that between them hold every name, count, pair, colour and word."""
+  colours = itertools.cycle(range(len(things.COLOURS)))
+  words = itertools.cycle(things.WORDS)
+  for thing in range(classes):
+    for count in (1, 2, 3):
+      # Twice as many scenes as colours, and more than there are words.
+      yield _scene([thing] * count, next(colours), next(words)[0])
+  for word, _ in things.WORDS:
+    yield _scene([0], next(colours), word)
+  for colour in range(len(things.COLOURS)):
+    yield _scene([0], colour)
+  for first, second in itertools.permutations(range(classes), 2):
+    third = next(x for x in range(classes) if x not in (first, second))
+    for kinds in (
+      [first, second],
+      [first, first, second],
+      [first, second, second],
+      [third, first, second],
+    ):
+      yield _scene(kinds, next(colours))
+
+
+def _questions(classes: int) -> Iterator[Question]:
+  before = None
+  for one in scenes(classes):
+    alone = len(one.classes) == 1
+    for chat in (False, True):
+      kinds = questions.KINDS if alone else _OF_TWO
+      yield from questions.enumerate_all(one, classes, chat, kinds)
+    if before is not None and alone:
+      yield from conversations.enumerate_pair(before, one)
+    before = one
+
+
+def _scene(kinds, colour, word=None) -> Scene:
+  objects = [Object(kind, box) for kind, box in zip(kinds, _PLACES)]
+  words = [Word(word, ((5, 5), (40, 5), (40, 25), (5, 25)))] if word else []
+  return scene('vocabulary', b'', _SIDE, objects, colour, words=words)
+
+
+def _easy_vqa() -> Iterator[str]:
+  seen = set()
+  for split in ('train', 'test'):
+    for record in sources.EasyVqa(split).open():
+      for index, pair in enumerate(record.questions):
+        if pair not in seen:
+          seen.add(pair)
+          question = vqa(record, index)
+          yield question.prompt
+          yield question.answer + END

@@ -1,0 +1,456 @@
+"""What the console commands share: gin configs, overrides, errors for people.
+
+A command that runs a configured job takes `--gin_file=FILE` (repeatable) and
+`--gin.NAME=VALUE`. Only this module and the commands know gin: libraries are
+plain dataclasses, which config files name by import
+(`from __gin__ import dynamic_registration`).
+"""
+
+import argparse
+import difflib
+import inspect
+import io
+import logging
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from qwenvl_jax.errors import ConfigError, QwenVLError
+
+# The project's configs/, found wherever a command is started.
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+
+# Makes gin read a file through us, see `_read`.
+_SCHEME = 'qwenvl-config:'
+
+_INCLUDE = re.compile(r"""^(\s*include\s+)(['"])(.+?)\2""", re.MULTILINE)
+
+GIN_HELP = """\
+configuration:
+  --gin_file=FILE      a config file; may be repeated, later ones win. Looked
+                       for in the current folder, next to the file that includes
+                       it, and in the project's configs/.
+  --gin.NAME=VALUE     overrides one value: a name defined in the files
+                       (--gin.STEPS=100) or a parameter of a class or function
+                       (--gin.OptimizerConfig.peak=1e-4). Strings are quoted:
+                       --gin.DATA='"scenes"'
+"""
+
+
+def parser(prog: str, description: str, examples: str = '', gin_help=True):
+  """An argument parser in the manner of all commands.
+
+  Args:
+    prog: name of the command.
+    description: what it does, for a newcomer.
+    examples: shown at the end of the help.
+    gin_help: whether the command takes `--gin_file` and `--gin.NAME=VALUE`.
+
+  Returns:
+    An `argparse.ArgumentParser`.
+  """
+  epilog = GIN_HELP if gin_help else ''
+  if examples:
+    epilog += '\nexamples:\n' + inspect.cleandoc(examples).replace(
+      '\n', '\n  '
+    ).join(['  ', '\n'])
+  result = argparse.ArgumentParser(
+    prog=prog,
+    description=inspect.cleandoc(description),
+    epilog=epilog,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  if gin_help:
+    result.add_argument(
+      '--gin_file', action='append', default=[], help=argparse.SUPPRESS
+    )
+  return result
+
+
+def parse(
+  arguments: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+  """Parses a command line into flags and gin bindings.
+
+  Args:
+    arguments: from `parser`.
+    argv: without the program's name.
+
+  Returns:
+    (flags, bindings such as 'STEPS=100').
+
+  Raises:
+    ConfigError: an unknown argument, or a binding without a value.
+  """
+  plain, bindings = [], []
+  rest = iter(argv)
+  for argument in rest:
+    if not argument.startswith('--gin.'):
+      plain.append(argument)
+      continue
+    binding = argument.removeprefix('--gin.')
+    if '=' not in binding:
+      value = next(rest, None)
+      if value is None:
+        raise ConfigError(f'{argument} has no value: write {argument}=VALUE')
+      binding = f'{binding}={value}'
+    bindings.append(binding)
+  flags, unknown = arguments.parse_known_args(plain)
+  if unknown:
+    known = [
+      option
+      for action in arguments._actions
+      for option in action.option_strings
+    ]
+    raise ConfigError(
+      f'unknown argument {unknown[0]}'
+      + _suggest(unknown[0].split('=')[0], known)
+      + f'; see {arguments.prog} --help'
+    )
+  return flags, bindings
+
+
+def load(files: Iterable[str], bindings: Sequence[str] = ()) -> None:
+  """Replaces gin's configuration by these files and overrides.
+
+  Args:
+    files: names of config files, found by `find_config`.
+    bindings: 'NAME=VALUE' each, applied last.
+
+  Raises:
+    ConfigError: a file, name, parameter or value that does not exist, with
+      what is close to it.
+  """
+  _install_reader()
+  gin.config._IMPORTS.clear()
+  with gin.unlock_config():
+    gin.clear_config()
+    for file in files:
+      path = find_config(file)
+      with _explained(str(path)):
+        gin.parse_config_file(_SCHEME + str(path))
+    for binding in bindings:
+      _override(binding)
+    _check_macros()
+
+
+def find_config(name: str, including: Path | None = None) -> Path:
+  """The path of a config file.
+
+  Args:
+    name: as written on the command line or in an `include`.
+    including: the file that includes it.
+
+  Raises:
+    ConfigError: there is none; says which are close.
+  """
+  places = [Path.cwd(), CONFIGS, CONFIGS.parent]
+  if including is not None:
+    places.insert(0, including.parent)
+  for place in places:
+    path = (place / name).resolve()
+    # A file that includes its own name means the one it specializes.
+    if path.is_file() and path != including:
+      return path
+  available = {
+    str(path.relative_to(place))
+    for place, pattern in ((CONFIGS, '**/*.gin'), (Path.cwd(), '*.gin'))
+    for path in place.glob(pattern)
+  }
+  where = f', included by {including}' if including else ''
+  raise ConfigError(
+    f'config file {name!r}{where} does not exist'
+    + _suggest(name.removeprefix('configs/'), available)
+    + f'; looked in {", ".join(str(p) for p in dict.fromkeys(places))}'
+  )
+
+
+def build(target: Callable) -> Any:
+  """Calls a class or function with what the configuration binds to it.
+
+  Raises:
+    ConfigError: the configuration does not mention it, or leaves out values
+      that it needs.
+  """
+  name = target.__name__
+  try:
+    configured = gin.get_configurable(target)
+  except (ValueError, KeyError) as error:
+    raise ConfigError(
+      f'the configuration says nothing about {name}: pass a --gin_file that '
+      f'does, e.g. one of {_stage_files()}'
+    ) from error
+  _check_open()
+  try:
+    return configured()
+  except (TypeError, ValueError, RuntimeError) as error:
+    text = str(error)
+    if 'No values supplied' in text or 'equired binding' in text:
+      raise ConfigError(
+        f'a value is missing in the configuration: {text}'
+      ) from (error)
+    if 'gin.REQUIRED' in text:
+      raise ConfigError(text) from error
+    raise
+
+
+def resolved() -> str:
+  """The whole configuration as one config file."""
+  return gin.config_str()
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+  """Runs a command: errors for people go to stderr, without a traceback.
+
+  Args:
+    main: takes the arguments, returns the exit status.
+  """
+  # Orbax logs, with a traceback, what it also raises.
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  try:
+    status = main(sys.argv[1:])
+  except QwenVLError as error:
+    print(f'error: {error}', file=sys.stderr)
+    status = 2
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    status = 130
+  except BrokenPipeError:  # `| head` is no error.
+    sys.stderr.close()
+    status = 0
+  sys.exit(status)
+
+
+def _install_reader() -> None:
+  # First in line: the readers that gin comes with complain on stderr about
+  # what they cannot read.
+  readers = gin.config._FILE_READERS
+  if readers[0][0] is not _read:
+    readers.insert(0, (_read, lambda path: path.startswith(_SCHEME)))
+
+
+def _read(name: str):
+  """Opens a config file with its includes resolved next to it."""
+  path = Path(name.removeprefix(_SCHEME))
+
+  def absolute(match):
+    target = _SCHEME + str(find_config(match[3], path))
+    return f'{match[1]}{match[2]}{target}{match[2]}'
+
+  try:
+    text = path.read_text()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f'{path} cannot be read: {error}') from error
+  file = io.StringIO(_INCLUDE.sub(absolute, text))
+  file.name = str(path)
+  return file
+
+
+def _override(binding: str) -> None:
+  """Applies one 'NAME=VALUE' from the command line."""
+  key, value = (part.strip() for part in binding.split('=', 1))
+  shown = f'--gin.{key}={value}'
+  *scope, name = key.rsplit('/', 1)
+  if '.' not in name:
+    if key not in _macros():
+      meant = _near(key, _macros()) + _parameters_named(key)
+      raise ConfigError(
+        f'{shown}: the config files define no {key}'
+        + _suggest(key, _macros(), meant)
+      )
+  else:
+    selector, parameter = name.rsplit('.', 1)
+    key = '/'.join([*scope, f'{_selector(selector, shown)}.{parameter}'])
+  _check_value(value, key, shown)
+  imports = (statement.format() for statement in _imports())
+  header = '\n'.join(
+    ['from __gin__ import dynamic_registration', *sorted(imports)]
+  )
+  with _explained(shown):
+    gin.parse_config(f'{header}\n{key} = {value}')
+
+
+def _macros() -> dict[str, Any]:
+  """NAME -> value of the `NAME = value` lines."""
+  return {
+    scope: bound.get('value')
+    for (scope, selector), bound in gin.config._CONFIG.items()
+    if selector == 'gin.macro'
+  }
+
+
+def _check_macros() -> None:
+  """Finds names used but not defined.
+
+  gin would say so too, but with the whole configuration.
+  """
+  macros = _macros()
+  for (_, selector), bound in gin.config._CONFIG.items():
+    for parameter, value in bound.items():
+      for name in re.findall(r'%([A-Za-z_]\w*)(?![\w.])', repr(value)):
+        if name not in macros:
+          where = selector.rsplit('.', 1)[-1]
+          raise ConfigError(
+            f'{where}.{parameter} = {value!r}, but no {name} is defined'
+            + _suggest(name, macros)
+          )
+
+
+def _check_open() -> None:
+  """Finds what the files leave for the caller to say (`%gin.REQUIRED`)."""
+  names = [n for n, v in _macros().items() if repr(v) == '%gin.REQUIRED']
+  if names:
+    raise ConfigError(
+      f'the config files leave open: {", ".join(names)}; give '
+      + ' '.join(f'--gin.{name}=VALUE' for name in names)
+      + ' (what they mean stands beside them in the files)'
+    )
+
+
+def _check_value(value: str, key: str, shown: str) -> None:
+  """Finds the string without quotes before gin finds a syntax error."""
+  if '@' in value or '%' in value:  # A reference, which gin resolves.
+    return
+  try:
+    gin.config.parse_value(value)
+  except (SyntaxError, ValueError) as error:
+    raise ConfigError(
+      f'{shown}: the value is no Python literal. A string is quoted, for the '
+      f'shell once more: --gin.{key}=\'"{value}"\''
+    ) from error
+
+
+def _selector(name: str, shown: str) -> str:
+  """Completes 'OptimizerConfig' to 'optimizer.OptimizerConfig'."""
+  known = _configurables()
+  if name in known:
+    return name
+  matches = [full for full in known if full.endswith('.' + name)]
+  if len(matches) == 1:
+    return matches[0]
+  if len({id(known[m]) for m in matches}) == 1:
+    return matches[0]
+  if matches:
+    raise ConfigError(f'{shown}: {name} may be {" or ".join(sorted(matches))}')
+  last = {full.rsplit('.', 1)[-1] for full in known}
+  raise ConfigError(
+    f'{shown}: there is no {name}' + _suggest(name, [*known, *last])
+  )
+
+
+def _imports() -> list:
+  """The import statements of the config files read so far."""
+  return [
+    statement
+    for statement in gin.config._IMPORTS
+    if not statement.module.startswith('__gin__')
+  ]
+
+
+def _configurables() -> dict[str, Any]:
+  """What overrides may name: classes and functions of imported modules."""
+  found = {}
+  for statement in _imports():
+    for attribute, value in _public(sys.modules[statement.module]).items():
+      found[f'{statement.bound_name()}.{attribute}'] = value
+  return found
+
+
+def _public(module) -> dict[str, Any]:
+  """Classes and functions of a module, less what it imports from elsewhere."""
+  return {
+    name: value
+    for name, value in vars(module).items()
+    if not name.startswith('_')
+    and callable(value)
+    and getattr(value, '__module__', None) == module.__name__
+  }
+
+
+def _parameters_named(name: str) -> list[str]:
+  """Class.parameter for parameters called nearly so."""
+  found = []
+  for full, value in _configurables().items():
+    for parameter in difflib.get_close_matches(
+      name.lower(), _parameters(value), n=1, cutoff=0.8
+    ):
+      found.append(f'{full.rsplit(".", 1)[-1]}.{parameter}')
+  return found
+
+
+def _parameters(target: Any) -> list[str]:
+  try:
+    return list(inspect.signature(target).parameters)
+  except (TypeError, ValueError):
+    return []
+
+
+class _explained:
+  """Turns gin's exceptions while parsing into a `ConfigError`."""
+
+  def __init__(self, where: str):
+    self._where = where
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    if error is None or isinstance(error, QwenVLError):
+      return False
+    if not isinstance(
+      error, (ImportError, NameError, AttributeError, ValueError, SyntaxError)
+    ):
+      return False
+    text = ' '.join(str(error).split())
+    text, *place = re.split(
+      r'\.? (?=In file|In bindings string)', text, maxsplit=1
+    )
+    # Of an override, the place is a line that nobody wrote.
+    place = [f' ({p[0].lower()}{p[1:]})' for p in place if 'In file' in p]
+    message = f'{self._where}: {text}{_hint(text)}{"".join(place)}'
+    raise ConfigError(message) from error
+
+
+def _hint(text: str) -> str:
+  """What is close to the name that gin did not find."""
+  if match := re.search(r"'(\w+)' was not provided by an import", text):
+    return _suggest(match[1], [s.bound_name() for s in _imports()])
+  if match := re.search(r"resolve selector ([\w.]+); <module '([\w.]+)'", text):
+    module = sys.modules[match[2]]
+    return _suggest(match[1].rsplit('.', 1)[-1], _public(module))
+  if match := re.search(
+    r"'([\w.]+)' doesn't have a parameter named '(\w+)'", text
+  ):
+    found = gin.config._REGISTRY.get_match(match[1].split('.')[-1])
+    return _suggest(match[2], _parameters(found.wrapped)) if found else ''
+  if match := re.search(r"No module named '([\w.]+)\.(\w+)'", text):
+    package = sys.modules.get(match[1])
+    paths = getattr(package, '__path__', [])
+    return _suggest(match[2], [m.name for m in pkgutil.iter_modules(paths)])
+  return ''
+
+
+def _near(name: str, known: Iterable[str]) -> list[str]:
+  lower = {k.lower(): k for k in sorted(set(known))}
+  near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+  return [lower[n] for n in near]
+
+
+def _suggest(name: str, known: Iterable[str], near=None) -> str:
+  """The end of an error message: what is close, or all if that is little."""
+  near = _near(name, known) if near is None else near
+  if near:
+    return f'; did you mean {" or ".join(near)}?'
+  known = sorted(set(known))
+  return f'; there is {", ".join(known)}' if 0 < len(known) <= 12 else ''
+
+
+def _stage_files() -> list[str]:
+  return sorted(p.name for p in CONFIGS.glob('*.gin'))

@@ -1,0 +1,1 @@
+"""Generation: sampling, decoding with a cache, beam search, chat."""

@@ -1,0 +1,1 @@
+"""Text: the vocabulary, chat turns, boxes written as text, labels drawn."""

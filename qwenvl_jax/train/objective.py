@@ -1,0 +1,119 @@
+"""What a run learns: the model with its loss, behind one small protocol."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwenvl_jax.batch import Batch, text_batch
+from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.layers import default_init
+from qwenvl_jax.model.qwen_vl import QwenVL
+from qwenvl_jax.model.vision import VisionTransformer
+from qwenvl_jax.train.loss import next_token_loss
+
+# Patches with this label carry no loss in `PatchNames`.
+NO_LABEL = -1
+
+
+class Objective(Protocol):
+  """What the trainer needs to know of a model and its loss.
+
+  Attributes:
+    config: of the model; the trainer reads the dtypes of the computation and
+      of the trained parameters from it and saves it beside the checkpoints.
+  """
+
+  config: QwenVLConfig
+
+  def init(self, key: jax.Array) -> Any:
+    """Random parameters: a nested dict; leaves may be logically partitioned."""
+
+  def loss(
+    self, params: Any, batch: dict[str, jax.Array]
+  ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Sums over the rows of (a microbatch of) the batch.
+
+    Returns:
+      (sum of the loss, sum of the weights, further sums). Of the further sums
+      `tokens` and `images` count what was processed; any other is reported
+      divided by the weight.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+  """The Qwen-VL objective: the next token, of every stage.
+
+  Batches hold the fields of `Batch`.
+  """
+
+  config: QwenVLConfig
+
+  def init(self, key: jax.Array) -> Any:
+    batch = text_batch(np.zeros((1, 1), np.int32))
+    return QwenVL(self.config).init(key, batch)['params']
+
+  def loss(self, params, batch):
+    batch = Batch(**batch)
+    logits = QwenVL(self.config).apply({'params': params}, batch)
+    loss, weight = next_token_loss(logits, batch.targets, batch.loss_weights)
+    counts = {
+      'tokens': jnp.sum(batch.segment_ids > 0),
+      'images': jnp.sum(batch.image_starts >= 0),
+    }
+    return loss, weight, counts
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchNames:
+  """A stand-in for CLIP pre-training: which class is in which patch.
+
+  A vision transformer with a linear head. Its tree has `vision` exactly as
+  Qwen-VL has it, so that `InitFrom(vision=...)` takes it over, and `head`.
+
+  Batches hold `pixels` [B,R,R,3] (uint8, or float normalized) and
+  `patch_labels` [B,R/patch,R/patch] int32, `NO_LABEL` for no loss, as
+  `VisionPipeline` makes them.
+  """
+
+  config: QwenVLConfig
+  classes: int
+
+  def _model(self) -> nn.Module:
+    return _PatchClassifier(self.config, self.classes)
+
+  def init(self, key: jax.Array) -> Any:
+    side = self.config.vision.image_size
+    pixels = jnp.zeros((1, side, side, 3), jnp.uint8)
+    return self._model().init(key, pixels)['params']
+
+  def loss(self, params, batch):
+    logits = self._model().apply({'params': params}, batch['pixels'])
+    labels = einops.rearrange(batch['patch_labels'], 'b h w -> b (h w)')
+    weights = (labels != NO_LABEL).astype(jnp.float32)
+    targets = jnp.maximum(labels, 0)
+    loss, weight = next_token_loss(logits, targets, weights)
+    correct = jnp.sum((jnp.argmax(logits, -1) == targets) * weights)
+    images = jnp.asarray(labels.shape[0], jnp.int32)
+    return loss, weight, {'accuracy': correct, 'images': images}
+
+
+class _PatchClassifier(nn.Module):
+  config: QwenVLConfig
+  classes: int
+
+  @nn.compact
+  def __call__(self, pixels):
+    c = self.config
+    x = VisionTransformer(
+      c.vision, c.dtype, c.param_dtype, c.remat, name='vision'
+    )(pixels)
+    head = self.param(
+      'head', default_init, (c.vision.width, self.classes), c.param_dtype
+    )
+    return jnp.einsum('BPD,DC->BPC', x, head.astype(c.dtype))

@@ -1,0 +1,233 @@
+"""What a run says while it runs: bar or lines, log.jsonl, TensorBoard."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.text import Text
+
+from qwenvl_jax.train.events import Events
+from qwenvl_jax.train.step import COUNTS
+
+LOG_FILE = 'log.jsonl'
+TENSORBOARD = 'tensorboard'
+
+# Metrics of the latest step; everything else is a mean over the window.
+_LATEST = ('learning_rate', 'skipped', 'skipped_in_a_row')
+
+
+@dataclasses.dataclass
+class Window:
+  """Sums over the steps since the last record: sums add up, means do not."""
+
+  began: float
+  waited: float = 0.0
+  weight: float = 0.0
+  steps: int = 0
+  sums: dict[str, float] = dataclasses.field(default_factory=dict)
+  latest: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def add(self, metrics: dict[str, np.ndarray]) -> None:
+    values = {name: float(value) for name, value in metrics.items()}
+    weight = values.pop('weight')
+    self.latest = {name: values.pop(name) for name in _LATEST}
+    good = math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])
+    for name, value in values.items():
+      if name in COUNTS:
+        self.sums[name] = self.sums.get(name, 0) + value
+      elif good:
+        # The gradient's norm is a number a step, the rest a number a label.
+        share = 1 if name == 'grad_norm' else weight
+        self.sums[name] = self.sums.get(name, 0) + value * share
+    if good:
+      self.weight += weight
+      self.steps += 1
+
+  def record(self, step: int) -> dict[str, float | int | None]:
+    seconds = max(time.perf_counter() - self.began, 1e-9)
+    record = {'step': step, 'loss': None, 'grad_norm': None}
+    for name, value in self.sums.items():
+      if name in COUNTS:
+        record[name] = int(value)
+        record[f'{name}_per_second'] = value / seconds
+      else:
+        record[name] = value / (
+          self.steps if name == 'grad_norm' else self.weight
+        )
+    record['learning_rate'] = self.latest['learning_rate']
+    record['skipped'] = int(self.latest['skipped'])
+    record['seconds'] = seconds
+    record['waiting_for_data'] = self.waited / seconds
+    return record
+
+
+class Reporter:
+  """Writes the records of the process that owns the run's folder."""
+
+  def __init__(self, workdir: Path, start: int, stop: int, quiet=False):
+    """Continues the logs of a run.
+
+    Args:
+      workdir: the run's folder.
+      start: step the run goes on from; later records of an earlier start are
+        dropped, they will be written again.
+      stop: step the run ends at.
+      quiet: write nothing (other processes of a multi-process run).
+    """
+    self._quiet = quiet
+    self._stop = stop
+    self._began = time.perf_counter(), start
+    self._bar = None
+    if quiet:
+      return
+    _drop_records_after(workdir / LOG_FILE, start)
+    # Line by line, so that a kill costs one record at most.
+    log = (workdir / LOG_FILE).open('a', buffering=1)
+    events = Events(workdir / TENSORBOARD, start)
+    self._sinks = {
+      LOG_FILE: (
+        lambda record: log.write(json.dumps(record) + '\n'),
+        log.close,
+      ),
+      TENSORBOARD: (
+        lambda record: _write_scalars(events, record),
+        events.close,
+      ),
+    }
+    console = Console(stderr=True)
+    if console.is_terminal:
+      self._bar = Progress(
+        TextColumn(workdir.name or 'train'),
+        BarColumn(),
+        _Columns(),
+        console=console,
+      )
+      self._task = self._bar.add_task(
+        '', total=stop, completed=start, record={}
+      )
+      self._bar.start()
+
+  def compiled(self, seconds: float) -> None:
+    """Says how long compilation took, and leaves it out of the time left."""
+    clock, start = self._began
+    self._began = clock + seconds, start
+    self.say(f'compiled the training step in {seconds:.1f} s')
+
+  def step(self, step: int) -> None:
+    """Moves the bar."""
+    if self._bar:
+      self._bar.update(self._task, completed=step)
+
+  def record(self, record: dict) -> None:
+    """Writes one record everywhere."""
+    if self._quiet:
+      return
+    finite = {
+      k: v if v is None or math.isfinite(v) else None for k, v in record.items()
+    }
+    for name, (write, _) in list(self._sinks.items()):
+      self._attempt(name, lambda write=write: write(finite))
+    if self._bar:
+      self._bar.update(self._task, completed=record['step'], record=finite)
+    else:
+      self.say(f'step {record["step"]}/{self._stop}  ' + self._line(finite))
+
+  def _attempt(self, name: str, action) -> None:
+    """A run does not end for its logs: a full disk stops them only."""
+    try:
+      action()
+    except OSError as error:
+      self._sinks.pop(name, None)
+      self.say(f'warning: {name} ends here: {error}')
+
+  def _line(self, record: dict) -> str:
+    clock, start = self._began
+    done = record['step'] - start
+    left = self._stop - record['step']
+    seconds = (time.perf_counter() - clock) / max(done, 1) * left
+    return f'{describe(record)}  eta {_duration(seconds)}'
+
+  def say(self, message: str) -> None:
+    """A line for people, above the bar where there is one."""
+    if self._quiet:
+      return
+    if self._bar:
+      self._bar.console.print(message, markup=False, highlight=False)
+    else:
+      print(message, file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    if self._quiet:
+      return
+    if self._bar:
+      self._bar.stop()
+    for name, (_, close) in list(self._sinks.items()):
+      self._attempt(name, close)
+
+
+def describe(record: dict) -> str:
+  """The numbers of a record that fit on a line."""
+  parts = []
+  if 'heldout_loss' in record:
+    parts.append(f'held-out loss {record["heldout_loss"]:.4f}')
+  if 'loss' in record:
+    loss = record['loss']
+    parts.append('loss -' if loss is None else f'loss {loss:.4f}')
+  if record.get('accuracy') is not None:
+    parts.append(f'accuracy {record["accuracy"]:.3f}')
+  if 'learning_rate' in record:
+    parts.append(f'rate {record["learning_rate"]:.2e}')
+  for name in COUNTS:
+    if f'{name}_per_second' in record:
+      parts.append(f'{record[f"{name}_per_second"]:.0f} {name}/s')
+  if 'waiting_for_data' in record:
+    parts.append(f'waiting for data {record["waiting_for_data"]:.0%}')
+  if record.get('skipped'):
+    parts.append(f'skipped {record["skipped"]}')
+  return '  '.join(parts)
+
+
+def _write_scalars(events: Events, record: dict) -> None:
+  scalars = {k: v for k, v in record.items() if k != 'step' and v is not None}
+  events.write(record['step'], scalars)
+
+
+class _Columns(ProgressColumn):
+  """Step, numbers and time left."""
+
+  max_refresh = 0.5
+
+  def render(self, task) -> Text:
+    left = task.time_remaining
+    eta = '-:--:--' if left is None else _duration(left)
+    return Text(
+      f'{int(task.completed)}/{int(task.total)}  '
+      f'{describe(task.fields["record"])}  eta {eta}'
+    )
+
+
+def _duration(seconds: float) -> str:
+  seconds = int(seconds)
+  return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+  """Keeps the whole records up to a step; a kill may have cut the last."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text(errors='replace').splitlines():
+    try:
+      if json.loads(line)['step'] <= step:
+        kept.append(line + '\n')
+    except (ValueError, KeyError, TypeError):
+      continue
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(''.join(kept))
+  temporary.replace(path)

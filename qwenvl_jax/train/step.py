@@ -1,0 +1,242 @@
+"""One compiled training step: accumulate, clip, update or skip."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.sharding import (
+  BATCH_AXES,
+  batch_sharding,
+  data_shards,
+  replicated,
+  use_mesh,
+)
+from qwenvl_jax.train.objective import Objective
+from qwenvl_jax.train.optimizer import (
+  OptimizerConfig,
+  make_optimizer,
+  merge,
+)
+from qwenvl_jax.train.state import TrainState
+
+# Sums over a batch that are reported as they are, not divided by the weight.
+COUNTS = ('tokens', 'images')
+
+
+def check_batch(rows: int, accumulation: int, mesh: Mesh) -> None:
+  """Raises ConfigError if a global batch does not split evenly.
+
+  Args:
+    rows: of the global batch.
+    accumulation: number of microbatches.
+    mesh: see `make_mesh`.
+  """
+  shards = data_shards(mesh)
+  if accumulation < 1:
+    raise ConfigError(f'accumulation={accumulation} must be at least 1')
+  if rows % (accumulation * shards) == 0:
+    return
+  possible = [a for a in range(1, rows + 1) if rows % (a * shards) == 0]
+  unit = accumulation * shards
+  raise ConfigError(
+    f'a global batch of {rows} rows does not split into accumulation='
+    f'{accumulation} microbatches over {shards} data shard(s) (mesh '
+    f'{dict(mesh.shape)}): '
+    + (
+      f'accumulation may be one of {possible}'
+      if possible
+      else f'the batch must be a multiple of {shards}'
+    )
+    + f', or the batch {max(rows // unit, 1) * unit} or '
+    f'{(rows // unit + 1) * unit}'
+  )
+
+
+def _microbatches(batch: Any, count: int, mesh: Mesh) -> Any:
+  """[B,...] to [count, B/count,...], without moving rows between devices.
+
+  Each device's rows are dealt to the microbatches in turn: slicing the global
+  batch instead would put a microbatch on a part of the devices.
+  """
+  sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+  def deal(x):
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return jax.tree.map(deal, batch)
+
+
+def accumulate(
+  objective: Objective,
+  trained: Any,
+  frozen: Any,
+  batch: dict[str, jax.Array],
+  accumulation: int,
+  mesh: Mesh,
+) -> tuple[Any, jax.Array, jax.Array, dict[str, jax.Array]]:
+  """Sums of loss, gradient and counts over the microbatches of a batch.
+
+  Returns:
+    (gradient of the summed loss, summed loss, summed weight, other sums).
+  """
+
+  def loss(trained, rows):
+    total, weight, sums = objective.loss(merge(trained, frozen), rows)
+    return total, (weight, sums)
+
+  def one(rows):
+    (total, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
+      trained, rows
+    )
+    return grads, total, weight, sums
+
+  if accumulation == 1:
+    return one(batch)
+
+  micro = _microbatches(batch, accumulation, mesh)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro)),
+  )
+  sums, _ = jax.lax.scan(
+    lambda carry, rows: (jax.tree.map(jnp.add, carry, one(rows)), None),
+    zeros,
+    micro,
+  )
+  return sums
+
+
+def train_step(
+  state: TrainState,
+  batch: dict[str, jax.Array],
+  *,
+  objective: Objective,
+  config: OptimizerConfig,
+  accumulation: int,
+  mesh: Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step, a pure function.
+
+  Loss and gradient are means over the summed weight of the whole batch, so
+  accumulation does not change them. Where either is not finite (a batch without
+  any loss weight included), parameters, moments and schedule stay as they were.
+
+  Args:
+    state: see `TrainState`.
+    batch: as the objective takes it, [B,...].
+    objective: model and loss.
+    config: of the optimizer.
+    accumulation: number of microbatches, divides B.
+    mesh: see `make_mesh`.
+
+  Returns:
+    (new state, metrics): `loss` and `grad_norm` (before the clip) of the
+    parameters before the update, `learning_rate`, `weight`, the objective's
+    sums, `skipped` and `skipped_in_a_row`.
+  """
+  grads, total, weight, sums = accumulate(
+    objective, state.trained, state.frozen, batch, accumulation, mesh
+  )
+  loss = total / weight
+  grads = jax.tree.map(lambda g: g / weight, grads)
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+  updates, opt_state = make_optimizer(config).update(
+    grads, state.opt_state, state.trained
+  )
+  trained = optax.apply_updates(state.trained, updates)
+
+  def keep_if_bad(new, old):
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+  bad = (~finite).astype(jnp.int32)
+  new = TrainState(
+    step=state.step + 1,
+    trained=keep_if_bad(trained, state.trained),
+    frozen=state.frozen,
+    opt_state=keep_if_bad(opt_state, state.opt_state),
+    skipped=state.skipped + bad,
+    skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+  )
+  metrics = {
+    name: value if name in COUNTS else value / weight
+    for name, value in sums.items()
+  }
+  metrics |= {
+    'loss': loss,
+    'weight': weight,
+    'grad_norm': norm,
+    'learning_rate': config.schedule(state.step - state.skipped),
+    'skipped': new.skipped,
+    'skipped_in_a_row': new.skipped_in_a_row,
+  }
+  return new, metrics
+
+
+def compile_step(
+  objective: Objective,
+  config: OptimizerConfig,
+  accumulation: int,
+  mesh: Mesh,
+  state: TrainState,
+) -> Callable:
+  """The jitted step.
+
+  Args:
+    objective: model and loss.
+    config: of the optimizer.
+    accumulation: number of microbatches.
+    mesh: see `make_mesh`.
+    state: values or structs with shardings.
+
+  Returns:
+    (state, batch) -> (state, metrics). Gives up its state argument (donated).
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+
+  def step(state, batch):
+    return train_step(
+      state,
+      batch,
+      objective=objective,
+      config=config,
+      accumulation=accumulation,
+      mesh=mesh,
+    )
+
+  compiled = jax.jit(
+    step,
+    in_shardings=(shardings, batch_sharding(mesh)),
+    out_shardings=(shardings, replicated(mesh)),
+    donate_argnums=0,
+  )
+
+  def run(state, batch):
+    with use_mesh(mesh):
+      return compiled(state, batch)
+
+  run.jitted = compiled
+  return run
+
+
+def compile_loss(objective: Objective, mesh: Mesh, params: Any) -> Callable:
+  """Jitted (params, batch) -> (sum of the loss, sum of the weights)."""
+  shardings = jax.tree.map(lambda x: x.sharding, params)
+  compiled = jax.jit(
+    lambda params, batch: objective.loss(params, batch)[:2],
+    in_shardings=(shardings, batch_sharding(mesh)),
+    out_shardings=replicated(mesh),
+  )
+
+  def run(params, batch):
+    with use_mesh(mesh):
+      return compiled(params, batch)
+
+  return run

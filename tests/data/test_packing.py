@@ -1,0 +1,119 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwenvl_jax import batch
+from qwenvl_jax.data import packing
+from qwenvl_jax.data.examples import Piece, Sample, encode_sample
+from qwenvl_jax.errors import DataError
+from qwenvl_jax.text.tokenizer import Tokenizer
+
+_TOKENIZER = Tokenizer()
+_Q = 4
+
+
+def _picture(colour):
+  encoded = io.BytesIO()
+  Image.new('RGB', (20, 10), colour).save(encoded, 'PNG')
+  return encoded.getvalue()
+
+
+_RED = (_picture('red'),)
+
+
+def _encoded(*branches, images=_RED, record='a/record'):
+  trunk = [Piece(f'<img>{i}</img>') for i in range(len(images))]
+  asked = [(Piece(p), Piece(a, loss=True)) for p, a in branches]
+  sample = Sample(record, tuple(trunk), tuple(asked), images)
+  return encode_sample(sample, _TOKENIZER, _Q)
+
+
+def _row(samples, length=32, slots=2):
+  return packing.make_row(samples, length, slots, 8, pad_id=7)
+
+
+def test_arrays_are_the_fields_of_a_batch():
+  arrays = _row([_encoded(('a', ' b'))]).arrays
+  stacked = {name: array[None] for name, array in arrays.items()}
+  row = batch.Batch(**stacked)
+  assert row.pixels.shape == (1, 2, 8, 8, 3) and row.pixels.dtype == np.uint8
+  for name in ('tokens', 'targets', 'positions', 'segment_ids', 'branch_ids'):
+    assert arrays[name].shape == (32,) and arrays[name].dtype == np.int32
+  assert arrays['loss_weights'].dtype == np.float32
+  assert (arrays['tokens'][8:] == 7).all()
+  assert (arrays['segment_ids'] == [1] * 8 + [0] * 24).all()
+
+
+def test_every_learned_token_is_predicted_from_its_own_context():
+  samples = [
+    _encoded(('a?', ' yes'), ('b c?', ' no way'), record='x'),
+    _encoded(('d?', ' so'), images=(), record='y'),
+  ]
+  # Trunks need no loss here; a text's trunk may carry it.
+  arrays = _row(samples).arrays
+  learned = np.flatnonzero(arrays['loss_weights'])
+  for at in learned:
+    assert arrays['targets'][at] == arrays['tokens'][at + 1]
+    for name in ('segment_ids', 'branch_ids'):
+      assert arrays[name][at] == arrays[name][at + 1]
+    assert arrays['positions'][at] + 1 == arrays['positions'][at + 1]
+  text = _TOKENIZER.decode(arrays['targets'][learned])
+  assert text == ' yes no way so'
+
+
+def test_images_are_where_their_slots_say():
+  both = (_picture('red'), _picture('blue'))
+  samples = [_encoded(('a', ' b')), _encoded(('c', ' d'), images=both)]
+  arrays = _row(samples, slots=4).arrays
+  starts = arrays['image_starts']
+  assert starts.tolist() == [1, 9, 9 + _Q + 2, batch.NO_IMAGE]
+  for start in starts[:3]:
+    assert arrays['tokens'][start - 1] == _TOKENIZER.img_start_id
+    assert arrays['tokens'][start + _Q] == _TOKENIZER.img_end_id
+  assert arrays['pixels'][:3, 0, 0].tolist() == [
+    [255, 0, 0],
+    [255, 0, 0],
+    [0, 0, 255],
+  ]
+
+
+def test_long_text_is_cut_at_its_end_and_counted():
+  row = _row([_encoded(('a', ' b c d e f g h i'))], length=10)
+  assert row.truncated == 5
+  assert row.arrays['loss_weights'].sum() == 3
+
+
+def test_an_image_is_never_cut():
+  for length in (1, 5):
+    with pytest.raises(DataError, match='a/record.*sequence_length'):
+      _row([_encoded(('a', ' b'))], length=length)
+  assert (
+    not _row([_encoded(('a', ' b'))], length=6).arrays['loss_weights'].any()
+  )
+
+
+def test_no_slot_left():
+  with pytest.raises(DataError, match='a/record.*image_slots'):
+    _row([_encoded(('a', ' b'))] * 3)
+
+
+def test_fill_keeps_what_fits():
+  big, small = _encoded(('a', ' b' * 20)), _encoded(('a', ' b'), images=())
+  kept = packing.fill([big, big, small, small], length=31, image_slots=2)
+  assert [len(x) for x in kept] == [27, 2, 2]
+  kept = packing.fill([big, big, small], length=100, image_slots=1)
+  assert [len(x.images) for x in kept] == [1, 0]
+
+
+def test_a_row_may_hold_no_image_and_have_no_slot():
+  arrays = _row([_encoded(('a', ' b'), images=())], slots=0).arrays
+  assert arrays['pixels'].shape == (0, 8, 8, 3)
+  assert arrays['image_starts'].shape == (0,)
+
+
+def test_unreadable_images_name_the_record():
+  sample = _encoded(('a', ' b'), images=(_picture('red')[:40],))
+  with pytest.raises(DataError, match='a/record'):
+    _row([sample])

@@ -1,0 +1,184 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from qwenvl_jax import api
+from qwenvl_jax.errors import DataError
+from qwenvl_jax.infer import chat as chatting
+from qwenvl_jax.infer import chat_cli
+from qwenvl_jax.infer.chat import Chat
+
+COMMAND = [sys.executable, '-m', 'qwenvl_jax.infer.chat_cli']
+
+
+@pytest.fixture(scope='module')
+def model(chat_checkpoint):
+  return api.load(chat_checkpoint)
+
+
+@pytest.fixture
+def session(model, monkeypatch, tmp_path, recited):
+  """A conversation in a folder with two pictures; nothing is computed."""
+  monkeypatch.setattr(chatting, 'answer', lambda *_: iter([recited]))
+  monkeypatch.chdir(tmp_path)
+  Image.new('RGB', (600, 450), 'white').save('white.png')
+  Image.new('RGB', (600, 450), 'blue').save('my blue.png')
+  return chat_cli._Session(Chat(model), [])
+
+
+def test_a_conversation_through_a_pipe(chat_checkpoint, tmp_path, recited):
+  """Only answers go to stdout, and a bad picture does not end it."""
+  Image.new('RGB', (600, 450), 'white').save(tmp_path / 'dog.png')
+  (tmp_path / 'broken.png').write_bytes(b'\x89PNG no')
+  lines = ['/image broken.png', '/image dog.png', 'Où est le chien?', '/save']
+  done = subprocess.run(
+    [*COMMAND, '--checkpoint', str(chat_checkpoint), '--seed', '1'],
+    input='\n'.join([*lines, '', 'And now?']),
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [recited, recited]
+  assert 'error: broken.png: not a readable picture' in done.stderr
+  assert 'Traceback' not in done.stderr
+  with Image.open(tmp_path / 'answer.png') as drawn:
+    # The box is (250,100),(750,900): its left edge is at a quarter.
+    assert drawn.size == (600, 450)
+    assert drawn.convert('RGB').getpixel((150, 225)) != (255, 255, 255)
+    assert drawn.convert('RGB').getpixel((300, 225)) == (255, 255, 255)
+
+
+def test_one_shot(chat_checkpoint, tmp_path, capsys, recited):
+  Image.new('RGB', (50, 40)).save(tmp_path / 'a.png')
+  arguments = ['--checkpoint', str(chat_checkpoint), '--prompt', 'Where?']
+  arguments += ['--image', str(tmp_path / 'a.png'), '--temperature', '1']
+  status = chat_cli.main([*arguments, '--save', str(tmp_path / 'drawn.png')])
+  assert status == 0
+  assert capsys.readouterr().out == f'{recited}\n'
+  assert (tmp_path / 'drawn.png').exists()
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['--checkpoint', 'no/such'], 'no/such'),
+    (['--checkpoint', 'x', '--image', 'no.png'], 'no.png: no such file'),
+    (['--checkpoint', 'x', '--temperature', '-1'], 'temperature=-1'),
+    (['--checkpoint', 'x', '--save', 'y.png'], '--save needs --prompt'),
+  ],
+)
+def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert chat_cli.main(arguments) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('error: ')
+  assert error.count('\n') == 1
+  assert message in error
+
+
+def test_no_vocabulary(chat_checkpoint, tmp_path, capsys):
+  folder = tmp_path / 'copy'
+  folder.mkdir()
+  for entry in chat_checkpoint.iterdir():
+    if entry.name != 'qwen.tiktoken':
+      (folder / entry.name).symlink_to(entry)
+  assert chat_cli.main(['--checkpoint', str(folder), '--prompt', 'x']) == 2
+  assert 'no vocabulary' in capsys.readouterr().err
+
+
+def test_pictures_come_with_the_next_question(session, capsys):
+  session.obey('/image white.png')
+  session.obey('/image my blue.png')
+  session.obey('/image white.png "my blue.png"')
+  assert 'Picture 4: my blue.png (600 x 450)' in capsys.readouterr().err
+  session.obey('How many?')
+  session.obey('And now?')
+  assert [len(turn.pictures) for turn in session._chat.history] == [4, 0]
+
+
+def test_save_draws_on_the_picture_that_is_asked_for(session, capsys):
+  session.obey('/image white.png "my blue.png"')
+  session.obey('Where?')
+  session.obey('/save')
+  session.obey('/save')
+  session.obey('/save first.jpg 1')
+  session.obey('/save "of two.png" 2')
+  colours = [
+    Image.open(name).convert('RGB').getpixel((300, 225))
+    for name in ('answer.png', 'answer-2.png', 'first.jpg', 'of two.png')
+  ]
+  blue, white = (0, 0, 255), (255, 255, 255)
+  assert colours == [blue, blue, white, blue]
+  assert 'Picture 1 with 1 box is saved as first.jpg' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'lines, message',
+  [
+    (['/save'], 'no answer yet'),
+    (['Hi', '/save'], 'no picture in this conversation'),
+    (['/image white.png', 'Hi', '/save x.png 2'], 'no Picture 2'),
+    (['/image white.png', 'Hi', '/save no/such/x.png'], 'cannot write'),
+    (['/image white.png', 'Hi', '/save x.unknown'], 'cannot write'),
+    (['/image'], 'needs the path'),
+    (['/image no.png'], 'no such file'),
+    (['<img>no.png</img> what is it?'], 'no such file'),
+    (['<box> what?'], ''),
+    (['what </box>?'], 'closes nothing'),
+  ],
+)
+def test_a_line_that_cannot_be_done(session, lines, message):
+  *before, last = lines
+  for line in before:
+    session.obey(line)
+  if message:
+    with pytest.raises(DataError, match=message):
+      session.obey(last)
+  else:
+    session.obey(last)
+  session.obey('Still there?')
+  assert session._chat.history[-1].query == 'Still there?'
+
+
+def test_commands(session, capsys):
+  session.obey('/image white.png')
+  session.obey('Hi')
+  session.obey('/reset')
+  assert not session._chat.history
+  session.obey('/imgae white.png')
+  session.obey('/help')
+  error = capsys.readouterr().err
+  assert 'there is no command /imgae; did you mean /image?' in error
+  assert '/save [PATH] [N]' in error
+  assert session.obey('   ') is None
+  assert session.obey('/exit') == 'exit'
+  # No command: a question about a path.
+  session.obey('/usr/bin is what?')
+  assert len(session._chat.history) == 1
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(capsys):
+  chat_cli._write('a\x1b[31mb\x07\n狗\tc')
+  assert capsys.readouterr().out == 'a[31mb\n狗\tc'
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(
+  session, monkeypatch, capsys
+):
+  def interrupted(*_):
+    yield 'I see'
+    raise KeyboardInterrupt
+
+  session._interactive = True
+  with monkeypatch.context() as patch:
+    patch.setattr(chatting, 'answer', interrupted)
+    session.obey('Hi')
+  assert 'stopped' in capsys.readouterr().err
+  assert session._chat.history[-1].answer == 'I see'
+  session.obey('And?')
+  assert len(session._chat.history) == 2

@@ -1,0 +1,166 @@
+"""The rules of the house, as WORKSPACE.md states them."""
+
+import ast
+import functools
+import os
+import pathlib
+import re
+import subprocess
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / 'qwenvl_jax'
+
+# Who may import whom: imports point down only. A room is a folder or a top
+# module of the package; `data.image` allows that module alone. Everyone may
+# import its own room, and COMMON but for COMMON itself.
+COMMON = ('batch', 'errors')
+ROOMS = {
+  'batch': (),
+  'errors': (),
+  'text': (),
+  'model': (),
+  'sharding': (),
+  'entry': (),
+  'conversion': ('model', 'text', 'sharding'),
+  'data': ('text',),
+  'train': ('model', 'data', 'sharding', 'conversion', 'text'),
+  'infer': ('model', 'text', 'data.image', 'conversion'),
+  'eval': ('infer', 'data', 'text', 'model'),
+  'api': (
+    'conversion',
+    'infer',
+    'model',
+    'text',
+    'data.image',
+    'train.loss',
+  ),
+}
+# Console commands start a program, so they may also import what is made for
+# that: the shared command line and the public face.
+MAINS = ('main', 'cli', 'chat_cli')
+FOR_MAINS = ('entry', 'api')
+# Put everything together; nobody imports them.
+TOPS = ('__init__', 'quickstart')
+# Packages of others that only some rooms may import.
+GUESTS = {'torch': ('conversion',), 'gin': ('entry',), 'tensorflow': ()}
+
+
+def modules():
+  """(dotted name within the package, path) of every module."""
+  for path in sorted(PACKAGE.rglob('*.py')):
+    parts = path.relative_to(PACKAGE).with_suffix('').parts
+    if len(parts) > 1 and parts[-1] == '__init__':
+      parts = parts[:-1]
+    yield '.'.join(parts), path
+
+
+@functools.cache
+def syntax(path: pathlib.Path) -> ast.Module:
+  return ast.parse(path.read_text(encoding='utf-8'), str(path))
+
+
+def imports(path: pathlib.Path):
+  """Every dotted name a module imports, at its top or within functions."""
+  for node in ast.walk(syntax(path)):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def within(name: str, prefixes) -> bool:
+  return any(f'{name}.'.startswith(f'{prefix}.') for prefix in prefixes)
+
+
+def import_violations(name: str, imported) -> list[str]:
+  """What of `imported` the module `name` has no right to, by ROOMS, GUESTS."""
+  room, is_main = name.split('.')[0], name.split('.')[-1] in MAINS
+  allowed = {room, *ROOMS.get(room, ())}
+  allowed |= set(() if room in COMMON else COMMON)
+  allowed |= set(FOR_MAINS if is_main else ())
+  wrong = []
+  for target in imported:
+    top, _, rest = target.partition('.')
+    if top == PACKAGE.name:
+      if room not in TOPS and not within(rest, allowed):
+        wrong.append(target)
+    elif top in GUESTS and room not in GUESTS[top]:
+      wrong.append(target)
+  return wrong
+
+
+def test_rules_catch_violations():
+  """A table of rules that forbids nothing would pass every other test."""
+  check = import_violations
+  assert check('model.rope', ['qwenvl_jax.data.image', 'jax']) == [
+    'qwenvl_jax.data.image'
+  ]
+  assert check('infer.chat', ['qwenvl_jax.data.packing.make_row'])
+  assert check('text.chatml', ['qwenvl_jax', 'qwenvl_jax.load']) != []
+  assert check('errors', ['qwenvl_jax.batch'])
+  assert check('train.loop', ['gin', 'torch', 'qwenvl_jax.entry.run'])
+  assert not check('train.main', ['qwenvl_jax.entry.run', 'optax'])
+  assert not check('infer.chat', ['qwenvl_jax.data.image.load'])
+  assert not check('conversion.reader', ['torch', 'qwenvl_jax.errors.X'])
+
+
+def test_imports_point_down():
+  wrong = []
+  for name, path in modules():
+    room = name.split('.')[0]
+    if room not in ROOMS and room not in TOPS:
+      wrong.append(f'{room}: a new room, say in ROOMS what it may import')
+      continue
+    for target in import_violations(name, imports(path)):
+      wrong.append(f'{path.relative_to(ROOT)} imports {target}')
+  assert not wrong, '\n'.join(wrong)
+
+
+def test_modules_say_what_they_are():
+  wrong = []
+  for _, path in modules():
+    if not ast.get_docstring(syntax(path)):
+      wrong.append(f'{path}: no docstring')
+    if path.name == 'utils.py':
+      wrong.append(f'{path}: name it after the idea it holds')
+    # Without it, the folder is not in the wheel (assets are, as data).
+    is_package = (path.parent / '__init__.py').exists()
+    if not is_package and path.parent.name != 'assets':
+      wrong.append(f'{path.parent}: no __init__.py')
+  assert not wrong, '\n'.join(sorted(set(wrong)))
+
+
+def text_files():
+  """The project's text files: what git tracks, or all outside a checkout."""
+  listed = subprocess.run(
+    ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  if (ROOT / '.git').exists() and listed.returncode == 0:
+    paths = [ROOT / name for name in listed.stdout.split('\0') if name]
+  else:
+    made = {'.venv', 'runs', 'build', 'dist', '__pycache__'}
+    paths = []
+    for folder, folders, files in os.walk(ROOT):
+      folders[:] = [
+        name
+        for name in folders
+        if name not in made and not name.endswith(('_cache', '.egg-info'))
+      ]
+      paths += [pathlib.Path(folder, name) for name in files]
+  for path in sorted(paths):
+    if path.is_file() and b'\0' not in path.read_bytes():
+      yield path
+
+
+def test_no_paths_of_one_machine():
+  local = re.compile(r'(?<![\w.~<}])/(work|tmp|root|home|Users)/\w')
+  wrong = []
+  for path in text_files():
+    text = path.read_text(encoding='utf-8', errors='replace')
+    for number, line in enumerate(text.splitlines(), 1):
+      if local.search(line):
+        wrong.append(f'{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}')
+  assert not wrong, '\n'.join(wrong)
