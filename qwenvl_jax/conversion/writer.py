@@ -70,7 +70,8 @@ def narrow(name: str, array: np.ndarray, dtype) -> np.ndarray:
   Raises:
     OverflowError: a finite value became infinite (float16).
   """
-  result = array.astype(dtype)
+  with np.errstate(over='ignore'):  # Reported below, by name.
+    result = array.astype(dtype)
   if np.dtype(dtype) == np.float16:
     finite = np.isfinite(array.astype(np.float32))
     if not np.isfinite(result[finite]).all():

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--tasks',
     default='questions',
-    choices=['questions', 'chats', 'maps'],
+    choices=['questions', 'chats', 'words'],
     help='stages 1 and 2, stage 3, or pictures written as words',
   )
   command.add_argument('--rows', type=int, default=12)

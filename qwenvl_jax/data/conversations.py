@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from qwenvl_jax.data import things, wording
-from qwenvl_jax.data.examples import Piece, Question, Sample, WordMap
+from qwenvl_jax.data.examples import Piece, Question, Sample
 from qwenvl_jax.data.records import Scene
 from qwenvl_jax.text import chatml
 
@@ -22,7 +22,7 @@ _END = (Piece('<|im_end|>', loss=True), Piece('\n', loss=True))
 
 def sample(
   record: str,
-  pictures: Sequence[Piece | WordMap],
+  pictures: Sequence[Piece],
   branches: Sequence[Sequence[Question]],
   images: Sequence[object] = (),
 ) -> Sample:
@@ -30,7 +30,7 @@ def sample(
 
   Args:
     record: names the sample in errors.
-    pictures: one image span each, or a word map instead.
+    pictures: one image span each, or words in its place.
     branches: each a conversation: questions asked one after the other.
     images: what fills the image spans.
   """

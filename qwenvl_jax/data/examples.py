@@ -9,7 +9,6 @@ as if it stood alone.
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,18 +31,6 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class WordMap:
-  """An image span with a word in place of each image token.
-
-  Read by a decoder that has no eyes yet: `words` are the names of what stands
-  in each place of the picture, in raster order, each encoded by itself.
-  """
-
-  words: tuple[str, ...]
-  loss: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class Sample:
   """One example, as text.
 
@@ -58,7 +45,7 @@ class Sample:
   """
 
   record: str
-  trunk: tuple[Piece | WordMap, ...]
+  trunk: tuple[Piece, ...]
   branches: tuple[tuple[Piece, ...], ...] = ()
   images: tuple[object, ...] = ()
 
@@ -203,10 +190,7 @@ def _encode_pieces(pieces, tokenizer, image_tokens, alpha, record):
   tokens, learned = [], []
   for piece in pieces:
     try:
-      if isinstance(piece, WordMap):
-        ids = _encode_map(tokenizer, piece.words)
-      else:
-        ids = _encode_text(tokenizer, piece.text, image_tokens)
+      ids = _encode_text(tokenizer, piece.text, image_tokens)
     except DataError as error:
       raise DataError(f'{record}: {error}') from error
     tokens += ids
@@ -239,13 +223,6 @@ def _encode_text(tokenizer, text, image_tokens) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=16)
 def _special(tokenizer) -> dict[str, int]:
   return tokenizer.special
-
-
-def _encode_map(tokenizer: Tokenizer, words: Sequence[str]) -> list[int]:
-  ids = [tokenizer.img_start_id]
-  for word in words:
-    ids += _encode_text(tokenizer, word, 0)
-  return [*ids, tokenizer.img_end_id]
 
 
 def _image_starts(tokens, tokenizer) -> list[int]:

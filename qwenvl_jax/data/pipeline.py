@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from qwenvl_jax.data import image, maps, packing
+from qwenvl_jax.data import image, packing, patches
 from qwenvl_jax.data.examples import Sample, encode_sample
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text.tokenizer import Tokenizer
@@ -191,15 +191,21 @@ class VisionPipeline:
   def iterator(
     self, process_index: int = 0, process_count: int = 1
   ) -> grain.DatasetIterator:
-    """Endless {'pixels': [B,R,R,3] uint8, 'patch_labels': [B,G,G] int32}."""
+    """Endless batches.
+
+    {'pixels': [B,R,R,3] uint8, 'patch_labels': [B,G,G] int32, 'patch_boxes':
+    [B,G,G,4] float32}, see `patches.patch_targets`.
+    """
     scenes = _endless(self.source.open(), self.seed).map(self.example)
     return _batches(self, scenes, process_index, process_count)
 
   def example(self, scene) -> dict[str, np.ndarray]:
     """One picture and its labels."""
+    labels, boxes = patches.patch_targets(scene, self.grid)
     return {
       'pixels': image.pixels(scene.image, self.image_size, scene.id),
-      'patch_labels': maps.patch_labels(scene, self.grid),
+      'patch_labels': labels,
+      'patch_boxes': boxes,
     }
 
 

@@ -50,7 +50,7 @@ def page(
     data_dir: where the data is; None for the default folder.
     config: which set of scenes.
     split: which part.
-    kind: 'questions', 'chats' or 'maps'.
+    kind: 'questions', 'chats' or 'words'.
     rows: how many.
     seed: other rows for another seed.
 
@@ -93,7 +93,7 @@ def _choose(name, data_dir, config, split, kind):
   asked = {
     'questions': tasks.Questions(),
     'chats': tasks.Chats(branches=3),
-    'maps': tasks.Questions(grid=8),
+    'words': tasks.Questions(in_words=True),
   }[kind]
   source = sources.Scenes(data_dir, split, config)
   return source, asked, sources.small_vocabulary(data_dir)

@@ -10,8 +10,8 @@ import dataclasses
 import random
 from collections.abc import Callable, Mapping
 
-from qwenvl_jax.data import conversations, maps, questions
-from qwenvl_jax.data.examples import Piece, Question, Sample, WordMap, plain
+from qwenvl_jax.data import conversations, questions, things, wording
+from qwenvl_jax.data.examples import Piece, Question, Sample, plain
 from qwenvl_jax.data.records import Asked, Scene
 from qwenvl_jax.errors import ConfigError
 
@@ -42,8 +42,8 @@ class SceneTasks:
     branches: questions for one picture; 0 for one question without branches.
     classes: how many of `things.THINGS` the data has.
     chinese: share of questions in Chinese.
-    grid: write each picture as a map of grid x grid words and attach no image:
-      text for a decoder that has no eyes yet. None for pictures.
+    in_words: describe each picture in words instead of showing it: text for a
+      decoder that has no eyes yet.
   """
 
   kinds: Mapping[str, float] = dataclasses.field(
@@ -52,7 +52,7 @@ class SceneTasks:
   branches: int = 6
   classes: int = 16
   chinese: float = 0.5
-  grid: int | None = None
+  in_words: bool = False
 
   def __post_init__(self):
     for kind in self.kinds:
@@ -64,20 +64,13 @@ class SceneTasks:
     if not self.kinds:
       raise ConfigError(f'{type(self).__name__}.kinds is empty; name a kind')
 
-  def _kinds(self) -> Mapping[str, float]:
-    if self.grid is None:
-      return self.kinds
-    # A map has no letters to read.
-    return {k: v for k, v in self.kinds.items() if k != 'ocr'}
-
-  def _span(self, scene: Scene, number: int, rng) -> Piece | WordMap:
-    if self.grid is None:
+  def _span(self, scene: Scene, number: int, rng) -> Piece:
+    if not self.in_words:
       return Piece(f'<img>{number}</img>')
-    language = rng.choice(('en', 'zh'))
-    return maps.word_map(scene, self.grid, language)
+    return Piece(wording.inventory(scene, rng.choice(things.LANGUAGES), rng))
 
   def _images(self, *scenes: Scene) -> tuple[object, ...]:
-    return () if self.grid else tuple(x.image for x in scenes)
+    return () if self.in_words else tuple(x.image for x in scenes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +84,7 @@ class Questions(SceneTasks):
     asked = questions.sample(
       record,
       rng,
-      self._kinds(),
+      self.kinds,
       max(self.branches, 1),
       classes=self.classes,
       chinese=self.chinese,
@@ -146,7 +139,7 @@ class Chats(SceneTasks):
       asked = questions.sample(
         record,
         rng,
-        self._kinds(),
+        self.kinds,
         wanted * self.turns,
         classes=self.classes,
         chinese=self.chinese,

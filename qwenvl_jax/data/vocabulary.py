@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from qwenvl_jax.data import (
   conversations,
-  maps,
   questions,
   sources,
   things,
@@ -44,8 +43,8 @@ def texts(classes: int, easy_vqa: bool = True) -> Iterator[str]:
   yield from ('(', ',', '),(', ')', ' ', END, 'Picture 1: ', 'Picture 2: ')
   yield from chatml.SCAFFOLD
   for language in things.LANGUAGES:
-    for label in range(things.PATCH_CLASSES):
-      yield maps.map_word(label, language)
+    for colour in things.COLOURS:
+      yield colour.name(language) + '\n'
     # As chats answer, without a space before it.
     for flag in (False, True):
       yield wording.yes(flag, language)

@@ -6,6 +6,7 @@ training, evaluation and the vocabulary agree.
 """
 
 import functools
+import random
 
 from qwenvl_jax.data import things
 from qwenvl_jax.data.records import Scene
@@ -71,6 +72,21 @@ def caption(scene: Scene, language: str, boxes: bool = False) -> str:
   if language == 'zh':
     return f'{join(phrases, language)}，{colour}背景'
   return f'{join(phrases, language)} on {_article(colour)} {colour} background'
+
+
+def inventory(scene: Scene, language: str, rng: random.Random) -> str:
+  """What a picture shows, for a reader without eyes: one line.
+
+  Things in any order, words, the colour: '<ref>the cat</ref><box>..</box>red'.
+  """
+  objects = list(scene.objects)
+  rng.shuffle(objects)
+  parts = [
+    f'<ref>{the(x.thing, 1, language)}</ref>{box_text(scene, [x])}'
+    for x in objects
+  ]
+  parts += [quad_text(scene, word) for word in scene.words]
+  return ''.join(parts) + scene.colour_name(language) + '\n'
 
 
 def many(thing: int, language: str) -> str:

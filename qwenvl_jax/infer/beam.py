@@ -72,7 +72,7 @@ def beam_search(
   for chosen, (logits, cache), rows in generation.prefill_in_batches(
     model, params, prompts, images, max_new_tokens, batch_size
   ):
-    (tokens, scores), _ = _search(
+    tokens, scores = _search(
       model,
       params,
       _repeat_rows(cache, beams=beams),
@@ -83,7 +83,7 @@ def beam_search(
       max_new_tokens,
       beams=beams,
       room=generation.room(max_new_tokens),
-    )
+    )[0]
     tokens, scores = np.asarray(tokens).tolist(), np.asarray(scores).tolist()
     for row, new, score in zip(chosen, tokens, scores, strict=False):
       ids = generation.cut(new[:max_new_tokens], stop_ids)

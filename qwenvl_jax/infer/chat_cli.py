@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -196,6 +197,29 @@ def _run(args: argparse.Namespace) -> int:
   return 0
 
 
+class _HeldInterrupt:
+  """Keeps Ctrl-C until a token is out; a second one interrupts at once.
+
+  An exception in the midst of tracing or compiling leaves JAX in disorder: the
+  process may crash when it ends.
+  """
+
+  def __init__(self):
+    self.came = False
+
+  def __enter__(self):
+    self._before = signal.signal(signal.SIGINT, self._keep)
+    return self
+
+  def __exit__(self, *_):
+    signal.signal(signal.SIGINT, self._before)
+
+  def _keep(self, *_):
+    if self.came:
+      raise KeyboardInterrupt
+    self.came = True
+
+
 class _Session:
   """The conversation and the terminal."""
 
@@ -256,30 +280,31 @@ class _Session:
   def ask(self, question: str) -> None:
     """Asks, and prints the answer as it comes."""
     known = len(self._chat.history)
+    forgotten = self._chat.dropped_turns
     pieces = self._chat.ask(question, self._next_pictures)
-    try:
+    with _HeldInterrupt() as interrupt:
       with _spinner('reading'):
         piece = next(pieces, None)
       while piece is not None:
         _write(piece)
+        if interrupt.came:
+          pieces.close()
+          break
         piece = next(pieces, None)
-      print(flush=True)
-    except KeyboardInterrupt:
-      pieces.close()
+    print(flush=True)
+    if interrupt.came:
       if not self._interactive:
-        raise
-      print(flush=True)
+        raise KeyboardInterrupt
       _note('stopped', 'dim')
-    if len(self._chat.history) > known:
-      self._next_pictures = []
-    if self._chat.dropped_turns:
+    if self._chat.dropped_turns > forgotten:
       _note(
         f'(the model does not see the oldest {self._chat.dropped_turns} turns '
         'any more; /reset begins anew)'
       )
-    if self._interactive and self._chat.history:
+    if len(self._chat.history) > known:
+      self._next_pictures = []
       shapes = _count_shapes(self._chat.history[-1].answer)
-      if shapes and self._chat.pictures:
+      if self._interactive and shapes and self._chat.pictures:
         _note(f'{shapes} on the picture: /save draws them', 'dim')
 
   def save(self, path: str, number: int | None = None) -> None:

@@ -79,7 +79,8 @@ def generate(
   ):
     numbers = np.zeros(rows, np.int32)
     numbers[: len(chosen)] = chosen
-    tokens, _ = _decode(
+    # The cache that comes back is let go before the next one is made.
+    tokens = _decode(
       model,
       params,
       cache,
@@ -89,7 +90,7 @@ def generate(
       np.arange(rows) >= len(chosen),
       max_new_tokens,
       room=room(max_new_tokens),
-    )
+    )[0]
     for row, new in zip(chosen, np.asarray(tokens).tolist(), strict=False):
       answers[row] = cut(new[:max_new_tokens], stop_ids)
   return [answers[row] for row in range(len(prompts))]
@@ -120,12 +121,12 @@ def stream(
     prompt: token ids.
     images: [I,R,R,3] pixels for its spans, or None.
     max_new_tokens: see `generate`, as all that follow.
-    stop_ids: ...
-    temperature: ...
-    top_k: ...
-    top_p: ...
-    key: ...
-    min_new_tokens: ...
+    stop_ids: see there.
+    temperature: see there.
+    top_k: see there.
+    top_p: see there.
+    key: see there.
+    min_new_tokens: see there.
 
   Returns:
     An iterator that may be left at any time.
@@ -162,7 +163,7 @@ def stream(
         following, cache = _step(
           model, params, cache, token, chooser, row, step
         )
-      new = int(token[0])
+      new = int(np.asarray(token)[0])
       if new in stop_ids:
         return
       yield new
@@ -203,7 +204,12 @@ def prefill_in_batches(
   ]
   for prompt, name in zip(prompts, names, strict=True):
     prompts_lib.check_room(prompt, max_new_tokens, model.config, name)
-  order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+  # Rows without images would otherwise get slots that are encoded for nothing.
+  alike = [
+    (np.count_nonzero(prompt == model.config.image_start_id), len(prompt))
+    for prompt in prompts
+  ]
+  order = sorted(range(len(prompts)), key=alike.__getitem__)
   for start in range(0, len(order), batch_size):
     chosen = order[start : start + batch_size]
     rows = min(prompts_lib.bucket(len(chosen)), batch_size)

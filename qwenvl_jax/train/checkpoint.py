@@ -245,20 +245,21 @@ class _NoLateCallbacks:
   """Keeps reads and writes that run on after a failed one from printing.
 
   TensorStore reports each to an event loop that Orbax has closed by then, and
-  prints the traceback through `sys.excepthook`.
+  Python prints what cannot be raised.
   """
 
   def __init__(self):
-    self._before = sys.excepthook
-    sys.excepthook = self._hook
+    self._before = sys.unraisablehook
+    sys.unraisablehook = self._hook
 
-  def _hook(self, kind, error, traceback):
-    if not (kind is RuntimeError and str(error) == 'Event loop is closed'):
-      self._before(kind, error, traceback)
+  def _hook(self, unraisable):
+    closed = str(unraisable.exc_value) == 'Event loop is closed'
+    if not (closed and unraisable.exc_type is RuntimeError):
+      self._before(unraisable)
 
   def close(self):
-    if sys.excepthook == self._hook:
-      sys.excepthook = self._before
+    if sys.unraisablehook == self._hook:
+      sys.unraisablehook = self._before
 
 
 @contextlib.contextmanager

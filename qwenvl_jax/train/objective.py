@@ -70,22 +70,30 @@ class NextToken:
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchNames:
-  """A stand-in for CLIP pre-training: which class is in which patch.
+class PatchObjects:
+  """A stand-in for CLIP pre-training: what is in each patch, and how far.
 
-  A vision transformer with a linear head. Its tree has `vision` exactly as
-  Qwen-VL has it, so that `InitFrom(vision=...)` takes it over, and `head`.
+  A vision transformer with a linear head that names what a patch shows and
+  says where the whole of it lies. Its tree has `vision` exactly as Qwen-VL has
+  it, so that `InitFrom(vision=...)` takes it over, and `head`.
 
-  Batches hold `pixels` [B,R,R,3] (uint8, or float normalized) and
-  `patch_labels` [B,R/patch,R/patch] int32, `NO_LABEL` for no loss, as
-  `VisionPipeline` makes them.
+  Batches hold `pixels` [B,R,R,3] (uint8, or float normalized), `patch_labels`
+  [B,G,G] int32 with `NO_LABEL` for no loss, and `patch_boxes` [B,G,G,4]
+  float32, x1, y1, x2, y2 as shares of the side, all 0 where there is nothing
+  to delimit, as `VisionPipeline` makes them; G = R / patch size.
+
+  Attributes:
+    config: of the model whose vision transformer this is.
+    classes: number of labels.
+    box_weight: of the boxes' mean absolute error, added to the cross entropy.
   """
 
   config: QwenVLConfig
   classes: int
+  box_weight: float = 5.0
 
   def _model(self) -> nn.Module:
-    return _PatchClassifier(self.config, self.classes)
+    return _PatchHead(self.config, self.classes + 4)
 
   def init(self, key: jax.Array) -> Any:
     side = self.config.vision.image_size
@@ -93,19 +101,32 @@ class PatchNames:
     return self._model().init(key, pixels)['params']
 
   def loss(self, params, batch):
-    logits = self._model().apply({'params': params}, batch['pixels'])
+    outputs = self._model().apply({'params': params}, batch['pixels'])
+    logits, boxes = jnp.split(
+      outputs.astype(jnp.float32), [self.classes], axis=-1
+    )
     labels = einops.rearrange(batch['patch_labels'], 'b h w -> b (h w)')
     weights = (labels != NO_LABEL).astype(jnp.float32)
     targets = jnp.maximum(labels, 0)
     loss, weight = next_token_loss(logits, targets, weights)
     correct = jnp.sum((jnp.argmax(logits, -1) == targets) * weights)
-    images = jnp.asarray(labels.shape[0], jnp.int32)
-    return loss, weight, {'accuracy': correct, 'images': images}
+    wanted = einops.rearrange(batch['patch_boxes'], 'b h w c -> b (h w) c')
+    delimited = jnp.any(wanted > 0, axis=-1)
+    error = jnp.sum(jnp.mean(jnp.abs(boxes - wanted), axis=-1) * delimited)
+    return (
+      loss + self.box_weight * error,
+      weight,
+      {
+        'accuracy': correct,
+        'box_error': error,
+        'images': jnp.asarray(labels.shape[0], jnp.int32),
+      },
+    )
 
 
-class _PatchClassifier(nn.Module):
+class _PatchHead(nn.Module):
   config: QwenVLConfig
-  classes: int
+  outputs: int
 
   @nn.compact
   def __call__(self, pixels):
@@ -114,6 +135,6 @@ class _PatchClassifier(nn.Module):
       c.vision, c.dtype, c.param_dtype, c.remat, name='vision'
     )(pixels)
     head = self.param(
-      'head', default_init, (c.vision.width, self.classes), c.param_dtype
+      'head', default_init, (c.vision.width, self.outputs), c.param_dtype
     )
     return jnp.einsum('BPD,DC->BPC', x, head.astype(c.dtype))

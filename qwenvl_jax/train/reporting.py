@@ -86,20 +86,11 @@ class Reporter:
     self._bar = None
     if quiet:
       return
-    _drop_records_after(workdir / LOG_FILE, start)
-    # Line by line, so that a kill costs one record at most.
-    log = (workdir / LOG_FILE).open('a', buffering=1)
-    events = Events(workdir / TENSORBOARD, start)
-    self._sinks = {
-      LOG_FILE: (
-        lambda record: log.write(json.dumps(record) + '\n'),
-        log.close,
-      ),
-      TENSORBOARD: (
-        lambda record: _write_scalars(events, record),
-        events.close,
-      ),
-    }
+    self._sinks = {}
+    self._attempt(LOG_FILE, lambda: self._open_log(workdir / LOG_FILE, start))
+    self._attempt(
+      TENSORBOARD, lambda: self._open_events(workdir / TENSORBOARD, start)
+    )
     console = Console(stderr=True)
     if console.is_terminal:
       self._bar = Progress(
@@ -112,6 +103,25 @@ class Reporter:
         '', total=stop, completed=start, record={}
       )
       self._bar.start()
+
+  def _open_log(self, path: Path, start: int) -> None:
+    _drop_records_after(path, start)
+    # Line by line, so that a kill costs one record at most.
+    log = path.open('a', buffering=1)
+
+    def write(record):
+      log.write(json.dumps(record) + '\n')
+
+    self._sinks[LOG_FILE] = write, log.close
+
+  def _open_events(self, path: Path, start: int) -> None:
+    events = Events(path, start)
+
+    def write(record):
+      scalars = {k: v for k, v in record.items() if v is not None}
+      events.write(scalars.pop('step'), scalars)
+
+    self._sinks[TENSORBOARD] = write, events.close
 
   def compiled(self, seconds: float) -> None:
     """Says how long compilation took, and leaves it out of the time left."""
@@ -191,11 +201,6 @@ def describe(record: dict) -> str:
   if record.get('skipped'):
     parts.append(f'skipped {record["skipped"]}')
   return '  '.join(parts)
-
-
-def _write_scalars(events: Events, record: dict) -> None:
-  scalars = {k: v for k, v in record.items() if k != 'step' and v is not None}
-  events.write(record['step'], scalars)
 
 
 class _Columns(ProgressColumn):

@@ -145,7 +145,7 @@ def train_step(
   )
   loss = total / weight
   grads = jax.tree.map(lambda g: g / weight, grads)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
   updates, opt_state = make_optimizer(config).update(

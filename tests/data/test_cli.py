@@ -19,7 +19,7 @@ def test_prepare_again_changes_nothing(prepared, capsys):
   assert 'no preparation' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('tasks', ['questions', 'chats', 'maps'])
+@pytest.mark.parametrize('tasks', ['questions', 'chats', 'words'])
 def test_show_writes_a_page(prepared, tmp_path, tasks):
   page = tmp_path / 'rows.html'
   options = ['--data_dir', prepared, '--config', 'small', '--tasks', tasks]
@@ -27,7 +27,7 @@ def test_show_writes_a_page(prepared, tmp_path, tasks):
   content = page.read_text()
   assert content.count('<section>') == 4
   assert 'scenes/train/' in content and 'class="loss"' in content
-  assert ('data:image/png' in content) == (tasks != 'maps')
+  assert ('data:image/png' in content) == (tasks != 'words')
   assert ('&lt;|im_start|&gt;' in content) == (tasks == 'chats')
 
 

@@ -3,7 +3,7 @@ import random
 import numpy as np
 
 from qwenvl_jax.data import conversations, questions, records, tasks
-from qwenvl_jax.data.examples import Piece, WordMap, encode_sample, plain
+from qwenvl_jax.data.examples import Piece, encode_sample, plain
 from qwenvl_jax.text import chatml
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ def test_pair_answers(two_apples_and_a_cat):
   )
 
 
-def test_rows_of_chats_have_one_or_two_pictures_or_maps(two_apples_and_a_cat):
+def test_rows_of_chats_have_one_or_two_pictures_or_words(two_apples_and_a_cat):
   scene = two_apples_and_a_cat
   seen = set()
   for seed in range(30):
@@ -89,8 +89,10 @@ def test_rows_of_chats_have_one_or_two_pictures_or_maps(two_apples_and_a_cat):
     starts = np.flatnonzero(np.diff(encoded.branch_ids)) + 1
     assert (encoded.weights[starts] == 0).all()
   assert seen == {(1, False), (1, True), (2, False), (2, True)}
-  (sample,) = tasks.Chats(grid=4, two=1, text=0)(
+  (sample,) = tasks.Chats(in_words=True, two=1, text=0)(
     scene, random.Random(0), lambda: scene
   )
-  assert sum(isinstance(x, WordMap) for x in sample.trunk) == 2
+  text = ''.join(piece.text for piece in sample.trunk)
+  assert text.count('<box>') == 2 * len(scene.objects)
+  assert 'Picture 2: <ref>' in text
   assert not sample.images

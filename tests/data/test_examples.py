@@ -2,13 +2,7 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.data import questions
-from qwenvl_jax.data.examples import (
-  Piece,
-  Sample,
-  WordMap,
-  encode_sample,
-  plain,
-)
+from qwenvl_jax.data.examples import Piece, Sample, encode_sample, plain
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -75,16 +69,6 @@ def test_plain_writes_the_first_branch_on():
   assert not encoded.branch_ids.any()
   assert encoded.positions.tolist() == list(range(9))
   assert _TOKENIZER.decode(encoded.tokens).endswith('a? yes')
-
-
-def test_word_map_stands_where_the_image_would():
-  words = (' red', ' cat', '猫', '红色')
-  sample = _sample(_branch('a?', ' b'), trunk=(WordMap(words),), images=())
-  encoded = encode_sample(sample, _TOKENIZER, image_tokens=4)
-  assert encoded.tokens[0] == _TOKENIZER.img_start_id
-  assert encoded.tokens[5] == _TOKENIZER.img_end_id
-  assert _TOKENIZER.decode(encoded.tokens[1:5]) == ' red cat猫红色'
-  assert encoded.image_starts == ()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def settings(small_scenes, vocabulary):
   return {
     'streams': (
       pipeline.Stream(small_scenes, tasks.Questions(), weight=3),
-      pipeline.Stream(small_scenes, tasks.Questions(grid=8), weight=1),
+      pipeline.Stream(small_scenes, tasks.Questions(in_words=True), weight=1),
     ),
     'vocabulary': vocabulary,
     'sequence_length': 288,
@@ -151,6 +151,7 @@ def test_vision_batches(small_scenes):
   first = _take(made.iterator(), 2)
   assert first[0]['pixels'].shape == (4, 112, 112, 3)
   assert first[0]['patch_labels'].shape == (4, 8, 8)
+  assert first[0]['patch_boxes'].shape == (4, 8, 8, 4)
   assert _equal(first, _take(made.iterator(), 2))
   small = pipeline.VisionPipeline(source=small_scenes, image_size=56, grid=4)
   batch = next(small.iterator())

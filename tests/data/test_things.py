@@ -9,7 +9,7 @@ def _tokens(text):
   return [_TOKENIZER.decode([token]) for token in ids]
 
 
-def test_names_are_one_token_where_maps_and_sentences_use_them():
+def test_names_are_one_token_where_sentences_use_them():
   for thing in things.THINGS:
     for text in (f' {thing.en}', f' {thing.plural}', thing.zh):
       assert len(_TOKENIZER.encode(text)) == 1, text

@@ -51,7 +51,7 @@ def test_it_covers_scenes_as_they_are(tokenizers, small_scenes):
 
 
 @pytest.mark.parametrize(
-  'asked', [tasks.Questions(grid=8), tasks.Chats(two=0.5, text=0.5)]
+  'asked', [tasks.Questions(in_words=True), tasks.Chats(two=0.5, text=0.5)]
 )
 def test_it_covers_rows(tokenizers, small_scenes, asked):
   scenes = small_scenes.open()

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 
@@ -172,13 +173,20 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
 ):
   def interrupted(*_):
     yield 'I see'
-    raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+    yield ' a'
+    yield ' dog'
 
   session._interactive = True
   with monkeypatch.context() as patch:
     patch.setattr(chatting, 'answer', interrupted)
     session.obey('Hi')
   assert 'stopped' in capsys.readouterr().err
-  assert session._chat.history[-1].answer == 'I see'
+  assert session._chat.history[-1].answer == 'I see a'
   session.obey('And?')
   assert len(session._chat.history) == 2
+  # A script ends instead.
+  session._interactive = False
+  monkeypatch.setattr(chatting, 'answer', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    session.obey('Hi')

@@ -16,7 +16,9 @@ from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.train.loss import next_token_loss
 
 
-@pytest.mark.parametrize('name', ['text', 'one_image', 'two_images', 'long_text'])
+@pytest.mark.parametrize(
+  'name', ['text', 'one_image', 'two_images', 'long_text']
+)
 def test_logits_of_inference(name):
   e = golden.expected()
   batch = golden.batch(e[f'eval/{name}/ids'])
@@ -32,9 +34,7 @@ def test_loss_and_every_gradient():
   def value_and_grad(params):
     def loss(params):
       logits = golden.model().apply({'params': params}, batch)
-      total, weight = next_token_loss(
-        logits, batch.targets, batch.loss_weights
-      )
+      total, weight = next_token_loss(logits, batch.targets, batch.loss_weights)
       return total / weight, logits
 
     return jax.value_and_grad(loss, has_aux=True)(params)
@@ -90,7 +90,9 @@ def test_packed_row_equals_samples_alone():
   sample = np.concatenate([trunk, *branches])
   branch_ids = np.repeat([0, 1, 2], [len(trunk), 12, 7])
   n, pad = len(trunk), 5
-  positions = np.concatenate([np.arange(n), n + np.arange(12), n + np.arange(7)])
+  positions = np.concatenate(
+    [np.arange(n), n + np.arange(12), n + np.arange(7)]
+  )
   length = len(sample)
   tokens = np.concatenate([sample, sample, np.zeros(pad, int)])[None]
   batch = dataclasses.replace(

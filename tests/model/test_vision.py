@@ -143,9 +143,7 @@ def test_window_attention_in_three_of_four_blocks():
 def test_numbers_of_queries(queries):
   adapter = Adapter(AdapterConfig(queries=queries, dim=32, heads=1))
   x = jnp.zeros((2, 64, 16))
-  params = jax.jit(adapter.init, static_argnums=2)(
-    jax.random.key(0), x, (8, 8)
-  )
+  params = jax.jit(adapter.init, static_argnums=2)(jax.random.key(0), x, (8, 8))
   assert adapter.apply(params, x, (8, 8)).shape == (2, queries, 32)
 
 
@@ -156,16 +154,12 @@ def test_number_of_queries_must_be_square():
 
 def test_aligned_queries_attend_to_their_own_place():
   """Feature i answers a change at patch i far more than one elsewhere."""
-  adapter = Adapter(
-    AdapterConfig(queries=64, dim=128, heads=1, init='aligned')
-  )
+  adapter = Adapter(AdapterConfig(queries=64, dim=128, heads=1, init='aligned'))
   x = jax.random.normal(jax.random.key(1), (1, 64, 48))
-  params = jax.jit(adapter.init, static_argnums=2)(
-    jax.random.key(0), x, (8, 8)
+  params = jax.jit(adapter.init, static_argnums=2)(jax.random.key(0), x, (8, 8))
+  jacobian = jax.jacobian(lambda x: adapter.apply(params, x, (8, 8))[0, :, :4])(
+    x
   )
-  jacobian = jax.jacobian(
-    lambda x: adapter.apply(params, x, (8, 8))[0, :, :4]
-  )(x)
   influence = np.abs(jacobian[:, :, 0]).sum((1, 3))
   assert (influence.argmax(1) == np.arange(64)).mean() > 0.9
 

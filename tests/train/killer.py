@@ -37,10 +37,7 @@ def run(workdir, result):
   except Interrupted as stop:
     print(stop, file=sys.stderr)
     return 128 + stop.signum
-  leaves = {
-    name: leaf
-    for name, leaf in zip(standin.keys(state), _leaves(state), strict=True)
-  }
+  leaves = dict(zip(standin.keys(state), _leaves(state), strict=True))
   np.savez(result, **leaves)
   return 0
 

@@ -5,7 +5,7 @@ import standin
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.sharding import make_mesh, put_batch
-from qwenvl_jax.train.objective import PatchNames
+from qwenvl_jax.train.objective import NO_LABEL, PatchNames
 from qwenvl_jax.train.state import abstract_params, create_state, random_params
 from qwenvl_jax.train.step import check_batch, compile_step
 
@@ -98,7 +98,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(spoiled):
   [
     (30, 4, r'accumulation may be one of \[1, 2, 3, 5, 6, 10, 15, 30\]'),
     (8, 0, 'at least 1'),
-    (4, 8, r'or the batch 8 or 16'),
+    (6, 4, 'or the batch 4 or 8'),
   ],
 )
 def test_impossible_splits_say_what_is_possible(rows, accumulation, said):
@@ -109,16 +109,16 @@ def test_impossible_splits_say_what_is_possible(rows, accumulation, said):
 def test_patch_names_learn_and_leave_a_vision_tree():
   model = standin.small_config()
   config = standin.line_run(
-    optimizer={'peak': 3e-3, 'trainable': ('.*',)}, steps=40
+    optimizer={'peak': 1e-2, 'end': 1e-3, 'trainable': ('.*',)}, steps=40
   )
-  objective = PatchNames(model, classes=3)
+  objective = PatchNames(model, classes=2)
   target = abstract_params(objective, config.optimizer, MESH)
   assert set(target) == {'vision', 'head'}
   rng = np.random.default_rng(0)
-  labels = rng.integers(0, 3, (8, 2, 2), dtype=np.int32)
-  colours = (80 * labels).repeat(14, 1).repeat(14, 2)[..., None]
+  labels = rng.integers(0, 2, (8, 2, 2), dtype=np.int32)
+  colours = (255 * labels).repeat(14, 1).repeat(14, 2)[..., None]
   pixels = np.broadcast_to(colours, (8, 28, 28, 3)).astype(np.uint8)
-  labels[0, 0, 0] = -1  # No loss here.
+  labels[0, 0, 0] = NO_LABEL
   state = create_state(
     random_params(objective, target, 0, list(target)), config.optimizer, MESH
   )
@@ -127,4 +127,4 @@ def test_patch_names_learn_and_leave_a_vision_tree():
   for _ in range(40):
     state, metrics = step(state, batch)
   assert float(metrics['weight']) == 31
-  assert float(metrics['accuracy']) > 0.9
+  assert float(metrics['accuracy']) > 0.95

@@ -1,11 +1,11 @@
 import numpy as np
 
-from qwenvl_jax.data import maps, records, things
+from qwenvl_jax.data import patches, records, things
 
 
 def test_labels_follow_the_boxes(two_apples_and_a_cat):
   red = len(things.THINGS)
-  labels = maps.patch_labels(two_apples_and_a_cat, 8)
+  labels, boxes = patches.patch_targets(two_apples_and_a_cat, 8)
   expected = np.full((8, 8), red)
   expected[1:3, 4:7] = 1
   expected[4:6, 0:3] = 0
@@ -13,6 +13,11 @@ def test_labels_follow_the_boxes(two_apples_and_a_cat):
   expected[5:7, 4:7] = 0
   np.testing.assert_array_equal(labels, expected)
   assert things.patch_name(red, 'zh') == '红色'
+  side = two_apples_and_a_cat.side
+  for thing in two_apples_and_a_cat.objects:
+    shares = np.array(thing.box, np.float32) / side
+    assert (boxes == shares).all(-1).any()
+  assert (boxes.any(-1) == (labels < red)).all()
 
 
 def test_half_a_cell_counts_and_the_larger_share_wins():
@@ -24,7 +29,7 @@ def test_half_a_cell_counts_and_the_larger_share_wins():
     [records.Object(0, (0, 0, 16, 10)), records.Object(1, (16, 0, 30, 10))],
     colour=1,
   )
-  labels = maps.patch_labels(scene, 4)
+  labels, _ = patches.patch_targets(scene, 4)
   assert labels[0].tolist() == [0, 0, 1, len(things.THINGS) + 1]
 
 
@@ -32,13 +37,5 @@ def test_a_thing_too_small_for_any_cell_gets_one():
   scene = records.scene(
     'x', b'', 40, [records.Object(7, (11, 11, 14, 14))], colour=1
   )
-  labels = maps.patch_labels(scene, 4)
+  labels, _ = patches.patch_targets(scene, 4)
   assert np.argwhere(labels == 7).tolist() == [[1, 1]]
-
-
-def test_words_are_in_raster_order(two_apples_and_a_cat):
-  words = maps.word_map(two_apples_and_a_cat, 8, 'en').words
-  assert len(words) == 64
-  assert words[11:16] == (' red', ' cat', ' cat', ' cat', ' red')
-  words = maps.word_map(two_apples_and_a_cat, 8, 'zh').words
-  assert words[31:36] == ('红色', '苹果', '苹果', '苹果', '红色')

@@ -1,0 +1,1 @@
+"""Scores on held-out data, and the report that shows them."""

@@ -1,0 +1,1 @@
+"""Metrics in plain Python and NumPy."""

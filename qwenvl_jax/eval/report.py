@@ -1,0 +1,234 @@
+"""`report.html`: what a run learned, for people who would rather look.
+
+One file without external parts: curves and pictures are embedded.
+"""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')  # No display.
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from qwenvl_jax.eval.scenes import Answered, Score
+from qwenvl_jax.text import drawing, grounding
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem;
+       margin: 2rem auto; padding: 0 1rem; color: #1c2330; }
+h1 { font-size: 1.7rem; } h2 { margin-top: 2.5rem; font-size: 1.25rem; }
+table { border-collapse: collapse; }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid #d8dde6;
+         text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+.short { background: #fdecea; } .good { background: #eaf6ec; }
+.gallery { display: grid; gap: 1.2rem;
+           grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; }
+figcaption { font-size: .85rem; } .wrong { color: #b3261e; }
+.chat { max-width: 40rem; } .chat p { padding: .6rem .9rem; margin: .4rem 0;
+        border-radius: .8rem; background: #eef1f6; }
+.chat p.model { background: #e3effd; margin-left: 3rem; }
+.chat img { width: 14rem; image-rendering: pixelated; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+  """What a row of the table should reach.
+
+  Attributes:
+    least: below it a row falls short.
+    aim: what would be good.
+  """
+
+  least: float
+  aim: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """One exchange of the transcript.
+
+  Attributes:
+    pictures: shown with the question.
+    drawn: the picture with the answer's boxes, if it has any.
+  """
+
+  question: str
+  answer: str
+  pictures: tuple[Image.Image, ...] = ()
+  drawn: Image.Image | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table of scores under a title."""
+
+  title: str
+  scores: Sequence[Score]
+
+
+def write(
+  path: Path,
+  *,
+  title: str,
+  facts: dict[str, str],
+  runs: dict[str, Path],
+  tables: Sequence[Table],
+  floors: dict[str, Floor],
+  examples: Sequence[tuple[Image.Image, Answered]],
+  transcript: Sequence[Turn],
+):
+  """Writes the report.
+
+  Args:
+    path: of the HTML file.
+    title: heading.
+    facts: what to say first, name to value.
+    runs: name of a stage to its folder with `log.jsonl`.
+    tables: of scores.
+    floors: by row name, see `Floor`.
+    examples: pictures with answers that have boxes.
+    transcript: a conversation.
+  """
+  short = [
+    f'{table.title}: {score.name} ({score.language}) '
+    f'{score.accuracy:.2f} &lt; {floors[score.name].least:.2f}'
+    for table in tables
+    for score in table.scores
+    if score.name in floors and score.accuracy < floors[score.name].least
+  ]
+  body = [
+    f'<h1>{html.escape(title)}</h1>',
+    _facts(facts),
+    '<h2>Scores on held-out scenes</h2>',
+    '<p>Share of right answers. <b>blank</b> is the same model shown a grey '
+    'picture, <b>majority</b> always gives the most frequent answer: what lies '
+    'above both was read from pixels.</p>',
+    (
+      '<p class="short">Below its floor: ' + '; '.join(short) + '</p>'
+      if short
+      else '<p class="good">Every score reaches its floor.</p>'
+    ),
+    *(_table(table, floors) for table in tables),
+    '<h2>Loss</h2>',
+    _curves(runs),
+    '<h2>Boxes</h2><p>Predicted boxes carry the phrase, true ones the word '
+    '<i>true</i>.</p>',
+    _gallery(examples),
+    '<h2>A conversation</h2>',
+    _transcript(transcript),
+  ]
+  path.write_text(
+    '<!doctype html><html lang="en"><meta charset="utf-8">'
+    f'<title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    f'<body>{"".join(body)}</body></html>\n',
+    encoding='utf-8',
+  )
+
+
+def _facts(facts: dict[str, str]) -> str:
+  rows = ''.join(
+    f'<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>'
+    for name, value in facts.items()
+  )
+  return f'<table>{rows}</table>'
+
+
+def _table(table: Table, floors: dict[str, Floor]) -> str:
+  head = '<tr><th>' + '<th>'.join(
+    ('question', 'language', 'n', 'right', 'blank', 'majority', 'floor', 'aim')
+  )
+  rows = []
+  for score in table.scores:
+    floor = floors.get(score.name)
+    kind = ''
+    if floor:
+      kind = 'good' if score.accuracy >= floor.least else 'short'
+    cells = [
+      html.escape(score.name),
+      score.language,
+      str(score.count),
+      f'<b>{score.accuracy:.3f}</b>',
+      f'{score.blank:.3f}',
+      f'{score.majority:.3f}',
+      f'{floor.least:.2f}' if floor else '',
+      f'{floor.aim:.2f}' if floor else '',
+    ]
+    rows.append(f'<tr class="{kind}"><td>' + '<td>'.join(cells))
+  return (
+    f'<h3>{html.escape(table.title)}</h3><table>{head}{"".join(rows)}</table>'
+  )
+
+
+def _curves(runs: dict[str, Path]) -> str:
+  figure, axes = plt.subplots(
+    1, len(runs), figsize=(3.2 * len(runs), 2.6), squeeze=False
+  )
+  for axis, (name, folder) in zip(axes[0], runs.items(), strict=True):
+    records = [
+      json.loads(line)
+      for line in (folder / 'log.jsonl').read_text().splitlines()
+    ]
+    points = [(r['step'], r['loss']) for r in records if 'loss' in r]
+    axis.plot(*zip(*points, strict=True), color='#2463b8', linewidth=1.2)
+    axis.set_title(name, fontsize=9)
+    axis.set_xlabel('step', fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+  axes[0][0].set_ylabel('loss', fontsize=8)
+  figure.tight_layout()
+  buffer = io.StringIO()
+  figure.savefig(buffer, format='svg')
+  plt.close(figure)
+  svg = buffer.getvalue()
+  return svg[svg.index('<svg') :]
+
+
+def _gallery(examples: Sequence[tuple[Image.Image, Answered]]) -> str:
+  figures = []
+  for picture, answered in examples:
+    question = answered.question
+    answer = grounding.parse(answered.answer)
+    truth = grounding.Place('true', question.boxes)
+    drawn, _ = drawing.draw(picture, [*answer.places, truth])
+    verdict = '' if answered.correct else ' class="wrong"'
+    overlap = '' if answered.iou is None else f' IoU {answered.iou:.2f}'
+    figures.append(
+      f'<figure><img src="{_embed(drawn)}" alt="">'
+      f'<figcaption{verdict}>{html.escape(question.prompt)}<br>'
+      f'{html.escape(answer.text or answered.answer)}{overlap}'
+      '</figcaption></figure>'
+    )
+  return f'<div class="gallery">{"".join(figures)}</div>'
+
+
+def _transcript(turns: Sequence[Turn]) -> str:
+  parts = []
+  for turn in turns:
+    shown = ''.join(f'<img src="{_embed(x)}" alt=""> ' for x in turn.pictures)
+    parts.append(f'<p>{shown}{"<br>" * bool(shown)}')
+    parts.append(f'{html.escape(turn.question)}</p>')
+    drawn = ''
+    if turn.drawn is not None:
+      drawn = f'<br><img src="{_embed(turn.drawn)}" alt="">'
+    answer = html.escape(turn.answer)
+    parts.append(f'<p class="model">{answer}{drawn}</p>')
+  return f'<div class="chat">{"".join(parts)}</div>'
+
+
+def _embed(picture: Image.Image) -> str:
+  buffer = io.BytesIO()
+  picture.save(buffer, 'PNG')
+  encoded = base64.b64encode(buffer.getvalue()).decode()
+  return f'data:image/png;base64,{encoded}'

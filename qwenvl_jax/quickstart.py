@@ -1,0 +1,190 @@
+"""The quickstart: all three stages, evaluation and a report, on a CPU.
+
+Every step runs the command that a user would run, and prints it. Finished steps
+are not repeated: a run that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.eval import quickstart as exam
+
+# Stage to (config, where its parameters come from: option to stage).
+STAGES = {
+  'decoder': {},
+  'vision': {},
+  'stage1': {'vision': 'vision', 'decoder': 'decoder'},
+  'stage2': {'params': 'stage1'},
+  'stage3': {'params': 'stage2'},
+}
+
+_SMOKE_STEPS = 6
+_SMOKE_SCENES = 12
+_SCENES = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the command line says.
+
+  Attributes:
+    out: receives everything.
+    smoke: a few steps of everything, to see that all parts work.
+    devices: virtual CPU devices that training splits a batch over.
+  """
+
+  out: Path
+  smoke: bool
+  devices: int
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command; returns the exit status."""
+  args = _parser().parse_args(argv)
+  settings = Settings(args.out.resolve(), args.smoke, _devices())
+  try:
+    return _run(settings)
+  except QwenVLError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('interrupted; the same command goes on from here', file=sys.stderr)
+    return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='quickstart.sh',
+    description='Trains a small Qwen-VL through its three stages on composed '
+    'scenes, evaluates it on held-out ones and writes report.html. About 20 '
+    'minutes on two CPU cores.',
+  )
+  parser.add_argument(
+    '--out',
+    type=Path,
+    default=Path('runs/quickstart'),
+    help='folder for data, checkpoints and report (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--smoke',
+    action='store_true',
+    help='a few steps of everything, to see that all parts work; the model '
+    'learns nothing',
+  )
+  return parser
+
+
+def _devices() -> int:
+  """The largest power of two up to the number of cores, at most 8."""
+  cores = min(len(os.sched_getaffinity(0)), 8)
+  return 1 << (cores.bit_length() - 1)
+
+
+def _run(settings: Settings) -> int:
+  began = time.monotonic()
+  out = settings.out
+  seconds = {}
+  data = out / 'data'
+  if not (data / 'qwen.tiktoken').exists():
+    config = 'small' if settings.smoke else 'default'
+    seconds['data'] = _command(
+      'qwenvl_jax.data.cli',
+      'prepare',
+      'scenes',
+      f'--config={config}',
+      f'--data_dir={data}',
+    )
+  for stage, sources in STAGES.items():
+    if _finished(out / stage):
+      print(f'{stage}: finished before, in {out / stage}')
+      continue
+    seconds[stage] = _train(settings, stage, sources)
+    _mark_finished(out / stage)
+  before = time.monotonic()
+  floors_met = exam.evaluate(
+    out,
+    list(STAGES),
+    seconds,
+    config='small' if settings.smoke else 'default',
+    scenes_count=_SMOKE_SCENES if settings.smoke else _SCENES,
+  )
+  minutes = (time.monotonic() - began) / 60
+  print(f'evaluation: {time.monotonic() - before:.0f} s')
+  print(f'\nall in {minutes:.1f} minutes')
+  print(f'report:     {out / "report.html"}')
+  print(f'checkpoint: {out / "stage3"}')
+  print(
+    'chat:       qwenvl-chat '
+    f'--checkpoint {shlex.quote(str(out / "stage3"))} '
+    f'--image {shlex.quote(str(out / "example.png"))}'
+  )
+  if not floors_met and not settings.smoke:
+    print('some scores are below their floor: see the report')
+  return 0
+
+
+def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
+  out = settings.out
+  options = [
+    f'--gin_file=quickstart/{stage}.gin',
+    f'--workdir={out / stage}',
+    f'--gin.Scenes.data_dir={_quoted(out / "data")}',
+    f'--gin.small_vocabulary.data_dir={_quoted(out / "data")}',
+  ]
+  for part, source in sources.items():
+    options.append(f'--gin.InitFrom.{part}={_quoted(out / source)}')
+  if settings.smoke:
+    options += [
+      '--gin.Scenes.config="small"',
+      f'--gin.OptimizerConfig.steps={_SMOKE_STEPS}',
+      '--gin.OptimizerConfig.warmup=1',
+    ]
+  return _command(
+    'qwenvl_jax.train.main',
+    *options,
+    JAX_NUM_CPU_DEVICES=str(settings.devices),
+  )
+
+
+def _quoted(path: Path) -> str:
+  return json.dumps(str(path), ensure_ascii=False)
+
+
+def _command(module: str, *arguments: str, **environment: str) -> float:
+  """Runs a module as a process of its own; returns the seconds it took.
+
+  Raises:
+    ConfigError: it failed; it has said why.
+  """
+  print(f'\n$ python -m {module} {shlex.join(arguments)}', flush=True)
+  began = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, '-m', module, *arguments],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+  )
+  if done.returncode:
+    raise ConfigError(
+      f'{module} failed with status {done.returncode}, see above; the same '
+      'quickstart command goes on from here'
+    )
+  return time.monotonic() - began
+
+
+def _finished(run: Path) -> bool:
+  return (run / 'finished').exists()
+
+
+def _mark_finished(run: Path):
+  (run / 'finished').touch()
+
+
+if __name__ == '__main__':
+  sys.exit(main())

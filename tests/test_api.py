@@ -1,0 +1,87 @@
+"""The public face against the goldens."""
+
+import golden
+import numpy as np
+import pytest
+
+import qwenvl_jax
+from qwenvl_jax.conversion import convert
+from qwenvl_jax.errors import CheckpointError, DataError
+
+
+@pytest.fixture(scope='module')
+def handle():
+  return qwenvl_jax.load(golden.FOLDER, dtype='float32')
+
+
+def _images(ids):
+  found = [golden.spans(row)[1] for row in ids]
+  return np.concatenate(found)
+
+
+def test_encode_images_and_preprocess(handle):
+  pixels = np.stack(
+    [
+      handle.preprocess(str(golden.FOLDER / name))
+      for name in ('wide.png', 'tall.png')
+    ]
+  )
+  wanted = golden.expected()['vision/112/features']
+  assert np.abs(handle.encode_images(pixels) - wanted).max() < golden.ATOL
+
+
+@pytest.mark.parametrize('name', ['text', 'two_images'])
+def test_logits(handle, name):
+  e = golden.expected()
+  ids = e[f'eval/{name}/ids']
+  images = None if name == 'text' else _images(ids)
+  logits = np.asarray(handle.logits(ids, images))
+  wanted = e[f'eval/{name}/logits_last64']
+  assert np.abs(logits[:, -64:] - wanted).max() < golden.ATOL
+
+
+def test_loss(handle):
+  e = golden.expected()
+  ids = e['train/ids']
+  loss = handle.loss(ids, e['train/labels'], e['train/mask'], _images(ids))
+  assert float(loss) == pytest.approx(float(e['train/loss']), rel=1e-5)
+
+
+def test_generate(handle):
+  e = golden.expected()
+  ids = np.atleast_2d(e['generate/one_image/ids'])
+  wanted = e['generate/one_image/new'].reshape(-1).tolist()
+  new = handle.generate(ids, _images(ids), max_new_tokens=len(wanted))
+  assert new == [wanted]
+
+
+def test_wrong_number_of_images(handle):
+  ids = golden.expected()['eval/two_images/ids']
+  with pytest.raises(DataError, match='2 <img> spans .* 1 images'):
+    handle.logits(ids, _images(ids)[:1])
+  with pytest.raises(DataError, match='2 <img> spans .* 0 images'):
+    handle.logits(ids)
+
+
+def test_converted_folder_opens_alike(handle, tmp_path):
+  convert.from_hf(golden.FOLDER, tmp_path / 'ours')
+  ours = qwenvl_jax.load(tmp_path / 'ours')
+  assert ours.config.dtype == 'bfloat16'
+  for name in ('vision', 'adapter', 'decoder'):
+    assert ours.params[name].keys() == handle.params[name].keys()
+  ids = golden.expected()['eval/text/ids']
+  again = qwenvl_jax.load(tmp_path / 'ours', dtype='float32').logits(ids)
+  np.testing.assert_array_equal(again, handle.logits(ids))
+
+
+def test_without_vocabulary(handle):
+  assert handle.tokenizer is None
+  with pytest.raises(CheckpointError, match='no vocabulary'):
+    handle.chat('hello')
+
+
+def test_folder_that_is_none(tmp_path):
+  with pytest.raises(CheckpointError, match='does not exist'):
+    qwenvl_jax.load(tmp_path / 'nothing')
+  with pytest.raises(CheckpointError, match='config.json does not exist'):
+    qwenvl_jax.load(tmp_path)

@@ -1,0 +1,204 @@
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import standin
+
+from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.train.checkpoint import CheckpointConfig
+from qwenvl_jax.train.loop import train
+
+KILLER = pathlib.Path(__file__).with_name('killer.py')
+
+
+def run_and_end(workdir, signum, *seconds):
+  """(exit statuses, last state, stderr) of a run that is ended repeatedly."""
+  result = workdir.with_suffix('.npz')
+  done = subprocess.run(
+    [sys.executable, KILLER, workdir, result, str(signum), *map(str, seconds)],
+    env=os.environ | {'PYTHONPATH': str(KILLER.parents[2])},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert not done.returncode, done.stderr
+  with np.load(result) as state:
+    return json.loads(done.stdout), dict(state), done.stderr
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('undisturbed')
+  statuses, state, _ = run_and_end(folder / 'run', 9)
+  assert statuses == [0]
+  return state
+
+
+def same(a, b):
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_bit_identical(tmp_path, undisturbed):
+  seed = int.from_bytes(os.urandom(4))
+  print('seed', seed)  # Shown if this fails.
+  moments = [random.Random(seed).uniform(0, 0.5) for _ in range(5)]
+  statuses, state, _ = run_and_end(tmp_path / 'run', 9, *moments)
+  assert statuses == [-9] * 5 + [0]
+  same(state, undisturbed)
+  lines = (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()
+  assert [json.loads(x)['step'] for x in lines] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first(tmp_path, undisturbed):
+  statuses, state, said = run_and_end(tmp_path / 'run', 15, 0.3, 0.1)
+  assert statuses == [143, 143, 0]
+  same(state, undisturbed)
+  stops = [x for x in said.splitlines() if x.startswith('stopped by SIGTERM')]
+  resumed = [x for x in said.splitlines() if x.startswith('resumed from step')]
+  # Goes on from the very step it stopped at, whatever the interval.
+  assert [x.split()[5].strip(',') for x in stops] == [
+    x.split()[3] for x in resumed
+  ]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run's folder with steps 2 and 4, and its last state."""
+  folder = tmp_path_factory.mktemp('finished') / 'run'
+  return folder, train(configuration(), folder)
+
+
+def configuration(**changes):
+  return standin.line_run(
+    steps=4, checkpoint=CheckpointConfig(every=2, keep=3), **changes
+  )
+
+
+def largest(folder):
+  return max(
+    (p for p in folder.rglob('*') if p.is_file()),
+    key=lambda p: p.stat().st_size,
+  )
+
+
+def remove(folder):
+  largest(folder / 'params' / 'd').unlink()
+
+
+def truncate(folder):
+  file = largest(folder / 'optimizer' / 'd')
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def no_data(folder):
+  shutil.rmtree(folder / 'data')
+
+
+@pytest.mark.parametrize('harm', [remove, truncate, no_data])
+def test_a_damaged_newest_step_is_named_and_the_one_before_used(
+  harm, finished, tmp_path, capsys
+):
+  source, wanted = finished
+  folder = tmp_path / 'run'
+  shutil.copytree(source, folder)
+  harm(folder / 'checkpoints' / '4')
+  state = train(configuration(), folder)
+  said = capsys.readouterr()
+  assert f'{folder}/checkpoints/4 is damaged' in said.out
+  assert 'going on from step 2' in said.out
+  assert 'Traceback' not in said.err
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(wanted)):
+    np.testing.assert_array_equal(a, b)
+  # Step 4 has been made again; what was there is kept aside.
+  assert (folder / 'checkpoints' / '4' / 'params').is_dir()
+  assert (folder / 'checkpoints-damaged' / '4').is_dir()
+
+
+def test_values_that_changed_on_disk_are_noticed(finished, tmp_path, capsys):
+  source, wanted = finished
+  folder = tmp_path / 'run'
+  shutil.copytree(source, folder)
+  params = jax.device_get(wanted.params)
+  params['model']['kernel'] = np.nextafter(params['model']['kernel'], 9.0)
+  # As whole as any other checkpoint, but with other values.
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    place = folder / 'checkpoints' / '4' / 'params'
+    checkpointer.save(place, params, force=True)
+  train(configuration(), folder)
+  said = capsys.readouterr().out
+  assert 'contents changed on disk: trained/model/kernel' in said
+
+
+def test_with_no_good_step_nothing_is_touched(finished, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(finished[0], folder)
+  for step in ('2', '4'):
+    remove(folder / 'checkpoints' / step)
+  with pytest.raises(CheckpointError, match='step 4: .*step 2: ') as error:
+    train(configuration(), folder)
+  assert 'another --workdir' in str(error.value)
+  assert {p.name for p in (folder / 'checkpoints').iterdir()} == {'2', '4'}
+
+
+def test_another_configuration_is_no_damage(finished, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(finished[0], folder)
+  other = configuration(optimizer={'trainable': ('model/kernel',)})
+  with pytest.raises(CheckpointError) as error:
+    train(other, folder)
+  assert 'another choice of trained parameters' in str(error.value)
+  assert 'opt_state/1/mu/model/bias' in str(error.value)
+  assert (folder / 'checkpoints' / '4').is_dir()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system with room for a few checkpoints."""
+  place = tmp_path / 'disk'
+  place.mkdir()
+  mounted = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=420k', 'tmpfs', str(place)],
+    capture_output=True,
+  )
+  if mounted.returncode:
+    pytest.skip('mounting a small file system takes root')
+  yield place
+  subprocess.run(['umount', str(place)], check=True)
+
+
+def test_a_full_disk_is_said_and_spares_what_was_saved(small_disk, capsys):
+  folder = small_disk / 'run'
+  config = standin.line_run(
+    steps=40,
+    data=standin.Points(pause=0.01),
+    checkpoint=CheckpointConfig(every=3, keep=10),
+  )
+  with pytest.raises(CheckpointError) as error:
+    train(config, folder)
+  message = str(error.value)
+  assert 'the disk is full' in message and 'No space left' in message
+  valid = sorted(
+    int(p.name) for p in (folder / 'checkpoints').iterdir() if p.name.isdigit()
+  )
+  assert valid and str(valid) in message
+  # With fewer to keep there is room again: it goes on, and to the end.
+  config = standin.line_run(
+    steps=valid[-1] + 2, checkpoint=CheckpointConfig(every=99, keep=1)
+  )
+  shutil.rmtree(folder / 'tensorboard')
+  capsys.readouterr()
+  state = train(config, folder)
+  assert f'resumed from step {valid[-1]}' in capsys.readouterr().err
+  assert int(state.step) == valid[-1] + 2

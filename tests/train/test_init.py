@@ -1,0 +1,104 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import standin
+
+from qwenvl_jax.conversion.folder import write_params, write_side_files
+from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.train.init import InitFrom, initial_params
+from qwenvl_jax.train.objective import NextToken
+from qwenvl_jax.train.optimizer import OptimizerConfig, flatten
+from qwenvl_jax.train.state import abstract_params, random_params
+
+MODEL = NextToken(standin.small_config(dtype='bfloat16'))
+
+
+def target(model=MODEL, **changes):
+  config = OptimizerConfig(
+    peak=1.0, end=0.1, warmup=0, steps=9, trainable=('adapter/.*',), **changes
+  )
+  return abstract_params(model, config, make_mesh())
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A checkpoint folder, and the float32 parameters in it."""
+  path = tmp_path_factory.mktemp('checkpoint')
+  everything = OptimizerConfig(peak=1.0, end=0.1, warmup=0, steps=9)
+  full = abstract_params(MODEL, everything, make_mesh())
+  params = random_params(MODEL, full, 7, list(full))
+  write_side_files(path, MODEL.config, None)
+  write_params(path, params)
+  return path, jax.device_get(params)
+
+
+def same(a, b):
+  a, b = flatten(jax.device_get(a)), flatten(b)
+  assert a.keys() == b.keys()
+  for path, value in a.items():
+    np.testing.assert_array_equal(value, b[path].astype(value.dtype))
+
+
+def test_random_parts_depend_on_the_seed(folder):
+  path, _ = folder
+  init = InitFrom(params=str(path), adapter=None)
+  a = initial_params(MODEL, target(), init, seed=0)
+  b = initial_params(MODEL, target(), init, seed=1)
+  same(a, jax.device_get(b))
+  fresh = InitFrom(vision=str(path), decoder=str(path))
+  a = flatten(initial_params(MODEL, target(), fresh, seed=0)['adapter'])
+  b = flatten(initial_params(MODEL, target(), fresh, seed=1)['adapter'])
+  assert (np.asarray(a['query']) != np.asarray(b['query'])).any()
+  np.testing.assert_array_equal(a['pos_embed'], b['pos_embed'])
+
+
+def test_everything_from_the_stage_before(folder):
+  path, params = folder
+  wanted = target()
+  got = initial_params(MODEL, wanted, InitFrom(params=str(path)), seed=0)
+  same(got, params)
+  # Frozen: the dtype of the computation; trained: the master copy's.
+  assert got['decoder']['embed'].dtype == 'bfloat16'
+  assert got['adapter']['query'].dtype == 'float32'
+  assert got['adapter']['pos_embed'].dtype == 'float32'
+  assert got['adapter']['query'].sharding == wanted['adapter']['query'].sharding
+
+
+def test_parts_from_folders_of_their_own(folder):
+  path, params = folder
+  init = InitFrom(vision=str(path), decoder=str(path))
+  got = initial_params(MODEL, target(), init, seed=3)
+  same(got['vision'], params['vision'])
+  same(got['decoder'], params['decoder'])
+  assert (
+    np.asarray(got['adapter']['query']) != params['adapter']['query']
+  ).any()
+
+
+def test_a_folder_without_the_part_is_named(folder, tmp_path):
+  _, params = folder
+  write_side_files(tmp_path, MODEL.config, None)
+  write_params(tmp_path, {'vision': params['vision']})
+  with pytest.raises(CheckpointError) as error:
+    initial_params(MODEL, target(), InitFrom(decoder=str(tmp_path)), seed=0)
+  assert str(tmp_path) in str(error.value)
+  assert 'lacks' in str(error.value) and 'decoder/embed' in str(error.value)
+
+
+def test_another_size_names_the_keys(folder):
+  path, _ = folder
+  config = MODEL.config
+  wider = NextToken(
+    config.replace(decoder=dataclasses.replace(config.decoder, vocab_size=40))
+  )
+  with pytest.raises(CheckpointError, match=r'decoder/embed is \[32, 16\]'):
+    initial_params(wider, target(wider), InitFrom(params=str(path)), seed=0)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(CheckpointError, match='nowhere'):
+    init = InitFrom(params=str(tmp_path / 'nowhere'))
+    initial_params(MODEL, target(), init, seed=0)

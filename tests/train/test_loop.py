@@ -1,0 +1,139 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+import standin
+from tensorboardX.proto import event_pb2
+
+from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.sharding import MeshConfig
+from qwenvl_jax.train.checkpoint import CheckpointConfig
+from qwenvl_jax.train.loop import DivergedError, HeldOut, train
+
+
+def log(workdir):
+  lines = (workdir / 'log.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def same(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def scalars(workdir):
+  """(step, name) -> value of all TensorBoard files."""
+  found = {}
+  for file in sorted((workdir / 'tensorboard').iterdir()):
+    content = file.read_bytes()
+    while content:
+      length = int.from_bytes(content[:8], 'little')
+      event = event_pb2.Event.FromString(content[12 : 12 + length])
+      for value in event.summary.value:
+        found[event.step, value.tag] = value.simple_value
+      content = content[12 + length + 4 :]
+  return found
+
+
+def test_a_run_learns_and_leaves_its_records(tmp_path, capsys):
+  config = standin.line_run(
+    steps=30, log_every=10, checkpoint=CheckpointConfig(every=10, keep=2)
+  )
+  state = train(config, tmp_path / 'run')
+  records = log(tmp_path / 'run')
+  assert [r['step'] for r in records] == [10, 20, 30]
+  assert records[-1]['loss'] < 0.1 * records[0]['loss']
+  assert records[-1]['learning_rate'] == pytest.approx(
+    float(config.optimizer.schedule(29))
+  )
+  assert all(0 <= r['waiting_for_data'] <= 1 for r in records)
+  assert all(r['tokens_per_second'] > 0 for r in records)
+  board = scalars(tmp_path / 'run')
+  assert board[30, 'loss'] == pytest.approx(records[-1]['loss'])
+  steps = sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir())
+  assert steps == ['20', '30']
+  assert int(state.step) == 30
+  # No terminal here: lines, not a bar.
+  said = capsys.readouterr().err.splitlines()
+  assert any(line.startswith('step 20/30  loss') for line in said)
+  assert all('\x1b' not in line for line in said)
+
+
+def test_the_loss_of_a_record_is_the_mean_over_labels(tmp_path):
+  one = standin.line_run(steps=4, log_every=1)
+  four = standin.line_run(steps=4, log_every=4)
+  train(one, tmp_path / 'one')
+  train(four, tmp_path / 'four')
+  iterator = one.data.iterator()
+  weights = [next(iterator)['weight'].sum() for _ in range(4)]
+  losses = [r['loss'] for r in log(tmp_path / 'one')]
+  assert log(tmp_path / 'four')[0]['loss'] == pytest.approx(
+    np.average(losses, weights=weights)
+  )
+
+
+def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path):
+  config = standin.line_run(
+    steps=12, log_every=1, checkpoint=CheckpointConfig(every=4)
+  )
+  whole = train(config, tmp_path / 'whole')
+  train(config, tmp_path / 'parts', stop_at=5)
+  (tmp_path / 'parts' / 'log.jsonl').open('a').write('{"step": 6, "los')
+  same(train(config, tmp_path / 'parts'), whole)
+  assert [r['step'] for r in log(tmp_path / 'parts')] == list(range(1, 13))
+  values = [[r['loss'] for r in log(tmp_path / x)] for x in ('whole', 'parts')]
+  assert values[0] == values[1]
+  # A finished run has nothing left to do.
+  same(train(config, tmp_path / 'parts'), whole)
+
+
+def test_skipped_steps_are_counted_and_a_run_of_them_ends_it(tmp_path):
+  data = standin.Points(bad_from=3, bad_until=5)
+  state = train(standin.line_run(data=data, log_every=4), tmp_path / 'few')
+  assert int(state.skipped) == 2
+  assert [r['skipped'] for r in log(tmp_path / 'few')] == [1, 2, 2]
+  # The mean is over the good steps.
+  assert all(r['loss'] is not None for r in log(tmp_path / 'few'))
+
+  data = standin.Points(bad_from=4, bad_until=99)
+  config = standin.line_run(
+    steps=50, data=data, max_skipped=3, checkpoint=CheckpointConfig(every=2)
+  )
+  with pytest.raises(DivergedError) as error:
+    train(config, tmp_path / 'many')
+  assert 'last 3 steps, up to step 7' in str(error.value)
+  assert 'OptimizerConfig.peak' in str(error.value)
+
+
+def test_held_out_loss(tmp_path):
+  config = standin.line_run(
+    steps=20,
+    log_every=10,
+    heldout=HeldOut(standin.Points(batch_size=16), every=10, batches=2),
+  )
+  train(config, tmp_path)
+  losses = [r['heldout_loss'] for r in log(tmp_path) if 'heldout_loss' in r]
+  assert len(losses) == 2 and losses[1] < losses[0]
+
+
+def test_data_that_ends_says_when(tmp_path):
+  config = standin.line_run(steps=12, data=standin.Points(end=5))
+  with pytest.raises(DataError, match='ended after 5 of 12 steps'):
+    train(config, tmp_path)
+
+
+def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path):
+  for config, said in (
+    (standin.line_run(accumulation=3), r'may be one of \[1, 2, 4, 8\]'),
+    (standin.line_run(mesh=MeshConfig(tensor=2)), r'does not fit 1 device'),
+  ):
+    with pytest.raises(ConfigError, match=said):
+      train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_workdir_that_is_a_file_is_named(tmp_path):
+  (tmp_path / 'run').write_text('')
+  with pytest.raises(ConfigError, match='cannot write to --workdir'):
+    train(standin.line_run(), tmp_path / 'run')
