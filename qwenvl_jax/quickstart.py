@@ -136,8 +136,7 @@ def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
   options = [
     f'--gin_file=quickstart/{stage}.gin',
     f'--workdir={out / stage}',
-    f'--gin.Scenes.data_dir={_quoted(out / "data")}',
-    f'--gin.small_vocabulary.data_dir={_quoted(out / "data")}',
+    f'--gin.DATA={_quoted(out / "data")}',
   ]
   for part, source in sources.items():
     options.append(f'--gin.InitFrom.{part}={_quoted(out / source)}')

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.infer import generate as generation
-from qwenvl_jax.infer.generate import Chooser, Params
-from qwenvl_jax.infer.sampling import Sampling
+from qwenvl_jax.infer.generate import Params
+from qwenvl_jax.infer.sampling import Chooser, Sampling
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.qwen_vl import QwenVL
 

@@ -6,11 +6,21 @@ settings may be arrays, so that one program serves them all.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwenvl_jax.errors import ConfigError
+
+# No token has this id: an unset place among the stop ids.
+_NO_TOKEN = -1
+
+# Places for stop ids; more of them cost new programs.
+_STOPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,3 +129,81 @@ def sample(logits, keys, temperature, top_k, top_p) -> jax.Array:
 def take_best(logits) -> jax.Array:
   """[B,V] logits to the [B] int32 most likely tokens; ties to the lowest."""
   return jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['stop', 'min_new', 'temperature', 'top_k', 'top_p', 'key'],
+  meta_fields=['greedy'],
+)
+@dataclasses.dataclass(frozen=True)
+class Chooser:
+  """Chooses each row's next token; its settings are traced, not constants.
+
+  Attributes:
+    stop: [K] int32 ids that end an answer, padded with an id no token has.
+    min_new: [] int32, no stop id is chosen before this many tokens.
+    temperature: [] float32.
+    top_k: [] int32.
+    top_p: [] float32.
+    key: PRNG key.
+    greedy: whether to leave the last four aside.
+  """
+
+  stop: Any
+  min_new: Any
+  temperature: Any
+  top_k: Any
+  top_p: Any
+  key: Any
+  greedy: bool
+
+  @classmethod
+  def create(
+    cls,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    min_new_tokens: int = 0,
+    key: jax.Array | None = None,
+  ) -> 'Chooser':
+    stop = np.full(max(len(stop_ids), _STOPS), _NO_TOKEN, np.int32)
+    stop[: len(stop_ids)] = stop_ids
+    return cls(
+      stop=stop,
+      min_new=np.int32(min_new_tokens),
+      temperature=np.float32(sampling.temperature),
+      top_k=np.int32(sampling.top_k),
+      top_p=np.float32(sampling.top_p),
+      key=jax.random.key(0) if key is None else key,
+      greedy=sampling.greedy,
+    )
+
+  def suppress_stop(self, logits, step) -> jax.Array:
+    """[...,V] logits without the stop ids while `step` is too early."""
+    ids = jnp.arange(logits.shape[-1])
+    is_stop = (ids[:, None] == self.stop).any(axis=1)
+    early = jnp.asarray(step) < self.min_new
+    return jnp.where(early & is_stop, -jnp.inf, logits)
+
+  def choose(self, logits, rows, step) -> jax.Array:
+    """Next tokens.
+
+    Args:
+      logits: [B,V].
+      rows: [B] int32, the number of each row, for its randomness.
+      step: [] int32, new tokens so far.
+
+    Returns:
+      [B] int32.
+    """
+    logits = self.suppress_stop(logits.astype(jnp.float32), step)
+    if self.greedy:
+      return take_best(logits)
+    keys = jax.vmap(
+      lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), step)
+    )(jnp.asarray(rows))
+    return sample(logits, keys, self.temperature, self.top_k, self.top_p)
+
+  def stops(self, tokens) -> jax.Array:
+    """[B] bool: which tokens end an answer."""
+    return (tokens[:, None] == self.stop).any(axis=1)

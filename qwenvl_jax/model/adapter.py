@@ -7,14 +7,18 @@ sine-cosine position; the value does not.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.initializers import ones
 
 from qwenvl_jax.model.attention import attend
 from qwenvl_jax.model.config import AdapterConfig
-from qwenvl_jax.model.layers import LayerNorm, Projection, default_init
+from qwenvl_jax.model.layers import (
+  LayerNorm,
+  Projection,
+  contract,
+  default_init,
+)
 from qwenvl_jax.model.vision import resize_positions
 
 
@@ -133,7 +137,7 @@ class Adapter(nn.Module):
         axes,
         2,
         **kinds,
-        kernel_init=init.get(name, default_init),
+        kernel_init=init.get(name),
         name=name,
       )(inputs)
 
@@ -144,7 +148,7 @@ class Adapter(nn.Module):
       ('heads', 'head_dim', 'embed'),
       1,
       **kinds,
-      kernel_init=init.get('out', default_init),
+      kernel_init=init.get('out'),
       name='out',
     )(out)
     self.sow('intermediates', 'after_adapter', out)
@@ -158,6 +162,4 @@ class Adapter(nn.Module):
       (c.dim, c.dim),
       self.param_dtype,
     )
-    return jax.lax.dot_general(
-      out, proj.astype(self.dtype), (((2,), (0,)), ((), ()))
-    )
+    return contract(out, proj.astype(self.dtype))

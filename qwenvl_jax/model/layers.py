@@ -4,6 +4,8 @@ Parameters carry logical axis names where they are born; `sharding.py` maps
 them to mesh axes. Matrix products run in `dtype`, norms in float32.
 """
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+# Of tables: tokens, positions, queries.
 default_init = nn.initializers.normal(0.02)
 
 _POLICIES = {
@@ -78,15 +81,35 @@ class RMSNorm(nn.Module):
     return h.astype(x.dtype) * scale.astype(x.dtype)
 
 
+def contract(x, kernel, axes: int = 1) -> jax.Array:
+  """Trailing axes of x against leading axes of the kernel.
+
+  As one product of two matrices: on a CPU, XLA computes the gradient of the
+  same einsum with the axes apart three times slower.
+
+  Args:
+    x: [..., *K].
+    kernel: [*K, ...].
+    axes: how many axes K has.
+
+  Returns:
+    The axes of x before K, then those of the kernel after K.
+  """
+  inner = math.prod(kernel.shape[:axes])
+  y = x.reshape(-1, inner) @ kernel.reshape(inner, -1)
+  return y.reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
+
+
 class Projection(nn.Module):
   """A linear map given by an einsum, e.g. 'BTD,DNH->BTNH'.
 
   Attributes:
-    equation: input, kernel and output axes. An ellipsis is not needed: inputs
-      have one leading batch axis.
+    equation: input, kernel and output axes; the input's last axes are the
+      kernel's first.
     shape: of the kernel.
     axes: logical axis names of the kernel.
     bias_axes: how many trailing axes of the output carry a bias; 0 for none.
+    kernel_init: None for a normal distribution scaled by the inputs' number.
   """
 
   equation: str
@@ -95,19 +118,24 @@ class Projection(nn.Module):
   bias_axes: int = 0
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  kernel_init: Callable = default_init
+  kernel_init: Callable | None = None
 
   @nn.compact
   def __call__(self, x):
+    _, weights, outputs = re.split(',|->', self.equation)
+    contracted = len(set(weights) - set(outputs))
+    # 0.016 at the release's width of 4096, where the release has 0.02; small
+    # models need more to learn fast.
+    scale = math.prod(self.shape[:contracted]) ** -0.5
     kernel = self.param(
       'kernel',
-      nn.with_logical_partitioning(self.kernel_init, self.axes),
+      nn.with_logical_partitioning(
+        self.kernel_init or nn.initializers.normal(scale), self.axes
+      ),
       self.shape,
       self.param_dtype,
     )
-    y = jnp.einsum(
-      self.equation, x.astype(self.dtype), kernel.astype(self.dtype)
-    )
+    y = contract(x.astype(self.dtype), kernel.astype(self.dtype), contracted)
     if self.bias_axes:
       bias = self.param(
         'bias',

@@ -160,6 +160,7 @@ class Checkpoints:
       except CheckpointError:
         raise
       except Exception as error:  # Orbax raises whatever it stumbled over.
+        self._quiet.failed = True
         damaged[step] = _first_line(error)
         continue
       self._set_aside(damaged, warn, step)
@@ -237,28 +238,36 @@ class Checkpoints:
     if damaged:
       self._manager.reload()
 
+  @contextlib.contextmanager
   def _explained(self, doing: str):
-    return _explained(doing, self.folder)
+    try:
+      with _explained(doing, self.folder):
+        yield
+    except CheckpointError:
+      self._quiet.failed = True
+      raise
 
 
 class _NoLateCallbacks:
   """Keeps reads and writes that run on after a failed one from printing.
 
   TensorStore reports each to an event loop that Orbax has closed by then, and
-  Python prints what cannot be raised.
+  Python prints what it cannot raise, up to its very end.
   """
 
   def __init__(self):
+    self.failed = False
     self._before = sys.unraisablehook
     sys.unraisablehook = self._hook
 
   def _hook(self, unraisable):
-    closed = str(unraisable.exc_value) == 'Event loop is closed'
-    if not (closed and unraisable.exc_type is RuntimeError):
+    text = str(unraisable.exc_value)
+    late = ('Event loop is closed', 'Python is likely shutting down')
+    if not any(words in text for words in late):
       self._before(unraisable)
 
   def close(self):
-    if sys.unraisablehook == self._hook:
+    if not self.failed and sys.unraisablehook == self._hook:
       sys.unraisablehook = self._before
 
 
@@ -293,7 +302,7 @@ def _file_system_reason(error: BaseException) -> str | None:
   while seen is not None:
     full = isinstance(seen, OSError) and seen.errno in _NO_SPACE
     if full or any(words in str(seen) for words in _NO_SPACE_WORDS):
-      return f'the disk is full ({_first_line(seen)})'
+      return 'the disk is full (no space left, or over a quota)'
     if isinstance(seen, OSError):
       return _first_line(seen)
     seen = seen.__cause__ or seen.__context__
@@ -321,8 +330,11 @@ def checksums(state: TrainState) -> jax.Array:
 def _compiled_checksums():
   def checksum(x):
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    # Wraps around; the order of summation, and so the mesh, does not matter.
-    return jnp.sum(jax.lax.bitcast_convert_type(x, bits), dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+    # Odd factors that differ by place. The sum wraps around; its order, and so
+    # the mesh, does not matter.
+    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
   return jax.jit(
     lambda leaves: jnp.stack([checksum(x) for x in leaves]),

@@ -9,7 +9,7 @@ from PIL import Image
 from qwenvl_jax import api
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.infer import chat as chatting
-from qwenvl_jax.infer import chat_cli
+from qwenvl_jax.infer import chat_cli, terminal
 from qwenvl_jax.infer.chat import Chat
 
 COMMAND = [sys.executable, '-m', 'qwenvl_jax.infer.chat_cli']
@@ -27,7 +27,7 @@ def session(model, monkeypatch, tmp_path, recited):
   monkeypatch.chdir(tmp_path)
   Image.new('RGB', (600, 450), 'white').save('white.png')
   Image.new('RGB', (600, 450), 'blue').save('my blue.png')
-  return chat_cli._Session(Chat(model), [])
+  return terminal.Session(Chat(model), [])
 
 
 def test_a_conversation_through_a_pipe(chat_checkpoint, tmp_path, recited):
@@ -164,7 +164,7 @@ def test_commands(session, capsys):
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(capsys):
-  chat_cli._write('a\x1b[31mb\x07\n狗\tc')
+  terminal.write_text('a\x1b[31mb\x07\n狗\tc')
   assert capsys.readouterr().out == 'a[31mb\n狗\tc'
 
 

@@ -178,27 +178,46 @@ def small_disk(tmp_path):
   subprocess.run(['umount', str(place)], check=True)
 
 
-def test_a_full_disk_is_said_and_spares_what_was_saved(small_disk, capsys):
+FULL = """
+import sys
+import standin
+from qwenvl_jax import entry
+from qwenvl_jax.train.checkpoint import CheckpointConfig
+from qwenvl_jax.train.loop import train
+
+steps, every, keep = map(int, sys.argv[2:])
+config = standin.line_run(
+  steps=steps,
+  data=standin.Points(pause=0.01),
+  checkpoint=CheckpointConfig(every=every, keep=keep),
+)
+entry.run(lambda argv: train(config, argv[0]) and None)
+"""
+
+
+def test_a_full_disk_is_said_and_spares_what_was_saved(small_disk):
   folder = small_disk / 'run'
-  config = standin.line_run(
-    steps=40,
-    data=standin.Points(pause=0.01),
-    checkpoint=CheckpointConfig(every=3, keep=10),
-  )
-  with pytest.raises(CheckpointError) as error:
-    train(config, folder)
-  message = str(error.value)
-  assert 'the disk is full' in message and 'No space left' in message
-  valid = sorted(
-    int(p.name) for p in (folder / 'checkpoints').iterdir() if p.name.isdigit()
-  )
+
+  def run(*arguments):
+    paths = [str(KILLER.parent), str(KILLER.parents[2])]
+    return subprocess.run(
+      [sys.executable, '-c', FULL, folder, *map(str, arguments)],
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(paths)},
+      capture_output=True,
+      text=True,
+    )
+
+  done = run(40, 3, 10)
+  assert done.returncode == 2
+  assert 'Traceback' not in done.stderr
+  message = done.stderr.splitlines()[-1]
+  assert message.startswith('error: saving step') and 'disk is full' in message
+  steps = [p.name for p in (folder / 'checkpoints').iterdir()]
+  valid = sorted(int(name) for name in steps if name.isdigit())
   assert valid and str(valid) in message
-  # With fewer to keep there is room again: it goes on, and to the end.
-  config = standin.line_run(
-    steps=valid[-1] + 2, checkpoint=CheckpointConfig(every=99, keep=1)
-  )
-  shutil.rmtree(folder / 'tensorboard')
-  capsys.readouterr()
-  state = train(config, folder)
-  assert f'resumed from step {valid[-1]}' in capsys.readouterr().err
-  assert int(state.step) == valid[-1] + 2
+  # With fewer to keep there is room again: it goes on from there.
+  shutil.rmtree(folder / 'checkpoints' / str(valid[0]))
+  done = run(valid[-1] + 2, 99, 1)
+  assert not done.returncode, done.stderr
+  assert f'resumed from step {valid[-1]}' in done.stderr
+  assert (folder / 'checkpoints' / str(valid[-1] + 2)).is_dir()

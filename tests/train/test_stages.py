@@ -1,0 +1,65 @@
+"""The stages' configs say what Table 8 of the paper says."""
+
+import pytest
+
+from qwenvl_jax import entry
+from qwenvl_jax.train.loop import TrainConfig
+
+# Stage: trained, resolution, length, peak, end, layer decay, steps, warm-up,
+# global batch, accumulation, model parallel.
+TABLE_8 = {
+  'stage1': (
+    ('vision/.*', 'adapter/.*'),
+    *(224, 512, 2e-4, 1e-6, 0.95, 50_000, 500, 30_720, 6, 1),
+  ),
+  'stage2': (
+    ('.*',),
+    *(448, 2048, 5e-5, 1e-5, 0.95, 19_000, 400, 4_096, 8, 2),
+  ),
+  'stage3': (
+    ('adapter/.*', 'decoder/.*'),
+    *(448, 2048, 1e-5, 1e-6, None, 8_000, 3_000, 128, 8, 2),
+  ),
+}
+
+
+def stage(name):
+  given = ['VISION="v"', 'DECODER="d"'] if name == 'stage1' else ['INIT="i"']
+  entry.load([f'{name}.gin'], ['STREAMS=[]', *given])
+  return entry.build(TrainConfig)
+
+
+@pytest.mark.parametrize('name', TABLE_8)
+def test_table_8(name):
+  c = stage(name)
+  o, data = c.optimizer, c.data
+  assert TABLE_8[name] == (
+    o.trainable,
+    data.image_size,
+    data.sequence_length,
+    o.peak,
+    o.end,
+    o.vision_layer_decay,
+    o.steps,
+    o.warmup,
+    data.batch_size,
+    c.accumulation,
+    c.mesh.tensor,
+  )
+  assert (o.b1, o.b2, o.eps) == (0.9, 0.98, 1e-6)
+  assert (o.weight_decay, o.clip) == (0.05, 1.0)
+  model = c.objective.config
+  assert (model.dtype, model.param_dtype) == ('bfloat16', 'float32')
+  assert model.adapter.queries == data.image_tokens == 256
+  assert model.vision.image_size == data.image_size
+  assert model.remat == 'none'
+
+
+def test_where_stages_start():
+  first, second = stage('stage1').init, stage('stage2').init
+  assert (first.vision, first.decoder, first.folder('adapter')) == (
+    'v',
+    'd',
+    None,
+  )
+  assert {second.folder(x) for x in ('vision', 'adapter', 'decoder')} == {'i'}
