@@ -30,6 +30,13 @@ _SCHEME = 'qwenvl-config:'
 
 _INCLUDE = re.compile(r"""^(\s*include\s+)(['"])(.+?)\2""", re.MULTILINE)
 
+_IMPORT = re.compile(
+  r'^from\s+([\w.]+)\s+import\s+(\w+)(?:\s+as\s+(\w+))?', re.MULTILINE
+)
+
+# Since the last `load`: gin's configuration is global, and so is this.
+_FILES_READ: list[Path] = []
+
 GIN_HELP = """\
 configuration:
   --gin_file=FILE      a config file; may be repeated, later ones win. Looked
@@ -129,6 +136,7 @@ def load(files: Iterable[str], bindings: Sequence[str] = ()) -> None:
   """
   _install_reader()
   gin.config._IMPORTS.clear()
+  _FILES_READ.clear()
   with gin.unlock_config():
     gin.clear_config()
     for file in files:
@@ -248,6 +256,7 @@ def _read(name: str):
     text = path.read_text()
   except (OSError, UnicodeDecodeError) as error:
     raise ConfigError(f'{path} cannot be read: {error}') from error
+  _FILES_READ.append(path)
   file = io.StringIO(_INCLUDE.sub(absolute, text))
   file.name = str(path)
   return file
@@ -269,10 +278,11 @@ def _override(binding: str) -> None:
     selector, parameter = name.rsplit('.', 1)
     key = '/'.join([*scope, f'{_selector(selector, shown)}.{parameter}'])
   _check_value(value, key, shown)
-  imports = (statement.format() for statement in _imports())
-  header = '\n'.join(
-    ['from __gin__ import dynamic_registration', *sorted(imports)]
-  )
+  imports = [
+    'from {} import {} as {}'.format(*module.rsplit('.', 1), name)
+    for name, module in sorted(_imports().items())
+  ]
+  header = '\n'.join(['from __gin__ import dynamic_registration', *imports])
   with _explained(shown):
     gin.parse_config(f'{header}\n{key} = {value}')
 
@@ -345,21 +355,26 @@ def _selector(name: str, shown: str) -> str:
   )
 
 
-def _imports() -> list:
-  """The import statements of the config files read so far."""
-  return [
-    statement
-    for statement in gin.config._IMPORTS
-    if not statement.module.startswith('__gin__')
-  ]
+def _imports() -> dict[str, str]:
+  """Name -> module of the imports in all config files read since `load`.
+
+  Read off the files: gin itself only tells once a file has been parsed.
+  """
+  found = {}
+  for path in _FILES_READ:
+    for match in _IMPORT.finditer(path.read_text()):
+      package, module, alias = match.groups()
+      found[alias or module] = f'{package}.{module}'
+  return {k: v for k, v in found.items() if not v.startswith('__gin__')}
 
 
 def _configurables() -> dict[str, Any]:
   """What overrides may name: classes and functions of imported modules."""
   found = {}
-  for statement in _imports():
-    for attribute, value in _public(sys.modules[statement.module]).items():
-      found[f'{statement.bound_name()}.{attribute}'] = value
+  for name, module in _imports().items():
+    if module in sys.modules:
+      for attribute, value in _public(sys.modules[module]).items():
+        found[f'{name}.{attribute}'] = value
   return found
 
 
@@ -421,15 +436,15 @@ class _explained:
 def _hint(text: str) -> str:
   """What is close to the name that gin did not find."""
   if match := re.search(r"'(\w+)' was not provided by an import", text):
-    return _suggest(match[1], [s.bound_name() for s in _imports()])
+    return _suggest(match[1], _imports())
   if match := re.search(r"resolve selector ([\w.]+); <module '([\w.]+)'", text):
     module = sys.modules[match[2]]
     return _suggest(match[1].rsplit('.', 1)[-1], _public(module))
   if match := re.search(
     r"'([\w.]+)' doesn't have a parameter named '(\w+)'", text
   ):
-    found = gin.config._REGISTRY.get_match(match[1].split('.')[-1])
-    return _suggest(match[2], _parameters(found.wrapped)) if found else ''
+    found = _configurables().get(match[1])
+    return _suggest(match[2], _parameters(found)) if found else ''
   if match := re.search(r"No module named '([\w.]+)\.(\w+)'", text):
     package = sys.modules.get(match[1])
     paths = getattr(package, '__path__', [])

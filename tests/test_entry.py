@@ -100,7 +100,7 @@ def test_a_misspelt_override_says_what_is_close(binding, said):
     ('from qwenvl_jax.train import optimiser', 'did you mean optimizer?'),
     ('optimiser.OptimizerConfig.peak = 1', 'did you mean optimizer?'),
     ('optimizer.OptimiserConfig.peak = 1', 'did you mean OptimizerConfig'),
-    ('optimizer.OptimizerConfig.steeps = 1', 'did you mean steps?'),
+    ('optimizer.OptimizerConfig.steeps = 1', 'did you mean steps'),
     ('optimizer.OptimizerConfig.peak = ', 'parse value'),
   ],
 )

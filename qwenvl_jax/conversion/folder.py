@@ -160,6 +160,8 @@ def _read_orbax(path: Path, dtype, placements, keep) -> dict:
       if keep(name)
     }
   )
+  if not wanted:
+    return {}
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(

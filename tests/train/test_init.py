@@ -85,7 +85,7 @@ def test_a_folder_without_the_part_is_named(folder, tmp_path):
   with pytest.raises(CheckpointError) as error:
     initial_params(MODEL, target(), InitFrom(decoder=str(tmp_path)), seed=0)
   assert str(tmp_path) in str(error.value)
-  assert 'lacks' in str(error.value) and 'decoder/embed' in str(error.value)
+  assert 'lacks' in str(error.value) and 'decoder/blocks' in str(error.value)
 
 
 def test_another_size_names_the_keys(folder):

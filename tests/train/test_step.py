@@ -5,7 +5,7 @@ import standin
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.sharding import make_mesh, put_batch
-from qwenvl_jax.train.objective import NO_LABEL, PatchNames
+from qwenvl_jax.train.objective import NO_LABEL, PatchObjects
 from qwenvl_jax.train.state import abstract_params, create_state, random_params
 from qwenvl_jax.train.step import check_batch, compile_step
 
@@ -106,25 +106,34 @@ def test_impossible_splits_say_what_is_possible(rows, accumulation, said):
     check_batch(rows, accumulation, MESH)
 
 
-def test_patch_names_learn_and_leave_a_vision_tree():
+def test_patch_objects_learn_and_leave_a_vision_tree():
   model = standin.small_config()
   config = standin.line_run(
     optimizer={'peak': 1e-2, 'end': 1e-3, 'trainable': ('.*',)}, steps=40
   )
-  objective = PatchNames(model, classes=2)
+  objective = PatchObjects(model, classes=2)
   target = abstract_params(objective, config.optimizer, MESH)
   assert set(target) == {'vision', 'head'}
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 2, (8, 2, 2), dtype=np.int32)
   colours = (255 * labels).repeat(14, 1).repeat(14, 2)[..., None]
   pixels = np.broadcast_to(colours, (8, 28, 28, 3)).astype(np.uint8)
+  boxes = np.stack([labels * x for x in (0.1, 0.2, 0.6, 0.9)], -1)
   labels[0, 0, 0] = NO_LABEL
   state = create_state(
     random_params(objective, target, 0, list(target)), config.optimizer, MESH
   )
   step = compile_step(objective, config.optimizer, 1, MESH, state)
-  batch = put_batch({'pixels': pixels, 'patch_labels': labels}, MESH)
+  batch = put_batch(
+    {
+      'pixels': pixels,
+      'patch_labels': labels,
+      'patch_boxes': boxes.astype(np.float32),
+    },
+    MESH,
+  )
   for _ in range(40):
     state, metrics = step(state, batch)
   assert float(metrics['weight']) == 31
   assert float(metrics['accuracy']) > 0.95
+  assert float(metrics['box_error']) < 0.1

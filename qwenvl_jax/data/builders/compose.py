@@ -30,6 +30,8 @@ class Style:
     side: of the square picture, in pixels.
     classes: how many of `things.THINGS` occur.
     sprite: smallest and largest longer side of a sprite, in pixels.
+    lattice: sides and corners of boxes are multiples of this many pixels, so
+      that few coordinates occur and a small model can learn to write them.
     counts: relative frequency of scenes with 1, 2, .. sprites.
     repeat: chance that a further sprite is of a class already there.
     overlap: largest share of the smaller box that two boxes may share.
@@ -38,14 +40,15 @@ class Style:
     tilt: largest angle of a word, in degrees.
   """
 
-  side: int = 112
+  side: int = 84
   classes: int = 16
-  sprite: tuple[int, int] = (30, 56)
+  sprite: tuple[int, int] = (21, 42)
+  lattice: int = 7
   counts: tuple[float, ...] = (0.35, 0.4, 0.25)
   repeat: float = 0.25
   overlap: float = 0.05
   text: float = 0.25
-  font: tuple[int, int] = (18, 26)
+  font: tuple[int, int] = (15, 20)
   tilt: float = 12.0
 
 
@@ -103,7 +106,9 @@ def compose(rng: random.Random, style: Style, combos: bool = False) -> Drawing:
     if box is None:
       continue
     boxes.append(box)
-    sprite = _sprite(thing, max(box[2] - box[0], box[3] - box[1]))
+    sprite = _sprite(
+      thing, max(box[2] - box[0], box[3] - box[1]), style.lattice
+    )
     picture.paste(sprite, box[:2], sprite)
     objects.append(Placed(thing, box))
   return Drawing(picture, tuple(objects), colour, texture, tuple(texts))
@@ -128,13 +133,14 @@ def _place(rng, style, thing, boxes, needed):
 
   A scene needs one object: if there is no room beside the word, it covers it.
   """
-  low, high = style.sprite
+  step = style.lattice
+  low, high = (-(-style.sprite[0] // step), style.sprite[1] // step)
   for attempt in range(40):
     # Later tries are smaller, so that a crowded picture still fills.
-    size = rng.randint(low, max(low, high - attempt // 2))
-    width, height = _sprite(thing, size).size
-    x = rng.randint(0, style.side - width)
-    y = rng.randint(0, style.side - height)
+    size = step * rng.randint(low, max(low, high - attempt // 8))
+    width, height = _sprite(thing, size, step).size
+    x = step * rng.randint(0, (style.side - width) // step)
+    y = step * rng.randint(0, (style.side - height) // step)
     box = (x, y, x + width, y + height)
     if all(_shared(box, other) <= style.overlap for other in boxes):
       return box
@@ -162,12 +168,17 @@ def _sheet() -> Image.Image:
 
 
 @functools.lru_cache(maxsize=4096)
-def _sprite(thing: int, size: int) -> Image.Image:
-  """RGBA picture whose longer side is `size` and that has no empty border."""
+def _sprite(thing: int, size: int, lattice: int) -> Image.Image:
+  """RGBA picture whose longer side is `size` and that has no empty border.
+
+  Its shorter side is rounded to a multiple of `lattice`.
+  """
   cell = _sheet().crop((thing * CELL, 0, (thing + 1) * CELL, CELL))
   cell = cell.crop(cell.getbbox())
   scale = size / max(cell.size)
-  shape = tuple(max(1, round(side * scale)) for side in cell.size)
+  shape = tuple(
+    lattice * max(1, round(side * scale / lattice)) for side in cell.size
+  )
   return cell.resize(shape, Image.Resampling.LANCZOS)
 
 

@@ -42,9 +42,9 @@ class ScenesConfig(tfds.core.BuilderConfig):
     style: what scenes look like.
   """
 
-  train: int = 16000
-  test: int = 1000
-  combos: int = 500
+  train: int = 10000
+  test: int = 600
+  combos: int = 300
   seed: int = 0
   style: compose.Style = compose.Style()
 
@@ -55,7 +55,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'First version.'}
   BUILDER_CONFIGS = [
-    ScenesConfig(name='default', description='16,000 scenes of 112 px.'),
+    ScenesConfig(name='default', description='10,000 scenes of 84 px.'),
     ScenesConfig(
       name='small',
       description='500 scenes, to try things out.',
