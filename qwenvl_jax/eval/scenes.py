@@ -65,7 +65,7 @@ def ask(
   *,
   chat: bool = False,
   blank: bool = False,
-  batch_size: int = 64,
+  batch_size: int = 128,
 ) -> list[Answered]:
   """Generates and scores the answers, greedily.
 
@@ -88,28 +88,32 @@ def ask(
     if chat
     else (tokenizer.eod_id,)
   )
-  answers = [None] * len(asked)
-  groups = collections.defaultdict(list)
-  for index, question in enumerate(asked):
+  # Blank pictures are all alike: each wording needs to be asked only once.
+  waiting = collections.defaultdict(dict)
+  keys = []
+  for question in asked:
+    ids = tuple(prompt(tokenizer, question, queries, chat))
+    key = (ids, None if blank else question.record)
+    keys.append(key)
     limit = _NEW_TOKENS.get(question.kind, _FEW_TOKENS)
-    groups[limit].append(index)
-  for limit, indices in groups.items():
-    images = []
-    for index in indices:
-      picture = pictures[asked[index].record]
-      images.append(np.full_like(picture, _BLANK) if blank else picture)
+    picture = pictures[question.record]
+    waiting[limit][key] = np.full_like(picture, _BLANK) if blank else picture
+  answers = {}
+  for limit, group in waiting.items():
     outputs = generate(
       model,
       params,
-      [prompt(tokenizer, asked[i], queries, chat) for i in indices],
-      [picture[None] for picture in images],
+      [ids for ids, _ in group],
+      [picture[None] for picture in group.values()],
       max_new_tokens=limit,
       stop_ids=stop,
       batch_size=batch_size,
     )
-    for index, ids in zip(indices, outputs, strict=True):
-      answers[index] = score(asked[index], tokenizer.decode(ids))
-  return answers
+    answers |= dict(zip(group, map(tokenizer.decode, outputs), strict=True))
+  return [
+    score(question, answers[key])
+    for question, key in zip(asked, keys, strict=True)
+  ]
 
 
 def prompt(

@@ -76,7 +76,7 @@ def test_quads_hold_the_words():
 
 
 def test_sizes_counts_and_overlap_follow_the_style():
-  style = compose.Style(text=0, counts=(0, 0, 1), sprite=(30, 40))
+  style = compose.Style(side=112, text=0, counts=(0, 0, 1), sprite=(28, 42))
   drawings = _drawings(100, style)
   assert sum(len(x.objects) == 3 for x in drawings) > 95
   repeats = 0
@@ -84,7 +84,8 @@ def test_sizes_counts_and_overlap_follow_the_style():
     boxes = [x.box for x in drawing.objects]
     for index, (x1, y1, x2, y2) in enumerate(boxes):
       assert 0 <= x1 < x2 <= style.side and 0 <= y1 < y2 <= style.side
-      assert 30 <= max(x2 - x1, y2 - y1) <= 40
+      assert 28 <= max(x2 - x1, y2 - y1) <= 42
+      assert not any(x % style.lattice for x in (x1, y1, x2, y2))
       for u1, v1, u2, v2 in boxes[:index]:
         width, height = min(x2, u2) - max(x1, u1), min(y2, v2) - max(y1, v1)
         if width > 0 and height > 0:

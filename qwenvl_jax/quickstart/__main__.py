@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from qwenvl_jax.errors import ConfigError, QwenVLError
-from qwenvl_jax.eval import quickstart as exam
+from qwenvl_jax.quickstart import exam
 
 # Stage to (config, where its parameters come from: option to stage).
 STAGES = {
@@ -25,6 +25,9 @@ STAGES = {
   'stage2': {'params': 'stage1'},
   'stage3': {'params': 'stage2'},
 }
+
+# XLA's own matrix products: a tenth faster than YNNPACK's at these sizes.
+_XLA_FLAGS = '--xla_cpu_experimental_ynn_fusion_type='
 
 _SMOKE_STEPS = 6
 _SMOKE_SCENES = 12
@@ -150,6 +153,7 @@ def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
     'qwenvl_jax.train.main',
     *options,
     JAX_NUM_CPU_DEVICES=str(settings.devices),
+    XLA_FLAGS=f'{os.environ.get("XLA_FLAGS", "")} {_XLA_FLAGS}'.strip(),
   )
 
 

@@ -24,8 +24,11 @@ FLOORS = {
   'refer, several objects': report.Floor(0.30, 0.60),
 }
 
-# Held-out combinations of thing and colour are scored on fewer scenes.
-_COMBOS_SHARE = 4
+# Kinds of questions with a floor are asked of all scenes, others, chats and
+# held-out combinations of thing and colour of this share of them.
+_SHARE = 0.25
+_WITH_FLOOR = ('caption', 'exist', 'count', 'colour', 'refer')
+_OTHERS = tuple(kind for kind in scenes.KINDS if kind not in _WITH_FLOOR)
 
 _GALLERY = 12
 _PICTURE_SIDE = 448
@@ -57,19 +60,21 @@ def evaluate(
   """
   began = time.monotonic()
   data = out / 'data'
-  test = sources.Scenes(str(data), 'test', config, limit=scenes_count).open()
-  combos = sources.Scenes(
-    str(data), 'combos', config, limit=max(scenes_count // _COMBOS_SHARE, 1)
-  ).open()
+  few = max(int(scenes_count * _SHARE), 1)
+  test = list(
+    sources.Scenes(str(data), 'test', config, limit=scenes_count).open()
+  )
+  combos = list(sources.Scenes(str(data), 'combos', config, limit=few).open())
   tables, answers = [], {}
   exams = (
-    ('stage2', 'Stage 2, held-out layouts', test, False),
-    ('stage3', 'Stage 3, the same in ChatML', test, True),
-    ('stage2', 'Stage 2, held-out combinations', combos, False),
+    ('stage2', 'Stage 2, held-out layouts', test, _WITH_FLOOR, False),
+    ('stage2', 'Stage 2, further questions', test[:few], _OTHERS, False),
+    ('stage3', 'Stage 3, the same in ChatML', test[:few], _WITH_FLOOR, True),
+    ('stage2', 'Stage 2, held-out combinations', combos, _WITH_FLOOR, False),
   )
   handles = {name: api.load(out / name) for name in ('stage2', 'stage3')}
-  for name, title, split, chat in exams:
-    seen, blind = _answers(handles[name], split, chat)
+  for name, title, split, kinds, chat in exams:
+    seen, blind = _answers(handles[name], split, kinds, chat)
     table = report.Table(title, scenes.tabulate(seen, blind))
     _print(table)
     tables.append(table)
@@ -112,9 +117,9 @@ def picture(scene) -> Image.Image:
   return image.load(scene.image, scene.id)
 
 
-def _answers(handle, split, chat):
+def _answers(handle, split, kinds, chat):
   asked, pictures = scenes.exam(
-    list(split), handle.config.vision.image_size, chat=chat
+    split, handle.config.vision.image_size, kinds=kinds, chat=chat
   )
   arguments = handle.model, handle.params, handle.tokenizer, asked, pictures
   return tuple(

@@ -1,0 +1,1 @@
+"""The quickstart: recipe, evaluation and report of a small model on a CPU."""
