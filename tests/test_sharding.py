@@ -1,3 +1,5 @@
+import pathlib
+
 import flax.linen as nn
 import jax
 import pytest
@@ -65,3 +67,10 @@ assert not kernel.sharding.is_fully_replicated
 moment = together[1].opt_state[1].mu['decoder']['blocks']['mlp']['up']['kernel']
 assert moment.sharding == kernel.sharding
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', ['8, 1, 1', '1, 4, 2', '2, 2, 2'])
+def test_a_sharded_step_is_the_step_of_one_device(sizes, run_on_devices):
+  here = str(pathlib.Path(__file__).parent / 'train')
+  run_on_devices(8, SHARDED.format(here=here, sizes=sizes))

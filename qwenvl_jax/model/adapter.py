@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.initializers import ones
 
 from qwenvl_jax.model.attention import attend
@@ -19,29 +18,7 @@ from qwenvl_jax.model.layers import (
   contract,
   default_init,
 )
-from qwenvl_jax.model.vision import resize_positions
-
-
-def sincos_positions(grid: int, dim: int) -> np.ndarray:
-  """Fixed position table of the queries.
-
-  Args:
-    grid: queries a side.
-    dim: channels, a multiple of 4. The first half encodes the column, the
-      second the row; each is [sin | cos] with frequencies
-      10000**(-2i / (dim/2)).
-
-  Returns:
-    [grid*grid, dim] float32, raster order.
-  """
-  quarter = dim // 4
-  frequencies = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
-  angles = np.arange(grid, dtype=np.float64)[:, None] * frequencies
-  line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-  columns = np.broadcast_to(line[None, :], (grid, grid, dim // 2))
-  rows = np.broadcast_to(line[:, None], (grid, grid, dim // 2))
-  table = np.concatenate([columns, rows], axis=2)
-  return table.reshape(grid * grid, dim).astype(np.float32)
+from qwenvl_jax.model.positions import resize_positions, sincos_positions
 
 
 def _scaled_identity(scale: float):
@@ -121,6 +98,9 @@ class Adapter(nn.Module):
       **kinds,
       name='kv_proj',
     )(x)
+    # Whole features between two split matrices: XLA's partitioner loses the sum
+    # over the mesh's axes in the backward pass otherwise (openxla/xla#40034).
+    kv = nn.with_logical_constraint(kv, ('batch', 'patches', 'embed_act'))
     kv = norm('ln_kv')(kv)
     q = norm('ln_q')(query.astype(self.dtype))
     q = jnp.broadcast_to(

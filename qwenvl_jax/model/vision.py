@@ -16,13 +16,11 @@ import numpy as np
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.model.attention import attend
 from qwenvl_jax.model.config import VisionConfig
-from qwenvl_jax.model.layers import LayerNorm, Projection, default_init, remat
+from qwenvl_jax.model.layers import LayerNorm, Projection, remat
+from qwenvl_jax.model.positions import resize_positions, sincos_positions
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-
-# Cubic coefficient of torch's bicubic interpolation; Keys' -0.5 is PIL's.
-_CUBIC = -0.75
 
 
 def normalize_pixels(pixels) -> jax.Array:
@@ -37,48 +35,6 @@ def normalize_pixels(pixels) -> jax.Array:
   if pixels.dtype != jnp.uint8:
     return pixels
   return (pixels.astype(jnp.float32) / 255 - CLIP_MEAN) / CLIP_STD
-
-
-def _resize_matrix(source: int, target: int) -> np.ndarray:
-  """[target, source] float32 weights of a 1-D bicubic resize.
-
-  Half-pixel centres, no antialiasing, edges repeated: torch's
-  `interpolate(mode='bicubic', align_corners=False)`.
-  """
-  position = (np.arange(target) + 0.5) * (source / target) - 0.5
-  first = np.floor(position).astype(int) - 1
-  weights = np.zeros((target, source), np.float64)
-  for tap in range(4):
-    x = np.abs(position - (first + tap))
-    near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
-    far = _CUBIC * (((x - 5) * x + 8) * x - 4)
-    index = np.clip(first + tap, 0, source - 1)
-    np.add.at(weights, (np.arange(target), index), np.where(x <= 1, near, far))
-  return weights.astype(np.float32)
-
-
-def resize_positions(table, grid: tuple[int, int]) -> jax.Array:
-  """Resizes a square position table to a patch grid, in float32.
-
-  Args:
-    table: [S*S,D].
-    grid: (rows, columns) of patches.
-
-  Returns:
-    [rows*columns,D], dtype of `table`; the table itself when the grid fits.
-  """
-  side = int(table.shape[0] ** 0.5 + 0.5)
-  if grid == (side, side):
-    return table
-  square = table.astype(jnp.float32).reshape(side, side, -1)
-  resized = jnp.einsum(
-    'rh,hwd,cw->rcd',
-    _resize_matrix(side, grid[0]),
-    square,
-    _resize_matrix(side, grid[1]),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return resized.reshape(-1, table.shape[1]).astype(table.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -202,6 +158,13 @@ class Mlp(nn.Module):
     )(h)
 
 
+def _sincos(key, shape, dtype):
+  # As large as what patches show from the start: a table that starts near zero
+  # takes a small model's first minutes to tell places apart.
+  del key
+  return jnp.asarray(sincos_positions(round(shape[0] ** 0.5), shape[1]), dtype)
+
+
 class VisionTransformer(nn.Module):
   """Pixels to patch features.
 
@@ -256,7 +219,7 @@ class VisionTransformer(nn.Module):
     )(patches)
     positions = self.param(
       'pos_embed',
-      nn.with_logical_partitioning(default_init, ('patch', 'embed')),
+      nn.with_logical_partitioning(_sincos, ('patch', 'embed')),
       (c.position_grid**2, c.width),
       self.param_dtype,
     )

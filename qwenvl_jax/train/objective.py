@@ -16,7 +16,7 @@ from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.model.vision import VisionTransformer
 from qwenvl_jax.train.loss import next_token_loss
 
-# Patches with this label carry no loss in `PatchNames`.
+# Patches with this label carry no loss in `PatchObjects`.
 NO_LABEL = -1
 
 
