@@ -11,6 +11,8 @@ import pytest
 # Before anything imports JAX. Tests are about one CPU device unless they ask
 # for more (`run_on_devices`).
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Tests spend their time compiling small programs that run for milliseconds.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 # For the length of the run, tests and their subprocesses share compiled
 # programs: many compile the same tiny model.
 _COMPILED = None
