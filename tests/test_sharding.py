@@ -35,7 +35,9 @@ def test_an_axis_without_a_rule_is_a_bug():
 
 
 SHARDED = """
-import sys
+import os, sys
+# Compiling is most of the time here.
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 sys.path.insert(0, {here!r})
 import jax, numpy as np, standin
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
@@ -47,6 +49,7 @@ config = optimizer.OptimizerConfig(1e-3, 1e-4, 1, 10, vision_layer_decay=0.9)
 def run(mesh):
   target = state.abstract_params(model, config, mesh)
   params = init.initial_params(model, target, init.InitFrom(), 0)
+  begun = jax.device_get(params)
   s = state.create_state(params, config, mesh)
   where = jax.tree.map(lambda x: x.sharding, s)
   f = step.compile_step(model, config, 2, mesh, s)
@@ -55,22 +58,24 @@ def run(mesh):
     s, m = f(s, put_batch(standin.rows(k, 16), mesh))
     metrics.append((float(m['loss']), float(m['grad_norm'])))
   assert jax.tree.map(lambda x: x.sharding, s) == where
-  return params, s, np.array(metrics)
+  return begun, s, np.array(metrics)
 
 alone = run(make_mesh(MeshConfig(), jax.devices()[:1]))
-together = run(make_mesh(MeshConfig({sizes})))
-for a, b in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(together[0])):
-  np.testing.assert_array_equal(a, b)  # Random numbers know no mesh.
-np.testing.assert_allclose(alone[2], together[2], rtol=1e-4)
-kernel = together[1].trained['decoder']['blocks']['mlp']['up']['kernel']
-assert not kernel.sharding.is_fully_replicated
-moment = together[1].opt_state[1].mu['decoder']['blocks']['mlp']['up']['kernel']
-assert moment.sharding == kernel.sharding
+for sizes in ((2, 2, 2), (1, 4, 2)):
+  together = run(make_mesh(MeshConfig(*sizes)))
+  for a, b in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(together[0])):
+    np.testing.assert_array_equal(a, b)  # Random numbers know no mesh.
+  np.testing.assert_allclose(
+    alone[2], together[2], rtol=1e-4, err_msg=str(sizes)
+  )
+  def kernel(tree):
+    return tree['decoder']['blocks']['mlp']['up']['kernel'].sharding
+  assert not kernel(together[1].trained).is_fully_replicated
+  assert kernel(together[1].opt_state[1].mu) == kernel(together[1].trained)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', ['8, 1, 1', '1, 4, 2', '2, 2, 2'])
-def test_a_sharded_step_is_the_step_of_one_device(sizes, run_on_devices):
+def test_a_sharded_step_is_the_step_of_one_device(run_on_devices):
   here = str(pathlib.Path(__file__).parent / 'train')
-  run_on_devices(8, SHARDED.format(here=here, sizes=sizes))
+  run_on_devices(8, SHARDED.format(here=here))

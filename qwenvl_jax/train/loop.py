@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.objective import NextToken, Objective
 from qwenvl_jax.train.optimizer import OptimizerConfig
 from qwenvl_jax.train.reporting import Reporter, Window
+from qwenvl_jax.train.signals import Interrupted, caught_signals
 from qwenvl_jax.train.state import (
   TrainState,
   abstract_params,
@@ -29,6 +29,9 @@ from qwenvl_jax.train.state import (
   create_state,
 )
 from qwenvl_jax.train.step import check_batch, compile_loss, compile_step
+
+# The resolved configuration, beside the checkpoints.
+CONFIG = 'config.gin'
 
 
 class Data(Protocol):
@@ -50,18 +53,6 @@ class Data(Protocol):
 
 class DivergedError(QwenVLError):
   """Loss or gradient stayed not finite."""
-
-
-class Interrupted(QwenVLError):
-  """A signal asked the run to end; it has saved.
-
-  Attributes:
-    signum: the signal.
-  """
-
-  def __init__(self, message: str, signum: int):
-    super().__init__(message)
-    self.signum = signum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +109,10 @@ class TrainConfig:
 
 
 def train(
-  config: TrainConfig, workdir: str | Path, stop_at: int | None = None
+  config: TrainConfig,
+  workdir: str | Path,
+  stop_at: int | None = None,
+  resolved: str | None = None,
 ) -> TrainState:
   """Trains, resuming from the newest checkpoint in the folder if there is one.
 
@@ -127,6 +121,7 @@ def train(
     workdir: the run's folder, made if absent.
     stop_at: end (and save) at this step instead of `config.optimizer.steps`;
       the schedule stays as it is, and a later call goes on.
+    resolved: the configuration as a config file, to be kept as `config.gin`.
 
   Returns:
     The last state.
@@ -142,30 +137,49 @@ def train(
   mesh = make_mesh(config.mesh)
   check_run(config, mesh)
   stop = config.optimizer.steps
+  if stop_at is not None and stop_at < 1:
+    raise ConfigError(f'--steps {stop_at}: at least one step must be taken')
   stop = stop if stop_at is None else min(stop_at, stop)
   first = jax.process_index() == 0
-  try:
+  with _writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    if first:
-      write_side_files(workdir, config.objective.config, None)
-      if isinstance(config.data, Pipeline):
-        Tokenizer(config.data.vocabulary).save(workdir / VOCABULARY)
-  except OSError as error:
-    raise ConfigError(
-      f'cannot write to --workdir {workdir}: {error}'
-    ) from error
-
   iterator = config.data.iterator(jax.process_index(), jax.process_count())
   checkpoints = Checkpoints(workdir, config.checkpoint)
-  with _signals() as caught, contextlib.closing(checkpoints):
+  with caught_signals() as caught, contextlib.closing(checkpoints):
     state = _start(config, mesh, checkpoints, iterator, first)
+    if first:
+      # Not before: a configuration that does not fit the run that is there
+      # must leave its files alone.
+      with _writing(workdir):
+        _write_files(config, workdir, resolved)
     start = int(state.step)
     reporter = Reporter(workdir, start, stop, quiet=not first)
     with contextlib.closing(reporter):
       if start:
         reporter.say(f'resumed from step {start} of {workdir}')
+      if start >= stop:
+        reporter.say(f'nothing left to do: the run ends at step {stop}')
       run = _Run(config, mesh, checkpoints, reporter, caught)
       return run(state, iterator, stop)
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise ConfigError(
+      f'cannot write to --workdir {workdir}: {error}'
+    ) from error
+
+
+def _write_files(config: TrainConfig, workdir: Path, resolved) -> None:
+  """Writes what opens the run's checkpoints, and what made them."""
+  write_side_files(workdir, config.objective.config, None)
+  if isinstance(config.data, Pipeline):
+    Tokenizer(config.data.vocabulary).save(workdir / VOCABULARY)
+  if resolved is not None:
+    (workdir / CONFIG).write_text(resolved)
 
 
 def check_run(config: TrainConfig, mesh: Mesh) -> None:
@@ -347,39 +361,3 @@ def _next(iterator: Iterator, step_number: int, stop: int) -> dict:
       f'the data ended after {step_number} of {stop} steps: let the sources '
       'repeat, or lower OptimizerConfig.steps'
     ) from None
-
-
-@dataclasses.dataclass
-class _Caught:
-  signum: int = 0
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Caught]:
-  """Notes SIGTERM and SIGINT for the loop to act on between two steps.
-
-  A second one ends the process at once. In a run of several processes JAX's
-  preemption service takes SIGTERM.
-  """
-  caught = _Caught()
-  if (
-    threading.current_thread() is not threading.main_thread()
-    or jax.process_count() > 1
-  ):
-    yield caught
-    return
-  before = {}
-
-  def note(signum, frame):
-    del frame
-    caught.signum = signum
-    for number, handler in before.items():
-      signal.signal(number, handler)
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    before[number] = signal.signal(number, note)
-  try:
-    yield caught
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

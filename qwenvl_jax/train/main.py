@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from qwenvl_jax import entry
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.train.loop import Interrupted, TrainConfig, train
+from qwenvl_jax.train.loop import TrainConfig, train
+from qwenvl_jax.train.signals import Interrupted
 
 DESCRIPTION = """
 Trains one stage of Qwen-VL as a config file says.
@@ -21,7 +21,8 @@ on from its newest checkpoint. SIGTERM and Ctrl-C save before they end it.
 
 EXAMPLES = """
 qwenvl-train --gin_file=quickstart/stage1.gin --workdir=runs/1
-qwenvl-train --gin_file=stage2.gin --workdir=runs/2 --gin.INIT='"runs/1"'
+qwenvl-train --gin_file=quickstart/stage2.gin --workdir=runs/2 \\
+  --gin.INIT='"runs/1"'
 qwenvl-train --gin_file=runs/1/config.gin --workdir=runs/again --steps=20
 """
 
@@ -52,26 +53,12 @@ def command(argv: Sequence[str]) -> int:
     jax.distributed.initialize()
   entry.load(flags.gin_file, bindings)
   config = entry.build(TrainConfig)
-  save_resolved(Path(flags.workdir))
   try:
-    train(config, flags.workdir, flags.steps)
+    train(config, flags.workdir, flags.steps, entry.resolved())
   except Interrupted as stop:
     print(stop, file=sys.stderr, flush=True)
     return 128 + stop.signum
   return 0
-
-
-def save_resolved(workdir: Path) -> None:
-  """Writes the configuration of this run beside its checkpoints."""
-  if jax.process_index() != 0:
-    return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.gin').write_text(entry.resolved())
-  except OSError as error:
-    raise ConfigError(
-      f'cannot write to --workdir {workdir}: {error}'
-    ) from error
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ import numpy as np
 import standin
 
 from qwenvl_jax.train.checkpoint import CheckpointConfig
-from qwenvl_jax.train.loop import Interrupted, train
+from qwenvl_jax.train.loop import train
+from qwenvl_jax.train.signals import Interrupted
 
 
 def run(workdir, result):

@@ -156,11 +156,13 @@ def test_another_configuration_is_no_damage(finished, tmp_path):
   folder = tmp_path / 'run'
   shutil.copytree(finished[0], folder)
   other = configuration(optimizer={'trainable': ('model/kernel',)})
+  (folder / 'config.gin').write_text('what made it')
   with pytest.raises(CheckpointError) as error:
-    train(other, folder)
+    train(other, folder, resolved='another')
   assert 'another choice of trained parameters' in str(error.value)
   assert 'opt_state/1/mu/model/bias' in str(error.value)
   assert (folder / 'checkpoints' / '4').is_dir()
+  assert (folder / 'config.gin').read_text() == 'what made it'
 
 
 @pytest.fixture
@@ -195,6 +197,7 @@ entry.run(lambda argv: train(config, argv[0]) and None)
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_spares_what_was_saved(small_disk):
   folder = small_disk / 'run'
 
