@@ -42,10 +42,9 @@ SHARD = 2 * 10**9
 # Run in a process of its own: imports, then a conversion, with the resident
 # memory after each.
 _CHILD = """
-import json, resource, sys, threading, time
+import json, resource, sys, time
 from pathlib import Path
-from qwenvl_jax.conversion import cli, convert
-from qwenvl_jax.conversion.orbax_store import OrbaxWriter
+from qwenvl_jax.conversion import convert
 
 def resident():
   for line in open('/proc/self/status'):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from qwenvl_jax.errors import CheckpointError
 
+UNFINISHED = '.partial'
+
 # For directories, metadata and what else a disk needs.
 _SPARE_BYTES = 64 * 1024**2
 
@@ -31,7 +33,7 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
   """
   destination = Path(os.path.abspath(destination))
   _check_unused(destination)
-  partial = destination.with_name(destination.name + '.partial')
+  partial = destination.with_name(destination.name + UNFINISHED)
   try:
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)

@@ -100,9 +100,7 @@ class Block:
     boxes = list(boxes)
     result = []
     for layer in range(len(self.names)):
-      rows = np.empty(
-        (self.stop - self.start, *self.row_shape), boxes[0].dtype
-      )
+      rows = np.empty((self.stop - self.start, *self.row_shape), boxes[0].dtype)
       for source, view in zip(boxes, self._ours(rows), strict=True):
         copy_into(view, source[layer] if self.stacked else source)
       result.append(rows)

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qwenvl_jax.conversion import gptq, layout, openclip, orbax_store
+from qwenvl_jax.conversion.atomic import UNFINISHED
 from qwenvl_jax.conversion.blocks import plan
 from qwenvl_jax.conversion.hf_config import config_from_hf, config_to_hf
 from qwenvl_jax.conversion.reader import (
@@ -113,6 +114,10 @@ def read_config(folder: Path) -> QwenVLConfig:
     raise CheckpointError(
       f'{folder} does not exist: expected a checkpoint folder (released '
       'layout, a converted checkpoint or a training run)'
+    )
+  if folder.name.endswith(UNFINISHED):
+    raise CheckpointError(
+      f'{folder} is what an unfinished conversion left: start it again'
     )
   path = side_file(folder, 'config.json')
   if not path.exists() and openclip.is_openclip(folder):

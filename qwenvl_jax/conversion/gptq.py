@@ -78,9 +78,9 @@ def _check_bias(name: str, tensor: Tensor) -> None:
   largest = float(np.abs(tensor.load().astype(np.float32)).max(initial=0.0))
   if not largest <= BIAS_TOLERANCE:
     raise CheckpointError(
-      f'{tensor.file}: {name} goes up to {largest:g}, but the model has no such '
-      'bias and the release has zeros there: dropping it would change what the '
-      'model says'
+      f'{tensor.file}: {name} goes up to {largest:g}, but the model has no '
+      'such bias, and the release has zeros there: dropping it would change '
+      'what the model says'
     )
 
 

@@ -1,8 +1,8 @@
 """Orbax checkpoints, read and written block by block.
 
-`create` lets Orbax write a checkpoint whose arrays are still empty, uncompressed
-Zarr arrays with one chunk a block; TensorStore then fills in one chunk at a
-time. Any Orbax opens the result and restores it to any sharding.
+Orbax writes a checkpoint whose arrays are still empty: Zarr, uncompressed, one
+chunk a block. TensorStore then fills in one chunk at a time. Any Orbax opens
+the result and restores it to any sharding.
 """
 
 from collections.abc import Sequence
@@ -81,22 +81,22 @@ class OrbaxWriter:
     tree = layout.unflatten(
       {name: _Blank(*x, chunks[name]) for name, x in arrays.items()}
     )
-    handler = ocp.PyTreeCheckpointHandler(
-      use_ocdbt=False,
-      use_zarr3=False,
-      type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-        (_Blank, _BlankHandler())
-      ),
-    )
     # Orbax warns that it has no arrays to put together: they come from here.
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
+      handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+          (_Blank, _BlankHandler())
+        ),
+      )
       with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path.absolute(), ocp.args.PyTreeSave(tree))
     finally:
       logging.set_verbosity(verbosity)
-    self._stores = open_stores(path)
+    self._path, self._stores = path, open_stores(path)
 
   def write(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
     """Writes one block; several threads may."""
@@ -106,8 +106,13 @@ class OrbaxWriter:
       )
       for path, box in zip(block.paths, boxes, strict=True)
     ]
-    for future in pending:
-      future.result()
+    try:
+      for future in pending:
+        future.result()
+    except ValueError as error:  # So says TensorStore of a full disk.
+      raise CheckpointError(
+        f'{self._path}: {" or ".join(block.paths)} cannot be written ({error})'
+      ) from error
 
 
 def metadata(path: Path) -> dict:

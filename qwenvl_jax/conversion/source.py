@@ -15,6 +15,7 @@ import tensorstore
 
 from qwenvl_jax.conversion import layout, orbax_store
 from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.family import of_names
 from qwenvl_jax.conversion.reader import Tensor
 from qwenvl_jax.conversion.writer import DTYPES, narrow
 from qwenvl_jax.errors import CheckpointError
@@ -56,10 +57,12 @@ class ReleasedSource:
     Raises:
       CheckpointError: tensors are missing, unknown, misshapen or no floats.
     """
+    expected = layout.released_shapes(table)
+    family = of_names(tensors.keys() - expected.keys())
+    if family is not None and not expected.keys() <= tensors.keys():
+      where += f' looks like {family} by its tensors'
     layout.check_shapes(
-      layout.released_shapes(table),
-      {name: tensor.shape for name, tensor in tensors.items()},
-      where,
+      expected, {name: x.shape for name, x in tensors.items()}, where
     )
     self._tensors = tensors
     self._rules = {path: rule for rule in table for path in rule.paths}
@@ -144,9 +147,7 @@ class ArraySource:
   """A tree of arrays in memory."""
 
   def __init__(self, params: dict):
-    self._arrays = {
-      path: np.asarray(x) for path, x in layout.flatten(params)
-    }
+    self._arrays = {path: np.asarray(x) for path, x in layout.flatten(params)}
     self.dtypes = {path: x.dtype for path, x in self._arrays.items()}
 
   def read(self, block: Block) -> list[np.ndarray]:

@@ -12,6 +12,16 @@ import numpy as np
 
 from qwenvl_jax.errors import CheckpointError
 
+_DTYPES = {
+  'bfloat16': ml_dtypes.bfloat16,
+  'float16': np.float16,
+  'float32': np.float32,
+  'float64': np.float64,
+  'int32': np.int32,
+  'int64': np.int64,
+  'uint8': np.uint8,
+}
+
 
 def contents(
   path: Path,
@@ -20,7 +30,7 @@ def contents(
 
   Raises:
     CheckpointError: torch is not installed, the file is damaged or holds more
-      than tensors, or a dtype is unknown to NumPy.
+      than tensors, or a dtype is not supported.
   """
   try:
     import torch
@@ -50,12 +60,12 @@ def _place(path, name, tensor, torch):
       f'{path}: {name} is a {type(tensor).__name__}, not a tensor'
     )
   kind = str(tensor.dtype).removeprefix('torch.')
-  try:
-    dtype = np.dtype(ml_dtypes.bfloat16 if kind == 'bfloat16' else kind)
-  except TypeError as error:
+  if kind not in _DTYPES:
     raise CheckpointError(
-      f'{path}: tensor {name} has dtype {kind}, which is not supported'
-    ) from error
+      f'{path}: tensor {name} has dtype {kind}, which is not supported '
+      f'({", ".join(_DTYPES)})'
+    )
+  dtype = np.dtype(_DTYPES[kind])
   # Set by torch.load for storages that it leaves in the file.
   start = getattr(tensor.untyped_storage(), '_checkpoint_offset', None)
   if start is None or not tensor.is_contiguous():

@@ -42,7 +42,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _copy_tiles(target: np.ndarray, source: np.ndarray) -> None:
-  """target has contiguous rows, source contiguous columns."""
+  """Target has contiguous rows, source contiguous columns."""
   rows, columns = target.shape
   length = min(rows, _LENGTH)
   buffer = np.empty((_WIDTH, length + _PADDING), target.dtype)
