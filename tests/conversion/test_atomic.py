@@ -64,9 +64,7 @@ def test_leftovers_do_not_open_and_are_cleared(tmp_path):
   partial = tmp_path / 'ours.partial'
   (partial / 'params').mkdir(parents=True)
   (partial / 'old.txt').write_text('')
-  with pytest.raises(
-    CheckpointError, match='ours.partial is what an unfinished'
-  ):
+  with pytest.raises(CheckpointError, match='partial is what an unfinished'):
     verify(partial, golden.FOLDER)
   with new_folder(tmp_path / 'ours', 0) as folder:
     assert folder == partial

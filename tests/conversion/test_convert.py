@@ -248,23 +248,18 @@ def test_tensors_of_another_family(released, tmp_path, names, family):
 def test_qwen7b_alone_is_no_qwen_vl(released, tmp_path):
   tensors, write = released
   folder = write(dict.fromkeys(n for n in tensors if 'visual' in n))
-  with pytest.raises(
-    CheckpointError, match='no vision and no adapter.*init-st'
-  ):
+  with pytest.raises(CheckpointError, match='no vision and no adapter.*init'):
     convert.from_hf(folder, tmp_path / 'ours')
 
 
 def test_float16_that_overflows(released, tmp_path):
   tensors, write = released
   folder = write({LN_F: np.full(256, 1e5, ml_dtypes.bfloat16)})
-  with pytest.raises(
-    CheckpointError, match=f'{LN_F} has values beyond float16'
-  ):
+  message = f'{LN_F} has values beyond float16'
+  with pytest.raises(CheckpointError, match=message):
     convert.from_hf(folder, tmp_path / 'half', dtype='float16')
   convert.from_hf(folder, tmp_path / 'ours')
-  with pytest.raises(
-    CheckpointError, match=f'{LN_F} has values beyond float16'
-  ):
+  with pytest.raises(CheckpointError, match=message):
     convert.to_hf(tmp_path / 'ours', tmp_path / 'half', dtype='float16')
   assert not (tmp_path / 'half').exists()
   assert not (tmp_path / 'half.partial').exists()
