@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwenvl_jax.batch import text_batch
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion import layout, openclip, reader
 from qwenvl_jax.conversion.atomic import new_folder
@@ -30,8 +29,8 @@ from qwenvl_jax.conversion.source import (
 )
 from qwenvl_jax.conversion.writer import DTYPES, ReleasedWriter
 from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.model.adapter import Adapter
 from qwenvl_jax.model.config import QwenVLConfig
-from qwenvl_jax.model.qwen_vl import QwenVL
 
 SHARD_BYTES = 2 * 10**9
 
@@ -268,11 +267,11 @@ def vocabulary_size(config: QwenVLConfig) -> int:
 
 
 def _random_adapter(config: QwenVLConfig, seed: int) -> dict:
-  """{'adapter': a new one in float32}; the rest is never computed."""
-  model = QwenVL(config.replace(param_dtype=jnp.float32))
+  """{'adapter': a new one in float32}."""
+  patch = jnp.zeros((1, 1, config.vision.width))
 
   def init(key):
-    variables = model.init(key, text_batch(np.zeros((1, 1), np.int32)))
-    return {'adapter': nn.meta.unbox(variables['params']['adapter'])}
+    variables = Adapter(config.adapter).init(key, patch, (1, 1))
+    return {'adapter': nn.meta.unbox(variables['params'])}
 
   return jax.jit(init)(jax.random.key(seed))

@@ -24,7 +24,7 @@ def test_killed_at_random_moments(tmp_path):
   seed = int.from_bytes(os.urandom(4))
   print('seed', seed)  # Shown if this fails.
   chance = random.Random(seed)
-  moments = [chance.uniform(0, 1) for _ in range(8)]
+  moments = [chance.uniform(0, 1) for _ in range(6)]
   done = subprocess.run(
     [sys.executable, KILLER, golden.FOLDER, tmp_path, *map(str, moments)],
     env=os.environ | {'PYTHONPATH': str(KILLER.parents[2])},
