@@ -121,9 +121,8 @@ def _answers(handle, split, kinds, chat):
   asked, pictures = scenes.exam(
     split, handle.config.vision.image_size, kinds=kinds, chat=chat
   )
-  arguments = handle.model, handle.params, handle.tokenizer, asked, pictures
-  return tuple(
-    scenes.ask(*arguments, chat=chat, blank=blank) for blank in (False, True)
+  return scenes.ask(
+    handle.model, handle.params, handle.tokenizer, asked, pictures, chat=chat
   )
 
 
