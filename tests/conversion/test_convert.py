@@ -16,6 +16,7 @@ from qwenvl_jax.conversion import convert, layout
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion.blocks import plan
 from qwenvl_jax.conversion.reader import open_released
+from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.errors import CheckpointError
 
 OPENCLIP = Path(__file__).parents[1] / 'goldens' / 'openclip'
@@ -88,6 +89,18 @@ def test_blocks_of_any_size_convert_alike(ours, tmp_path, monkeypatch):
 
 def small_plan(table):
   return plan(table, 30_000)
+
+
+def test_a_training_run_converts(tmp_path):
+  """Its newest step, packed as Orbax packs what is in memory."""
+  run = tmp_path / 'run'
+  params = folders.read_params(golden.FOLDER, golden.config())
+  folders.write_side_files(run, golden.config(), None)
+  folders.write_params(run / 'checkpoints' / '7', params)
+  (run / 'checkpoints' / '9.orbax-checkpoint-tmp').mkdir()
+  for source, target in ((run, 'a'), (run / 'checkpoints' / '7', 'b')):
+    convert.to_hf(source, tmp_path / target)
+    assert verify(golden.FOLDER, tmp_path / target).same
 
 
 def test_plain_orbax_opens_it(ours):
