@@ -231,7 +231,7 @@ def _init_stage1(args) -> int:
 
 
 def _inspect(args) -> int:
-  report = inspection.inspect(local_folder(args.source))
+  report = inspection.inspect(Path(args.source))
   console = Console()
   console.print(f'{report.family} ({report.layout})', highlight=False)
   for line in report.sizes:
@@ -261,7 +261,7 @@ def _inspect(args) -> int:
 
 
 def _verify(args) -> int:
-  source, destination = map(local_folder, (args.source, args.destination))
+  source, destination = Path(args.source), Path(args.destination)
   with _progress('comparing') as progress:
     found = verify(source, destination, progress)
   how = 'bit for bit'

@@ -113,6 +113,7 @@ def write_ours(
   side_files: Path,
   destination: Path,
   progress: Progress = _silent,
+  code: bool = True,
 ) -> None:
   """Writes a whole model as a checkpoint folder of ours.
 
@@ -122,6 +123,7 @@ def write_ours(
     side_files: folder whose settings and vocabulary go along.
     destination: a new folder.
     progress: see `Progress`.
+    code: whether the code in `side_files` is for this model as well.
   """
   table, dtypes = layout.rules(config), values.dtypes
   arrays = {
@@ -132,7 +134,7 @@ def write_ours(
   with new_folder(destination, size) as partial:
     writer = OrbaxWriter(partial / 'params', arrays, chunk_shapes(table))
     copy(values, plan(table), writer.write, size, progress)
-    folders.carry_side_files(side_files, partial, config, _common(values))
+    folders.carry_side_files(side_files, partial, config, _common(values), code)
 
 
 def copy(
@@ -250,7 +252,9 @@ def init_stage1(
     'decoder': GrownSource(language, rows, seed),
     'adapter': adapter,
   }
-  write_ours(PartsSource(parts), config, decoder, destination, progress)
+  values = PartsSource(parts)
+  # A Qwen-7B's own code knows no pictures.
+  write_ours(values, config, decoder, destination, progress, code=False)
   return Stage1(config, vocabulary - rows)
 
 

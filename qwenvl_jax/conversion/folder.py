@@ -43,17 +43,17 @@ VOCABULARY = 'qwen.tiktoken'
 
 GENERATION = 'generation_config.json'
 
-# Files that go along with the weights: settings, tokenizer and licences, and
-# the released code, which `verify --logits` runs.
-TRAVELLERS = (
+# Files that go along with the weights: settings, tokenizer and licences.
+_TRAVELLERS = (
   GENERATION,
   '*.tiktoken',
   'tokenizer_config.json',
-  '*.py',
-  'SimSun.ttf',
   'LICENSE*',
   'NOTICE*',
 )
+
+# The released code for the same model, which `verify --logits` runs.
+_CODE = ('*.py', 'SimSun.ttf')
 
 # What the release's generation_config.json says; ids follow the vocabulary.
 _GENERATION = {
@@ -97,10 +97,11 @@ def side_file(folder: Path, name: str) -> Path:
   return folder / name
 
 
-def side_files(folder: Path) -> list[Path]:
-  """All files of a folder that travel with its weights."""
+def side_files(folder: Path, code: bool = True) -> list[Path]:
+  """All files of a folder that travel with its weights, or all but code."""
   root = side_file(folder, 'config.json').parent
-  return sorted({path for name in TRAVELLERS for path in root.glob(name)})
+  names = _TRAVELLERS + (_CODE if code else ())
+  return sorted({path for name in names for path in root.glob(name)})
 
 
 def read_config(folder: Path) -> QwenVLConfig:
@@ -280,7 +281,11 @@ def write_side_files(
 
 
 def carry_side_files(
-  source: Path, folder: Path, config: QwenVLConfig, dtype: np.dtype
+  source: Path,
+  folder: Path,
+  config: QwenVLConfig,
+  dtype: np.dtype,
+  code: bool = True,
 ):
   """Writes side files as `source` has them, corrected where they must be.
 
@@ -291,8 +296,9 @@ def carry_side_files(
     folder: what is being written.
     config: of the model written.
     dtype: of the parameters written.
+    code: whether the code in `source` is for this model as well.
   """
-  for path in side_files(source):
+  for path in side_files(source, code):
     shutil.copyfile(path, folder / path.name)
   written = folder / GENERATION
   if not written.exists():

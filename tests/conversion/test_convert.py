@@ -191,8 +191,13 @@ def test_init_stage1_grows_the_vocabulary(released, tmp_path):
   folder = write(visual | {n: tensors[n][:490].copy() for n in names})
   raw = json.loads((folder / 'config.json').read_text()) | {'vocab_size': 490}
   (folder / 'config.json').write_text(json.dumps(raw))
+  for name in ('modeling_qwen.py', 'qwen.tiktoken'):
+    (folder / name).write_text('')
   out = tmp_path / 'start'
   made = convert.init_stage1(OPENCLIP, folder, out, dtype='float32')
+  # Qwen-7B's vocabulary serves a Qwen-VL, its code does not.
+  assert (out / 'qwen.tiktoken').exists()
+  assert not (out / 'modeling_qwen.py').exists()
   assert (made.new_rows, made.config.decoder.vocab_size) == (22, 512)
   params = folders.read_params(out, folders.read_config(out))['decoder']
   wanted = golden.params()['decoder']
