@@ -3,8 +3,8 @@
   python benchmarks/convert_full_size.py --folder SCRATCH
 
 Makes a synthetic Qwen-VL in the released layout (853 tensors, 19.3 GB in
-bfloat16, shards of 2 GB), then measures one after the other, each with its
-source out of the page cache and everything synced to disk:
+bfloat16, shards of 2 GB, PyTorch's with --torch), then measures one after the
+other, each with its source out of the page cache and everything synced to disk:
 
   copy      the shards, as they are: what this disk takes
   from-hf   to an Orbax checkpoint
@@ -42,20 +42,21 @@ SHARD = 2 * 10**9
 # Run in a process of its own: imports, then a conversion, with the resident
 # memory after each.
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from qwenvl_jax.conversion import convert
 
-def resident():
+def status(key):
   for line in open('/proc/self/status'):
-    if line.startswith('VmRSS'):
+    if line.startswith(key):
       return int(line.split()[1]) * 1024
 
-before, start = resident(), time.perf_counter()
+before, start = status('VmRSS'), time.perf_counter()
 getattr(convert, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
 print(json.dumps({
   'before': before,
-  'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+  # Not getrusage, whose peak is that of the parent if that was larger.
+  'peak': status('VmHWM'),
   'seconds': time.perf_counter() - start,
 }))
 """
@@ -77,6 +78,11 @@ def main() -> int:
     default=32,
     help='of the decoder; fewer for a quick look (default: the release)',
   )
+  parser.add_argument(
+    '--torch',
+    action='store_true',
+    help='start from .bin shards (needs torch, and memory for one)',
+  )
   args = parser.parse_args()
   free = shutil.disk_usage(args.folder).free
   if args.layers == 32 and free < NEEDED:
@@ -89,13 +95,13 @@ def main() -> int:
   # Clean up as after control-C.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-    return measure(pathlib.Path(scratch), args.layers)
+    return measure(pathlib.Path(scratch), args.layers, args.torch)
 
 
-def measure(scratch: pathlib.Path, layers: int) -> int:
+def measure(scratch: pathlib.Path, layers: int, pickled: bool) -> int:
   """Makes, converts and compares; prints as it goes."""
   original, ours, back = (scratch / n for n in ('original', 'ours', 'back'))
-  size = make(original, layers)
+  size = make(original, layers, pickled)
   print(f'synthetic checkpoint: {size / 1e9:.2f} GB', flush=True)
   forget(original)
   copied = copy(original, scratch / 'copy')
@@ -122,7 +128,7 @@ def measure(scratch: pathlib.Path, layers: int) -> int:
   return int(failed or not same)
 
 
-def make(folder: pathlib.Path, layers: int) -> int:
+def make(folder: pathlib.Path, layers: int, pickled: bool) -> int:
   """Writes the synthetic checkpoint; returns the bytes of its tensors."""
   folder.mkdir()
   config = qwen_vl_7b(decoder=DecoderConfig(layers=layers))
@@ -135,13 +141,16 @@ def make(folder: pathlib.Path, layers: int) -> int:
     if sum(2 * math.prod(shape) for _, shape in shards[-1]) > SHARD:
       shards.append([])
     shards[-1].append((name, rule.shape))
+  stem, suffix, write = 'model', 'safetensors', write_shard
+  if pickled:
+    stem, suffix, write = 'pytorch_model', 'bin', write_pickled
   weight_map, total = {}, 0
   for index, shard in enumerate(shards):
-    file = f'model-{index + 1:05d}-of-{len(shards):05d}.safetensors'
+    file = f'{stem}-{index + 1:05d}-of-{len(shards):05d}.{suffix}'
     weight_map |= dict.fromkeys((name for name, _ in shard), file)
-    total += write_shard(folder / file, shard, noise)
+    total += write(folder / file, shard, noise)
   index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+  (folder / f'{stem}.{suffix}.index.json').write_text(json.dumps(index))
   return total
 
 
@@ -159,15 +168,36 @@ def write_shard(path, tensors, noise) -> int:
   with path.open('wb') as file:
     file.write(len(text).to_bytes(8, 'little') + text)
     for number, (_, shape) in enumerate(tensors):
-      left = math.prod(shape)
-      start = number * 7919 % (len(noise) // 2)
-      while left:
-        part = noise[start : start + left]
+      for part in parts(noise, number, math.prod(shape)):
         file.write(part)
-        left, start = left - len(part), 0
     file.flush()
     os.fsync(file.fileno())
   return end
+
+
+def write_pickled(path, tensors, noise) -> int:
+  import torch
+
+  state, size = {}, 0
+  for number, (name, shape) in enumerate(tensors):
+    values = np.concatenate(list(parts(noise, number, math.prod(shape))))
+    bits = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    state[name] = bits.reshape(shape)
+    size += values.nbytes
+  with path.open('wb') as file:
+    torch.save(state, file)
+    file.flush()
+    os.fsync(file.fileno())
+  return size
+
+
+def parts(noise, number: int, count: int):
+  """Yields pieces of `noise` with `count` values, others for each number."""
+  start = number * 7919 % (len(noise) // 2)
+  while count:
+    part = noise[start : start + count]
+    yield part
+    count, start = count - len(part), 0
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> float:
