@@ -19,13 +19,13 @@ from qwenvl_jax.errors import ConfigError
 # names need the most practice.
 MULTITASK = {
   'caption': 2.0,
-  'exist': 3.0,
+  'exist': 2.0,
   'count': 2.0,
   'colour': 1.0,
   'left_of': 1.0,
   'side': 0.5,
   'grounded_caption': 1.0,
-  'refer': 6.0,
+  'refer': 4.0,
   'name_box': 2.0,
   'ocr': 1.0,
   'translate': 0.5,

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from qwenvl_jax.data import image, questions
+from qwenvl_jax.data import image, questions, tasks
 from qwenvl_jax.data.examples import Question
-from qwenvl_jax.data.records import Scene
+from qwenvl_jax.data.records import Asked, Scene
 from qwenvl_jax.eval.metrics import boxes as box_metrics
 from qwenvl_jax.infer.generate import generate
 from qwenvl_jax.model.qwen_vl import QwenVL
@@ -210,6 +210,17 @@ def exam(
   for scene in scenes:
     asked += questions.exam(scene, kinds, classes=classes, chat=chat)
     pictures[scene.id] = image.pixels(scene.image, size, scene.id)
+  return asked, pictures
+
+
+def exam_asked(
+  found: Iterable[Asked], size: int
+) -> tuple[list[Question], dict[str, np.ndarray]]:
+  """As `exam`, with the questions that came with the pictures."""
+  asked, pictures = [], {}
+  for record in found:
+    asked += [tasks.vqa(record, i) for i in range(len(record.questions))]
+    pictures[record.id] = image.pixels(record.image, size, record.id)
   return asked, pictures
 
 
