@@ -20,6 +20,7 @@ import numpy as np
 
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
 from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.data.image import pixels as decode_pixels
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.infer import chat as chatting
@@ -40,7 +41,9 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
       checkpoint, or a training run (its newest complete step).
     dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
       dtype that is stored.
-    shardings: tree of shardings like the parameters, to place them over a mesh.
+    shardings: tree of shardings like the parameters; None splits them over the
+      mesh in use (`sharding.use_mesh`), if there is one. Each device's shard is
+      read by itself.
 
   Returns:
     A `Handle`.
@@ -50,6 +53,8 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
   """
   folder = Path(folder).expanduser()
   config = folders.read_config(folder)
+  if shardings is None:
+    shardings = shardings_in_use(config)
   params = folders.read_params(folder, config, dtype, shardings)
   folders.check_against(config, params, str(folder))
   dtype = dtype or params['decoder']['embed'].dtype

@@ -1,34 +1,77 @@
 """`qwenvl-convert`: checkpoints from and to the released layouts."""
 
 import argparse
+import contextlib
+import inspect
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from rich import filesize
 from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  DownloadColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+  TransferSpeedColumn,
+)
 from rich.table import Table
 
-from qwenvl_jax.conversion import convert
+from qwenvl_jax import api
+from qwenvl_jax.conversion import convert, inspection, reference
 from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion.hub import local_folder
+from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
-from qwenvl_jax.errors import QwenVLError
+from qwenvl_jax.errors import CheckpointError, QwenVLError
+
+_UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}
+
+# What `verify --logits` asks about its picture, and the largest difference in
+# float32 that is rounding and not another model (logits are of size 10).
+_QUESTION = 'Describe the image in English:'
+_LOGITS_TOLERANCE = 2e-3
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit status."""
   args = _parser().parse_args(argv)
   try:
     return args.run(args)
-  except QwenVLError as error:
+  except (QwenVLError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print('interrupted: nothing was written', file=sys.stderr)
+    return 130
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='qwenvl-convert',
-    description='Convert Qwen-VL checkpoints between the released PyTorch '
-    'layout and the Orbax layout that qwenvl-train, qwenvl-chat and '
-    'qwenvl_jax.load open.',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    description=inspect.cleandoc("""
+      Convert Qwen-VL checkpoints between the released PyTorch layout and the
+      Orbax layout that qwenvl-train, qwenvl-chat and qwenvl_jax.load open.
+
+      Conversions stream: they need about half a gigabyte of memory at any
+      size. A destination appears when it is complete, or not at all.
+    """),
+    epilog=inspect.cleandoc("""
+      examples:
+        qwenvl-convert inspect Qwen-VL-Chat
+        qwenvl-convert from-hf Qwen-VL-Chat checkpoints/chat
+        qwenvl-convert from-hf Qwen/Qwen-VL-Chat checkpoints/chat
+        qwenvl-convert verify Qwen-VL-Chat checkpoints/chat
+        qwenvl-convert to-hf runs/stage3 release --dtype bfloat16
+        qwenvl-convert init-stage1 --vision CLIP-ViT-bigG --decoder Qwen-7B \\
+            checkpoints/start
+    """),
   )
   commands = parser.add_subparsers(title='commands', required=True)
 
@@ -36,14 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser(name, help=text, description=text)
     sub.set_defaults(run=run)
     for path, meaning in paths:
-      sub.add_argument(path, type=Path, help=meaning)
+      sub.add_argument(path, help=meaning)
     return sub
 
   sub = command(
     'from-hf',
     _from_hf,
-    'Released layout (safetensors or .bin shards) to Orbax.',
-    ('source', 'folder with config.json and the weights'),
+    'Released layout (safetensors or .bin shards, int4 too) to Orbax.',
+    (
+      'source',
+      'folder with config.json and the weights, or a hub id to download '
+      '(Qwen/Qwen-VL-Chat)',
+    ),
     ('destination', 'new folder for the converted checkpoint'),
   )
   _dtype(sub)
@@ -56,35 +103,54 @@ def _parser() -> argparse.ArgumentParser:
   )
   _dtype(sub)
   sub.add_argument(
-    '--shard-gib',
-    type=float,
-    default=2.0,
-    help='upper bound on one shard in GiB (default: 2)',
+    '--max_shard_size',
+    type=_size,
+    default='2GB',
+    metavar='SIZE',
+    help='upper bound on a shard, e.g. 500MB or 5GB (default: %(default)s)',
   )
   sub = command(
     'init-stage1',
     _init_stage1,
     'Start of stage 1: OpenCLIP vision, Qwen-7B decoder, a new adapter.',
+    ('destination', 'new folder for the checkpoint'),
   )
   sub.add_argument(
     '--vision',
-    type=Path,
     required=True,
-    help='OpenCLIP folder: open_clip_config.json and the weights',
+    metavar='OPENCLIP',
+    help='OpenCLIP folder (open_clip_config.json and the weights) or hub id',
   )
   sub.add_argument(
     '--decoder',
-    type=Path,
     required=True,
-    help='Qwen-7B (or Qwen-VL) folder in the released layout',
+    metavar='QWEN7B',
+    help='Qwen-7B (or Qwen-VL) in the released layout, folder or hub id. Rows '
+    'that its vocabulary lacks for image tokens are drawn at random',
   )
-  sub.add_argument('destination', type=Path, help='new checkpoint folder')
-  sub.add_argument('--seed', type=int, default=0, help='of the new adapter')
+  sub.add_argument(
+    '--seed', type=int, default=0, help='of the adapter and of new rows'
+  )
+  _dtype(sub)
   command(
     'inspect',
     _inspect,
     'What is in a checkpoint folder of any of these kinds.',
+    ('source', 'checkpoint folder, training run, or OpenCLIP folder'),
+  )
+  sub = command(
+    'verify',
+    _verify,
+    'Compare every tensor of two checkpoints, whatever their layouts.',
     ('source', 'checkpoint folder'),
+    ('destination', 'another, e.g. what it was converted to'),
+  )
+  sub.add_argument(
+    '--logits',
+    action='store_true',
+    help='also compare logits on a fixed prompt and picture with those of the '
+    'released PyTorch code, which must lie in the source folder and WILL BE '
+    'RUN. Needs torch, transformers and, for the release, 60 GB of memory',
   )
   return parser
 
@@ -97,42 +163,163 @@ def _dtype(sub):
   )
 
 
+def _size(text: str) -> int:
+  """'2GB' to bytes, in powers of 1000, or of 1024 for '2GiB'."""
+  match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?', text, re.I)
+  unit = match and _UNITS[match[2].upper()]
+  if not match or float(match[1]) * unit < 1:
+    raise argparse.ArgumentTypeError(f'{text} is no size: write e.g. 500MB')
+  if match[3]:
+    unit = 1024 ** (len(str(unit)) // 3)
+  return int(float(match[1]) * unit)
+
+
+@contextlib.contextmanager
+def _progress(text: str):
+  """A bar over bytes; yields what to call with (done, total)."""
+  with Progress(
+    TextColumn(text),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+    console=Console(stderr=True),
+  ) as bar:
+    task = bar.add_task(text, total=None)
+    yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def _from_hf(args) -> int:
-  convert.from_hf(args.source, args.destination, args.dtype)
+  source = local_folder(args.source)
+  with _progress('converting') as progress:
+    convert.from_hf(source, Path(args.destination), args.dtype, progress)
   print(f'wrote {args.destination}')
   return 0
 
 
 def _to_hf(args) -> int:
-  convert.to_hf(
-    args.source, args.destination, args.dtype, int(args.shard_gib * 1024**3)
-  )
+  with _progress('converting') as progress:
+    convert.to_hf(
+      Path(args.source),
+      Path(args.destination),
+      args.dtype,
+      args.max_shard_size,
+      progress,
+    )
   print(f'wrote {args.destination}')
   return 0
 
 
 def _init_stage1(args) -> int:
-  convert.init_stage1(args.vision, args.decoder, args.destination, args.seed)
-  print(f'wrote {args.destination}')
+  with _progress('writing') as progress:
+    made = convert.init_stage1(
+      local_folder(args.vision),
+      local_folder(args.decoder),
+      Path(args.destination),
+      args.seed,
+      args.dtype,
+      progress,
+    )
+  print(f'wrote {args.destination}: the adapter is new (seed {args.seed})')
+  if made.new_rows:
+    print(
+      f'the vocabulary grew by {made.new_rows} rows to '
+      f'{made.config.decoder.vocab_size}, to hold the image tokens; they are '
+      'new as well'
+    )
   return 0
 
 
 def _inspect(args) -> int:
-  report = folders.inspect(args.source)
-  table = Table(title=f'{args.source} ({report.kind})')
-  for column in ('part', 'tensors', 'parameters', 'GiB', 'dtypes'):
+  report = inspection.inspect(Path(args.source))
+  console = Console()
+  console.print(f'{report.family} ({report.layout})', highlight=False)
+  for line in report.sizes:
+    console.print(f'  {line}', highlight=False)
+  table = Table()
+  for column in ('part', 'tensors', 'parameters', '', 'size', 'dtypes'):
     table.add_column(column, justify='left' if column == 'part' else 'right')
   for part in report.parts:
     table.add_row(
       part.name,
-      str(part.tensors),
+      f'{part.tensors:,}',
       f'{part.parameters:,}',
-      f'{part.bytes / 1024**3:.3f}',
+      f'{part.parameters / 1e9:.2f}B',
+      filesize.decimal(part.bytes),
       ', '.join(part.dtypes),
     )
-  Console().print(table)
-  print(report.problem or 'every tensor that config.json asks for is there')
-  return 2 if report.problem else 0
+  console.print(table)
+  for note in report.notes:
+    console.print(note, highlight=False)
+  files = ', '.join(report.extras) or 'none'
+  console.print(f'files beside config.json: {files}', highlight=False)
+  if report.problem:
+    print(f'error: {report.problem}', file=sys.stderr)
+    return 2
+  print('every tensor that the config asks for is there, and no other')
+  return 0
+
+
+def _verify(args) -> int:
+  source, destination = Path(args.source), Path(args.destination)
+  with _progress('comparing') as progress:
+    found = verify(source, destination, progress)
+  how = 'bit for bit'
+  if found.cast:
+    how = 'after casting ' + ', '.join(f'{a} to {b}' for a, b in found.cast)
+  equal = found.tensors - len(found.differing)
+  print(
+    f'{equal:,} of {found.tensors:,} tensors ({found.values:,} values) are '
+    f'equal {how}'
+  )
+  for title, names in (
+    (f'only in {source}', found.missing),
+    (f'only in {destination}', found.added),
+  ):
+    if names:
+      print(f'{title}: {len(names)} tensors: {_some(names)}')
+  if found.differing:
+    texts = [f'{k} (by up to {v:g})' for k, v in found.differing.items()]
+    print(f'{len(texts)} tensors differ: {_some(texts)}')
+  for line in found.settings:
+    print(line)
+  same = found.same
+  if args.logits:
+    same &= _compare_logits(source, destination)
+  return 0 if same else 1
+
+
+def _some(texts: Sequence[str], limit: int = 8) -> str:
+  more = f' and {len(texts) - limit} more' if len(texts) > limit else ''
+  return ', '.join(texts[:limit]) + more
+
+
+def _compare_logits(source: Path, destination: Path) -> bool:
+  """Compares with the released code in `source`, and says what it found."""
+  if not reference.has_released_code(source):
+    raise CheckpointError(
+      f'{source} has no modeling_qwen.py: put the released code there, or '
+      'leave out --logits'
+    )
+  tokenizer = folders.read_tokenizer(destination)
+  if tokenizer is None:
+    raise CheckpointError(
+      f'{destination} has no {folders.VOCABULARY}: --logits needs one'
+    )
+  with reference.fixed_picture() as picture:
+    text = f'Picture 1: <img>{picture}</img>\n{_QUESTION}'
+    tokens = np.asarray([tokenizer.encode(text)], np.int64)
+    wanted = reference.released_logits(source, tokens)
+    ours = api.load(destination, dtype='float32')
+    pixels = ours.preprocess(str(picture))
+    logits = np.asarray(ours.logits(tokens.astype(np.int32), pixels[None]))
+  error = float(np.abs(logits - wanted).max())
+  agree = float((logits.argmax(-1) == wanted.argmax(-1)).mean())
+  print(
+    f'logits: {tokens.shape[1]} positions, largest difference {error:.2e} of '
+    f'{np.abs(wanted).max():.1f}, best token the same at {agree:.1%}'
+  )
+  return error <= _LOGITS_TOLERANCE
 
 
 if __name__ == '__main__':

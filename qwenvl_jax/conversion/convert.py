@@ -1,6 +1,13 @@
-"""Conversions between checkpoint folders, as functions."""
+"""Conversions between checkpoint folders, as functions.
 
-import shutil
+Each reads and writes one block of a few megabytes after the other, in a few
+threads: neither side is ever held in memory.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import flax.linen as nn
@@ -8,67 +15,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwenvl_jax.batch import text_batch
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion import layout, openclip, reader
-from qwenvl_jax.conversion.writer import DTYPES, narrow, write_released
+from qwenvl_jax.conversion.atomic import new_folder
+from qwenvl_jax.conversion.blocks import Block, chunk_shapes, plan
+from qwenvl_jax.conversion.orbax_store import OrbaxWriter
+from qwenvl_jax.conversion.source import (
+  ArraySource,
+  CastSource,
+  GrownSource,
+  PartsSource,
+  Source,
+)
+from qwenvl_jax.conversion.writer import DTYPES, ReleasedWriter
 from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.model.adapter import Adapter
 from qwenvl_jax.model.config import QwenVLConfig
-from qwenvl_jax.model.qwen_vl import QwenVL
+
+SHARD_BYTES = 2 * 10**9
+
+# Reading, transposing and writing overlap; more threads only cost memory.
+_THREADS = 3
+
+# Told how many bytes of how many are done.
+Progress = Callable[[int, int], None]
 
 
-def _fresh(destination: Path) -> Path:
-  """The folder to write to first; renamed to its name when complete."""
-  if destination.exists() and any(destination.iterdir()):
-    raise CheckpointError(
-      f'{destination} is not empty: choose another folder, or remove it'
-    )
-  partial = destination.with_name(destination.name + '.partial')
-  # What an interrupted conversion left; never opens as a checkpoint.
-  shutil.rmtree(partial, ignore_errors=True)
-  return partial
+def _silent(done: int, total: int) -> None:
+  pass
 
 
-def _publish(partial: Path, destination: Path):
-  if destination.exists():
-    destination.rmdir()
-  partial.rename(destination)
-
-
-def _vocabulary(source: Path) -> Path | None:
-  path = source / folders.VOCABULARY
-  return path if path.exists() else None
-
-
-def from_hf(source: Path, destination: Path, dtype: str | None = None):
+def from_hf(
+  source: Path,
+  destination: Path,
+  dtype: str | None = None,
+  progress: Progress = _silent,
+) -> None:
   """Released layout to Orbax.
 
   Args:
-    source: folder with config.json and weights.
+    source: folder with config.json and weights; Int4 ones are dequantized.
     destination: a new folder.
-    dtype: to cast to; None keeps the stored dtype.
+    dtype: to cast to; None keeps the stored dtype (bfloat16 for Int4).
+    progress: see `Progress`.
 
   Raises:
-    CheckpointError: see `folder.read_params`.
+    CheckpointError: the source is incomplete, damaged or of another model, a
+      value does not fit the dtype, or the destination is in use or too small.
   """
   config = folders.read_config(source)
   if not reader.has_released_weights(source):
     raise CheckpointError(
       f'{source} holds no released weights (safetensors or .bin)'
     )
-  partial = _fresh(destination)
-  params = folders.read_params(source, config, DTYPES[dtype] if dtype else None)
-  folders.write_side_files(partial, config, _vocabulary(source))
-  folders.write_params(partial, params)
-  _publish(partial, destination)
+  values, table = folders.open_source(source, config, _dtype(dtype))
+  _require_all_parts(table, source)
+  write_ours(values, config, source, destination, progress)
 
 
 def to_hf(
   source: Path,
   destination: Path,
   dtype: str | None = None,
-  shard_bytes: int = 2 * 1024**3,
-):
+  shard_bytes: int = SHARD_BYTES,
+  progress: Progress = _silent,
+) -> None:
   """A checkpoint of ours (or a training run) to the released layout.
 
   Args:
@@ -76,63 +87,195 @@ def to_hf(
     destination: a new folder.
     dtype: of the tensors written; None keeps the stored dtype.
     shard_bytes: upper bound on a shard.
+    progress: see `Progress`.
 
   Raises:
-    CheckpointError: the source is no complete checkpoint, or a value does not
-      fit the dtype.
+    CheckpointError: the source is no complete checkpoint, a value does not fit
+      the dtype, or the destination is in use or too small.
   """
   config = folders.read_config(source)
-  params = folders.read_params(source, config)
-  folders.check_against(config, params, str(source))
-  partial = _fresh(destination)
-  tensors = layout.to_released(layout.rules(config), params)
-  if dtype is not None:
-    tensors = ((n, narrow(n, x, DTYPES[dtype])) for n, x in tensors)
-  run = folders.params_folder(source)
-  root = source if run is None or run.parent == source else run.parents[2]
+  values, table = folders.open_source(source, config, _dtype(dtype))
+  _require_all_parts(table, source)
+  tensors = [
+    (name, rule.shape, values.dtypes[rule.paths[0]])
+    for name, rule in layout.released_order(table)
+  ]
+  size = sum(math.prod(s) * np.dtype(d).itemsize for _, s, d in tensors)
+  with new_folder(destination, size) as partial:
+    with ReleasedWriter(partial, tensors, shard_bytes) as writer:
+      copy(values, plan(table), writer.write, size, progress)
+    folders.carry_side_files(source, partial, config, _common(values))
+
+
+def write_ours(
+  values: Source,
+  config: QwenVLConfig,
+  side_files: Path,
+  destination: Path,
+  progress: Progress = _silent,
+  code: bool = True,
+) -> None:
+  """Writes a whole model as a checkpoint folder of ours.
+
+  Args:
+    values: of every parameter.
+    config: of the model.
+    side_files: folder whose settings and vocabulary go along.
+    destination: a new folder.
+    progress: see `Progress`.
+    code: whether the code in `side_files` is for this model as well.
+  """
+  table, dtypes = layout.rules(config), values.dtypes
+  arrays = {
+    path: (shape, dtypes[path])
+    for path, shape in layout.parameter_shapes(config).items()
+  }
+  size = sum(math.prod(s) * d.itemsize for s, d in arrays.values())
+  with new_folder(destination, size) as partial:
+    writer = OrbaxWriter(partial / 'params', arrays, chunk_shapes(table))
+    copy(values, plan(table), writer.write, size, progress)
+    folders.carry_side_files(side_files, partial, config, _common(values), code)
+
+
+def copy(
+  values: Source,
+  blocks: Iterable[Block],
+  write: Callable[[Block, list[np.ndarray]], None],
+  size: int,
+  progress: Progress = _silent,
+) -> None:
+  """Copies blocks, a few at a time.
+
+  Args:
+    values: read from.
+    blocks: what to copy.
+    write: takes a block and its values; called from several threads.
+    size: bytes in all, for `progress`.
+    progress: see `Progress`.
+  """
+
+  def one(block):
+    boxes = values.read(block)
+    write(block, boxes)
+    return sum(box.nbytes for box in boxes)
+
+  blocks, running, done = iter(blocks), set(), 0
+  pool = ThreadPoolExecutor(_THREADS)
+  progress(done, size)
   try:
-    write_released(partial, tensors, shard_bytes)
-  except OverflowError as error:
-    raise CheckpointError(f'{source}: {error}') from error
-  folders.write_side_files(partial, config, _vocabulary(root))
-  _publish(partial, destination)
+    while True:
+      for block in blocks:
+        running.add(pool.submit(one, block))
+        if len(running) > _THREADS:
+          break
+      if not running:
+        return
+      finished, running = wait(running, return_when=FIRST_COMPLETED)
+      done += sum(future.result() for future in finished)
+      progress(done, size)
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
-def init_stage1(vision: Path, decoder: Path, destination: Path, seed: int = 0):
+def _dtype(name: str | None) -> np.dtype | None:
+  return None if name is None else np.dtype(DTYPES[name])
+
+
+def _common(values: Source) -> np.dtype:
+  """What config.json calls the dtype of a checkpoint."""
+  return values.dtypes['decoder/embed']
+
+
+def _require_all_parts(table: list[layout.Rule], source: Path) -> None:
+  found = {layout.part_of(rule.paths[0]) for rule in table}
+  missing = [part for part in layout.PARTS if part not in found]
+  if missing:
+    raise CheckpointError(
+      f'{source} has no {" and no ".join(missing)}: it is not a whole Qwen-VL. '
+      'qwenvl-convert init-stage1 joins a Qwen-7B with a vision transformer'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1:
+  """What `init_stage1` made.
+
+  Attributes:
+    config: of the model.
+    new_rows: rows of the vocabulary that the decoder's folder has not.
+  """
+
+  config: QwenVLConfig
+  new_rows: int
+
+
+def init_stage1(
+  vision: Path,
+  decoder: Path,
+  destination: Path,
+  seed: int = 0,
+  dtype: str | None = None,
+  progress: Progress = _silent,
+) -> Stage1:
   """Stage 1's start: OpenCLIP's vision, Qwen-7B's decoder, a new adapter.
 
   Args:
     vision: folder with open_clip_config.json and the weights.
-    decoder: folder in the released layout, with or without `visual`.
+    decoder: folder in the released layout, with or without `visual`. If its
+      vocabulary ends before `</img>` and `<imgpad>`, new rows are drawn as a
+      decoder's first ones are, for the embedding and for the head.
     destination: a new folder.
-    seed: of the adapter's parameters.
+    seed: of all new parameters.
+    dtype: of all parameters; None keeps what is stored, and float32 for the
+      adapter.
+    progress: see `Progress`.
 
   Raises:
-    CheckpointError: tensors do not match the configs.
+    CheckpointError: tensors do not match the configs; see `from_hf`.
   """
-  config_file = vision / 'open_clip_config.json'
-  vision_config = openclip.vision_config(
-    reader.read_json(config_file), str(config_file)
+  stored, kind = folders.read_config(decoder), _dtype(dtype)
+  vocabulary = vocabulary_size(stored)
+  config = stored.replace(
+    vision=openclip.read_config(vision),
+    decoder=dataclasses.replace(stored.decoder, vocab_size=vocabulary),
   )
-  config = folders.read_config(decoder).replace(vision=vision_config)
-  params = _random_adapter(config, seed)
-  params['vision'] = openclip.read_vision(vision, config)['vision']
-  params['decoder'] = folders.read_params(
-    decoder, config, keep=lambda path: path.startswith('decoder/')
-  )['decoder']
-  folders.check_against(config, params, f'{vision} with {decoder}')
-  partial = _fresh(destination)
-  folders.write_side_files(partial, config, _vocabulary(decoder))
-  folders.write_params(partial, params)
-  _publish(partial, destination)
+  language, table = folders.open_source(decoder, stored, kind)
+  if not any(layout.part_of(rule.paths[0]) == 'decoder' for rule in table):
+    raise CheckpointError(f'{decoder} has no decoder: expected a Qwen-7B')
+  sight, _ = folders.open_source(vision, config, kind)
+  adapter = ArraySource(_random_adapter(config, seed))
+  if kind is not None:
+    adapter = CastSource(adapter, kind, 'the new adapter')
+  rows = stored.decoder.vocab_size
+  parts = {
+    'vision': sight,
+    'decoder': GrownSource(language, rows, seed),
+    'adapter': adapter,
+  }
+  values = PartsSource(parts)
+  # A Qwen-7B's own code knows no pictures.
+  write_ours(values, config, decoder, destination, progress, code=False)
+  return Stage1(config, vocabulary - rows)
+
+
+def vocabulary_size(config: QwenVLConfig) -> int:
+  """Rows that a vocabulary with image tokens needs.
+
+  Returns:
+    The decoder's own size if `<img>`, `</img>` and `<imgpad>` fit, else the
+    next multiple of 128, as released (151936).
+  """
+  needed = config.image_start_id + 3
+  size = config.decoder.vocab_size
+  return size if size >= needed else -(-needed // 128) * 128
 
 
 def _random_adapter(config: QwenVLConfig, seed: int) -> dict:
-  """{'adapter': a new one in float32}; the rest is never computed."""
-  model = QwenVL(config.replace(param_dtype=jnp.float32))
+  """{'adapter': a new one in float32}."""
+  patch = jnp.zeros((1, 1, config.vision.width))
 
   def init(key):
-    variables = model.init(key, text_batch(np.zeros((1, 1), np.int32)))
-    return {'adapter': nn.meta.unbox(variables['params']['adapter'])}
+    variables = Adapter(config.adapter).init(key, patch, (1, 1))
+    return {'adapter': nn.meta.unbox(variables['params'])}
 
   return jax.jit(init)(jax.random.key(seed))

@@ -5,12 +5,11 @@ Ours keeps the released side files and has Orbax parameters:
   config.json  generation_config.json  qwen.tiktoken  params/
 
 A training run has the same files at its root and `checkpoints/STEP/params/`;
-opening it means its newest complete step.
+opening it means its newest complete step. Of OpenCLIP's folders the vision
+transformer is read, of Qwen-7B's the decoder.
 """
 
-import dataclasses
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -18,17 +17,43 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from qwenvl_jax.conversion import layout
+from qwenvl_jax.conversion import gptq, layout, openclip, orbax_store
+from qwenvl_jax.conversion.atomic import UNFINISHED
+from qwenvl_jax.conversion.blocks import plan
 from qwenvl_jax.conversion.hf_config import config_from_hf, config_to_hf
 from qwenvl_jax.conversion.reader import (
+  Tensor,
+  has_released_weights,
   open_released,
   read_json,
 )
+from qwenvl_jax.conversion.source import (
+  CastSource,
+  OrbaxSource,
+  ReleasedSource,
+  Source,
+  to_devices,
+)
+from qwenvl_jax.conversion.writer import narrow
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 VOCABULARY = 'qwen.tiktoken'
+
+GENERATION = 'generation_config.json'
+
+# Files that go along with the weights: settings, tokenizer and licences.
+_TRAVELLERS = (
+  GENERATION,
+  '*.tiktoken',
+  'tokenizer_config.json',
+  'LICENSE*',
+  'NOTICE*',
+)
+
+# The released code for the same model, which `verify --logits` runs.
+_CODE = ('*.py', 'SimSun.ttf')
 
 # What the release's generation_config.json says; ids follow the vocabulary.
 _GENERATION = {
@@ -64,7 +89,7 @@ def params_folder(folder: Path) -> Path | None:
   return steps / str(max(complete)) / 'params'
 
 
-def _side_file(folder: Path, name: str) -> Path:
+def side_file(folder: Path, name: str) -> Path:
   """A side file of a folder; for one step of a run, at the run's root."""
   for place in (folder, folder.parent.parent):
     if (place / name).exists():
@@ -72,25 +97,105 @@ def _side_file(folder: Path, name: str) -> Path:
   return folder / name
 
 
+def side_files(folder: Path, code: bool = True) -> list[Path]:
+  """All files of a folder that travel with its weights, or all but code."""
+  root = side_file(folder, 'config.json').parent
+  names = _TRAVELLERS + (_CODE if code else ())
+  return sorted({path for name in names for path in root.glob(name)})
+
+
 def read_config(folder: Path) -> QwenVLConfig:
   """The config of a checkpoint folder of any kind.
 
   Raises:
-    CheckpointError: the folder does not exist or has no valid config.json.
+    CheckpointError: the folder does not exist, has no valid config.json, or is
+      of another model family.
   """
   if not folder.is_dir():
     raise CheckpointError(
       f'{folder} does not exist: expected a checkpoint folder (released '
       'layout, a converted checkpoint or a training run)'
     )
-  path = _side_file(folder, 'config.json')
+  if folder.name.endswith(UNFINISHED):
+    raise CheckpointError(
+      f'{folder} is what an unfinished conversion left: start it again'
+    )
+  path = side_file(folder, 'config.json')
+  if not path.exists() and openclip.is_openclip(folder):
+    return QwenVLConfig(vision=openclip.read_config(folder))
   return config_from_hf(read_json(path), str(path))
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
   """The folder's own vocabulary, None if it has none."""
-  path = _side_file(folder, VOCABULARY)
+  path = side_file(folder, VOCABULARY)
   return Tokenizer.from_file(path) if path.exists() else None
+
+
+def open_source(
+  folder: Path, config: QwenVLConfig, dtype=None
+) -> tuple[Source, list[layout.Rule]]:
+  """Opens the values of a checkpoint folder of any kind.
+
+  Args:
+    folder: the checkpoint.
+    config: from `read_config`.
+    dtype: to cast to; None keeps what is stored, and dequantizes int4 weights
+      to bfloat16.
+
+  Returns:
+    The source, and the conversion table of what it holds.
+
+  Raises:
+    CheckpointError: tensors missing, unknown, misshapen or damaged.
+  """
+  stored = params_folder(folder)
+  if stored is not None:
+    source = OrbaxSource(stored)
+    found = {layout.part_of(path) for path in source.shapes}
+    parts = [part for part in layout.PARTS if part in found]
+    layout.check_shapes(
+      layout.parameter_shapes(config, parts), source.shapes, str(folder)
+    )
+    if dtype is not None:
+      source = CastSource(source, np.dtype(dtype), str(folder))
+    return source, layout.rules(config, parts)
+  if openclip.is_openclip(folder) and not has_released_weights(folder):
+    tensors = openclip.open_vision(folder)
+    parts, rules = ['vision'], openclip.openclip_rules(config)
+  else:
+    tensors = open_released(folder)
+    if gptq.is_quantized(tensors):
+      tensors = gptq.dequantized(folder, tensors, config)
+      dtype = dtype or 'bfloat16'
+    parts = layout.PARTS
+    if not any(name.startswith('transformer.visual.') for name in tensors):
+      parts = ['decoder']
+    rules = layout.rules(config, parts)
+  if dtype is not None:
+    tensors = {name: cast(name, x, dtype) for name, x in tensors.items()}
+  return (
+    ReleasedSource(tensors, rules, str(folder)),
+    layout.rules(config, parts),
+  )
+
+
+def cast(name: str, tensor: Tensor, dtype) -> Tensor:
+  """The tensor in another dtype.
+
+  Raises:
+    CheckpointError: on reading, if a value does not fit.
+  """
+
+  def read(start, stop):
+    try:
+      return narrow(name, tensor.read(start, stop), dtype)
+    except OverflowError as error:
+      raise CheckpointError(f'{tensor.file}: {error}') from error
+
+  if tensor.dtype.kind not in 'fV':
+    return tensor  # An error later, as if there was no cast.
+  return Tensor(tensor.shape, np.dtype(dtype), tensor.file, read)
 
 
 def read_params(
@@ -101,13 +206,15 @@ def read_params(
   Args:
     folder: the checkpoint.
     config: from `read_config`.
-    dtype: to cast to; None keeps what is stored.
+    dtype: to cast to; None keeps what is stored, and dequantizes int4 weights
+      to bfloat16.
     shardings: tree of `jax.sharding.Sharding` like the parameters (may be
       partial with `keep`); None puts everything on the default device.
     keep: predicate on paths ('decoder/embed'); others are left out unread.
 
   Returns:
-    Nested dict of jax arrays.
+    Nested dict of jax arrays. A process reads the shards of its own devices
+    only.
 
   Raises:
     CheckpointError: tensors missing, unknown, misshapen or damaged.
@@ -117,36 +224,16 @@ def read_params(
   stored = params_folder(folder)
   if stored is not None:
     return _read_orbax(stored, dtype, placements, keep)
-  tensors = open_released(folder)
-  parts = ['decoder', 'vision', 'adapter']
-  if not any(name.startswith('transformer.visual.') for name in tensors):
-    parts = ['decoder']
-  table = layout.rules(config, parts)
-  layout.check_shapes(
-    layout.released_shapes(table),
-    {name: tensor.shape for name, tensor in tensors.items()},
-    str(folder),
+  source, table = open_source(folder, config, dtype)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = layout.parameter_shapes(config)
+  arrays = to_devices(
+    source,
+    [block for block in plan(table) if any(map(keep, block.paths))],
+    shapes,
+    {path: placements.get(path, device) for path in shapes},
   )
-  leaves = {}
-  for rule in table:
-    if any(keep(path) for path in rule.paths):
-      tree = layout.from_released([rule], lambda name: tensors[name].load())
-      for path, value in layout.flatten(tree):
-        value = value if dtype is None else value.astype(dtype)
-        leaves[path] = jax.device_put(value, placements.get(path))
-  return layout.unflatten(leaves)
-
-
-def _metadata(path: Path) -> dict:
-  """Shapes and dtypes of Orbax parameters."""
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.metadata(path.absolute()).item_metadata.tree
-  except Exception as error:
-    raise CheckpointError(
-      f'{path} cannot be opened as Orbax parameters ({error}); the checkpoint '
-      'is incomplete or damaged'
-    ) from error
+  return layout.unflatten({k: v for k, v in arrays.items() if keep(k)})
 
 
 def _read_orbax(path: Path, dtype, placements, keep) -> dict:
@@ -156,7 +243,7 @@ def _read_orbax(path: Path, dtype, placements, keep) -> dict:
       name: jax.ShapeDtypeStruct(
         leaf.shape, dtype or leaf.dtype, sharding=placements.get(name, device)
       )
-      for name, leaf in layout.flatten(_metadata(path))
+      for name, leaf in layout.flatten(orbax_store.metadata(path))
       if keep(name)
     }
   )
@@ -183,22 +270,56 @@ def write_side_files(
 ):
   """Writes config.json, generation_config.json and the vocabulary."""
   folder.mkdir(parents=True, exist_ok=True)
-  _write_json(folder / 'config.json', config_to_hf(config))
-  end = config.image_start_id - 214  # <|endoftext|> heads the special tokens.
-  _write_json(
-    folder / 'generation_config.json',
-    _GENERATION | {'eos_token_id': end, 'pad_token_id': end},
-  )
   if vocabulary is not None and vocabulary != folder / VOCABULARY:
     shutil.copyfile(vocabulary, folder / VOCABULARY)
+  end = config.image_start_id - 214  # <|endoftext|> heads the special tokens.
+  write_json(
+    folder / GENERATION,
+    _GENERATION | {'eos_token_id': end, 'pad_token_id': end},
+  )
+  write_json(folder / 'config.json', config_to_hf(config))
 
 
-def _write_json(path: Path, content: dict):
-  path.write_text(json.dumps(content, indent=2) + '\n')
+def carry_side_files(
+  source: Path,
+  folder: Path,
+  config: QwenVLConfig,
+  dtype: np.dtype,
+  code: bool = True,
+):
+  """Writes side files as `source` has them, corrected where they must be.
+
+  config.json comes last: a folder without it opens as nothing.
+
+  Args:
+    source: a checkpoint folder with a config.json.
+    folder: what is being written.
+    config: of the model written.
+    dtype: of the parameters written.
+    code: whether the code in `source` is for this model as well.
+  """
+  for path in side_files(source, code):
+    shutil.copyfile(path, folder / path.name)
+  written = folder / GENERATION
+  if not written.exists():
+    write_side_files(folder, config, None)
+  raw = read_json(side_file(source, 'config.json'))
+  raw.pop('quantization_config', None)
+  ours = config_to_hf(config)
+  if config_from_hf(raw) != config:
+    raw |= ours
+  raw['torch_dtype'] = np.dtype(dtype).name
+  write_json(folder / 'config.json', ours | raw)
+
+
+def write_json(path: Path, content: dict):
+  """Writes an object as the release formats it."""
+  text = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
+  path.write_text(text, encoding='utf-8')
 
 
 def write_params(folder: Path, params: dict):
-  """Saves parameters as `folder/params`, atomically."""
+  """Saves parameters in memory as `folder/params`, atomically."""
   with ocp.PyTreeCheckpointer() as checkpointer:
     checkpointer.save((folder / 'params').absolute(), params)
 
@@ -219,67 +340,3 @@ def check_against(config: QwenVLConfig, params: dict, where: str):
     {path: tuple(x.shape) for path, x in layout.flatten(params)},
     where,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """One row of `inspect`: vision, adapter or decoder."""
-
-  name: str
-  tensors: int
-  parameters: int
-  bytes: int
-  dtypes: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What `inspect` found.
-
-  Attributes:
-    kind: 'released layout' or 'Orbax'.
-    parts: sizes by part of the model.
-    problem: what does not match config.json, None if all is there.
-  """
-
-  kind: str
-  parts: tuple[Part, ...]
-  problem: str | None
-
-
-def inspect(folder: Path) -> Report:
-  """What is in a checkpoint folder, without reading its tensors.
-
-  Raises:
-    CheckpointError: it is no checkpoint folder.
-  """
-  config = read_config(folder)
-  stored = params_folder(folder)
-  if stored is None:
-    kind, tensors = 'released layout', open_released(folder)
-    expected = layout.released_shapes(layout.rules(config))
-  else:
-    kind, tensors = 'Orbax', dict(layout.flatten(_metadata(stored)))
-    expected = layout.parameter_shapes(config)
-  problem = None
-  try:
-    layout.check_shapes(
-      expected, {n: tuple(t.shape) for n, t in tensors.items()}, str(folder)
-    )
-  except CheckpointError as error:
-    problem = str(error)
-  groups = {}
-  for name, tensor in tensors.items():
-    groups.setdefault(layout.part_of(name), []).append(tensor)
-  groups['total'] = list(tensors.values())
-  parts = tuple(
-    Part(
-      name,
-      len(group),
-      sum(math.prod(t.shape) for t in group),
-      sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in group),
-      tuple(sorted({str(np.dtype(t.dtype)) for t in group})),
-    )
-    for name, group in groups.items()
-  )
-  return Report(kind, parts, problem)

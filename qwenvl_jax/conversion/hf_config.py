@@ -7,6 +7,7 @@ written only where they differ from the release.
 
 import math
 
+from qwenvl_jax.conversion.family import of_model_type
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import (
   AdapterConfig,
@@ -48,8 +49,8 @@ def config_from_hf(raw: dict, where: str = 'config.json') -> QwenVLConfig:
   family = raw.get('model_type')
   if family != 'qwen':
     raise CheckpointError(
-      f"{where}: model_type is {family!r}, not 'qwen'. This looks like another "
-      'model family; Qwen-VL and Qwen-VL-Chat checkpoints can be read'
+      f"{where}: model_type is {family!r}, not 'qwen': this looks like "
+      f'{of_model_type(family)}. Qwen-VL, Qwen-VL-Chat and Qwen-7B can be read'
     )
   try:
     decoder = DecoderConfig(

@@ -9,7 +9,7 @@ shape.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import einops
 import numpy as np
@@ -47,20 +47,22 @@ class Rule:
 
   def to_ours(self, tensor: np.ndarray) -> tuple[np.ndarray, ...]:
     """One released tensor to one array a path (one layer of it). A view."""
-    result = einops.rearrange(tensor, self.pattern, **self._named())
+    result = einops.rearrange(tensor, self.pattern, **self.axis_sizes())
     return tuple(result) if self._fused else (result,)
 
   def to_released(self, *arrays: np.ndarray) -> np.ndarray:
     """The inverse of `to_ours`."""
     stacked = np.stack(arrays) if self._fused else arrays[0]
     left, right = self.pattern.split(' -> ')
-    return einops.rearrange(stacked, f'{right} -> {left}', **self._named())
+    view = f'{right} -> {left}'
+    return einops.rearrange(stacked, view, **self.axis_sizes())
 
   @property
   def _fused(self) -> bool:
     return len(self.paths) > 1
 
-  def _named(self) -> dict[str, int]:
+  def axis_sizes(self) -> dict[str, int]:
+    """Lengths of the axes that `pattern` names."""
     axes = set(re.findall('[a-z]', self.pattern))
     return {k: v for k, v in self.sizes.items() if k in axes}
 
@@ -143,7 +145,10 @@ _ADAPTER = (
 )
 
 
-def rules(config: QwenVLConfig, parts=('decoder', 'vision', 'adapter')):
+PARTS = ('decoder', 'vision', 'adapter')
+
+
+def rules(config: QwenVLConfig, parts: Iterable[str] = PARTS) -> list[Rule]:
   """The table for one model.
 
   Args:
@@ -241,15 +246,29 @@ def released_shapes(table: list[Rule]) -> dict[str, tuple[int, ...]]:
   return {name: rule.shape for rule in table for name in rule.released_names()}
 
 
-def parameter_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:
-  """Path to shape of every parameter of a model."""
+def parameter_shapes(
+  config: QwenVLConfig, parts: Iterable[str] = PARTS
+) -> dict[str, tuple[int, ...]]:
+  """Path to shape of every parameter of a model, or of some parts of it."""
   shapes = {}
-  for rule in rules(config):
+  for rule in rules(config, parts):
     stack = () if rule.layers is None else (rule.layers,)
     blank = np.broadcast_to(np.int8(0), rule.shape)
     for path, part in zip(rule.paths, rule.to_ours(blank), strict=True):
       shapes[path] = stack + part.shape
   return shapes
+
+
+def released_order(table: list[Rule]) -> list[tuple[str, Rule]]:
+  """(released name, rule) of every tensor, layer after layer."""
+  groups = {}
+  for position, rule in enumerate(table):
+    prefix = rule.tensor.partition('*')[0] if rule.layers else ''
+    for layer, name in enumerate(rule.released_names()):
+      key = (part_of(name), prefix, layer if prefix else 0, position)
+      groups[key] = (name, rule)
+  order = {part: i for i, part in enumerate(PARTS)}
+  return [groups[k] for k in sorted(groups, key=lambda k: (order[k[0]], k[1:]))]
 
 
 def part_of(name: str) -> str:
@@ -300,30 +319,6 @@ def check_shapes(
 def _some(names: list[str], limit: int = 5) -> str:
   more = f' and {len(names) - limit} more' if len(names) > limit else ''
   return ', '.join(names[:limit]) + more
-
-
-def from_released(table: list[Rule], read) -> dict:
-  """Builds the parameter tree.
-
-  Args:
-    table: from `rules`.
-    read: released name to NumPy array.
-
-  Returns:
-    Nested dict of NumPy arrays in the released dtype.
-  """
-  leaves = {}
-  for rule in table:
-    per_layer = [rule.to_ours(read(name)) for name in rule.released_names()]
-    for path, layers in zip(
-      rule.paths, zip(*per_layer, strict=True), strict=True
-    ):
-      leaves[path] = (
-        np.ascontiguousarray(layers[0])
-        if rule.layers is None
-        else np.stack(layers)
-      )
-  return unflatten(leaves)
 
 
 def to_released(table: list[Rule], params: dict):

@@ -1,25 +1,21 @@
 """OpenCLIP's ViT (ViT-bigG in stage 1) as our vision transformer.
 
 The text tower, the class token, its position row, `ln_post` and `proj` have no
-place in Qwen-VL and are left out; `read_vision` says which names it expects.
+place in Qwen-VL and are left out.
 """
 
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.conversion.layout import (
-  Rule,
-  check_shapes,
-  from_released,
-  released_shapes,
-  rules,
-)
-from qwenvl_jax.conversion.reader import open_file
+from qwenvl_jax.conversion.layout import Rule, rules
+from qwenvl_jax.conversion.reader import Tensor, open_file, read_json
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig, VisionConfig
 
 # OpenCLIP computes its norms with this epsilon, Qwen-VL with 1e-6.
 OPENCLIP_EPS = 1e-5
+
+CONFIG = 'open_clip_config.json'
 
 FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')
 
@@ -27,6 +23,21 @@ _POSITIONS = 'visual.positional_embedding'
 
 # Of `visual.`, what Qwen-VL does not use.
 DROPPED = ('class_embedding', 'ln_post.weight', 'ln_post.bias', 'proj')
+
+
+def is_openclip(folder: Path) -> bool:
+  """Whether a folder holds an OpenCLIP checkpoint."""
+  return any((folder / name).exists() for name in (CONFIG, *FILES))
+
+
+def read_config(folder: Path) -> VisionConfig:
+  """Vision sizes of an OpenCLIP folder.
+
+  Raises:
+    CheckpointError: no vision transformer is described.
+  """
+  path = folder / CONFIG
+  return vision_config(read_json(path), str(path))
 
 
 def vision_config(raw: dict, where: str) -> VisionConfig:
@@ -65,28 +76,26 @@ def openclip_rules(config: QwenVLConfig) -> list[Rule]:
 
 def _rename(rule: Rule) -> Rule:
   name = rule.tensor.removeprefix('transformer.')
-  pattern, shape = rule.pattern, rule.shape
+  pattern = rule.pattern
   if '.in_proj.' in name:
     # [q; k; v] one after the other, not head by head.
     name = name.replace('.in_proj.', '.in_proj_')
     pattern = pattern.replace('(m c j)', '(c m j)')
-  if name == _POSITIONS:
-    shape = (shape[0] + 1, shape[1])
-  return dataclasses.replace(rule, tensor=name, pattern=pattern, shape=shape)
+  return dataclasses.replace(rule, tensor=name, pattern=pattern)
 
 
-def read_vision(folder: Path, config: QwenVLConfig) -> dict:
+def open_vision(folder: Path) -> dict[str, Tensor]:
   """The vision tower of an OpenCLIP checkpoint.
 
   Args:
     folder: with `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
-    config: its `vision` from `vision_config`.
 
   Returns:
-    {'vision': nested dict of NumPy arrays}.
+    OpenCLIP's name to tensor, as `openclip_rules` expect them but for what
+    does not match.
 
   Raises:
-    CheckpointError: no weights, or tensors that do not match.
+    CheckpointError: no weights, or a damaged file.
   """
   path = next((folder / f for f in FILES if (folder / f).exists()), None)
   if path is None:
@@ -99,16 +108,15 @@ def read_vision(folder: Path, config: QwenVLConfig) -> dict:
     if name.startswith('visual.')
     and name.removeprefix('visual.') not in DROPPED
   }
-  table = openclip_rules(config)
-  check_shapes(
-    released_shapes(table),
-    {name: tensor.shape for name, tensor in tensors.items()},
-    str(path),
+  if _POSITIONS in tensors:
+    tensors[_POSITIONS] = _without_class_token(tensors[_POSITIONS])
+  return tensors
+
+
+def _without_class_token(table: Tensor) -> Tensor:
+  """The position table without its first row."""
+  return dataclasses.replace(
+    table,
+    shape=(table.shape[0] - 1, *table.shape[1:]),
+    read=lambda start, stop: table.read(start + 1, stop + 1),
   )
-
-  def read(name):
-    tensor = tensors[name].load()
-    # The first row belongs to the class token.
-    return tensor[1:] if name == _POSITIONS else tensor
-
-  return from_released(table, read)

@@ -1,7 +1,8 @@
-"""Lazy, memory-mapped reading of released checkpoint folders.
+"""Lazy reading of released checkpoint folders.
 
 Both kinds of shards are read: safetensors and torch's `.bin`, each alone or
-with an index. Nothing is read before it is asked for.
+with an index. Only headers are read at first; values come a range of rows at a
+time, by plain reads rather than a memory map, whose pages would count as ours.
 """
 
 import dataclasses
@@ -32,28 +33,46 @@ _SINGLES = ('model.safetensors', 'pytorch_model.bin')
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of a checkpoint: what it is, and how to get it."""
+  """One tensor of a checkpoint: what it is, and how to get it.
+
+  Attributes:
+    shape: of the tensor.
+    dtype: of the tensor.
+    file: where it is stored, for messages.
+    read: (start, stop) to these rows, a C-ordered array of its own. Tensors
+      without axes have one row.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   file: Path
-  load: Callable[[], np.ndarray]
+  read: Callable[[int, int], np.ndarray]
+
+  def load(self) -> np.ndarray:
+    """The whole tensor."""
+    rows = self.read(0, self.shape[0] if self.shape else 1)
+    return rows.reshape(self.shape)
 
 
 def read_json(path: Path) -> dict:
-  """Parses a JSON file.
+  """Parses a JSON file that holds an object.
 
   Raises:
     CheckpointError: the file is absent or not JSON.
   """
   try:
-    return json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError as error:
     raise CheckpointError(
       f'{path} does not exist: is this the whole checkpoint folder?'
     ) from error
-  except (ValueError, UnicodeDecodeError) as error:
+  except OSError as error:
+    raise CheckpointError(f'{path} cannot be read ({error})') from error
+  except ValueError as error:
     raise CheckpointError(f'{path} is not valid JSON ({error})') from error
+  if not isinstance(content, dict):
+    raise CheckpointError(f'{path} does not hold a JSON object')
+  return content
 
 
 def has_released_weights(folder: Path) -> bool:
@@ -91,14 +110,18 @@ def open_file(path: Path) -> dict[str, Tensor]:
   """Opens all tensors of one safetensors or torch file."""
   if path.suffix == '.safetensors':
     return _open_safetensors(path)
-  return _open_torch(path)
+  from qwenvl_jax.conversion import torch_file
+
+  return {
+    name: Tensor(shape, dtype, path, _reader(path, name, dtype, offset, shape))
+    for name, (shape, dtype, offset) in torch_file.contents(path).items()
+  }
 
 
 def _open_index(index: Path) -> dict[str, Tensor]:
-  try:
-    weight_map = read_json(index)['weight_map']
-  except (KeyError, TypeError) as error:
-    raise CheckpointError(f'{index} has no "weight_map"') from error
+  weight_map = read_json(index).get('weight_map')
+  if not isinstance(weight_map, dict):
+    raise CheckpointError(f'{index} has no "weight_map"')
   tensors = {}
   for file in sorted(set(weight_map.values())):
     path = index.parent / file
@@ -115,7 +138,7 @@ def _open_index(index: Path) -> dict[str, Tensor]:
         )
       tensors[name] = tensor
   for name, file in weight_map.items():
-    if name not in tensors:
+    if name not in tensors or tensors[name].file.name != file:
       raise CheckpointError(
         f'{index} says that {file} holds {name}, but it does not'
       )
@@ -128,24 +151,24 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     length = int.from_bytes(file.read(8), 'little')
     if size < 8 or length > size - 8:
       raise CheckpointError(_truncated(path, size))
-    try:
-      header = json.loads(file.read(length))
-    except ValueError as error:
-      raise CheckpointError(
-        f'{path} is not a safetensors file ({error})'
-      ) from error
+    header = _parse_header(path, file.read(length))
   header.pop('__metadata__', None)
   start = 8 + length
   tensors = {}
   for name, entry in header.items():
-    dtype, shape = entry['dtype'], tuple(entry['shape'])
-    if dtype not in _SAFETENSORS_DTYPES:
+    try:
+      kind, shape = entry['dtype'], tuple(entry['shape'])
+      first, last = entry['data_offsets']
+    except (KeyError, TypeError, ValueError) as error:
       raise CheckpointError(
-        f'{path}: tensor {name} has dtype {dtype}, which is not supported '
+        f'{path} is not a safetensors file (entry of {name}: {error!r})'
+      ) from error
+    if kind not in _SAFETENSORS_DTYPES:
+      raise CheckpointError(
+        f'{path}: tensor {name} has dtype {kind}, which is not supported '
         f'({", ".join(_SAFETENSORS_DTYPES)})'
       )
-    dtype = np.dtype(_SAFETENSORS_DTYPES[dtype])
-    first, last = entry['data_offsets']
+    dtype = np.dtype(_SAFETENSORS_DTYPES[kind])
     if start + last > size:
       raise CheckpointError(_truncated(path, size, name))
     if last - first != math.prod(shape) * dtype.itemsize:
@@ -153,57 +176,52 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         f'{path}: tensor {name} has {last - first} bytes, not what its shape '
         f'{list(shape)} needs; the file is damaged'
       )
-    tensors[name] = Tensor(
-      shape, dtype, path, _mapped(path, dtype, start + first, shape)
-    )
+    read = _reader(path, name, dtype, start + first, shape)
+    tensors[name] = Tensor(shape, dtype, path, read)
   return tensors
 
 
-def _mapped(path, dtype, offset, shape):
-  def load():
-    if not math.prod(shape):
-      return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, 'r', offset, shape)
+def _parse_header(path: Path, text: bytes) -> dict:
+  def unique(pairs):
+    names = [name for name, _ in pairs]
+    for name in set(names):
+      names.remove(name)
+    if names:
+      raise CheckpointError(f'{path}: tensor {names[0]} stands in it twice')
+    return dict(pairs)
 
-  return load
+  try:
+    header = json.loads(text, object_pairs_hook=unique)
+  except ValueError as error:
+    raise CheckpointError(
+      f'{path} is not a safetensors file ({error})'
+    ) from error
+  if not isinstance(header, dict):
+    raise CheckpointError(f'{path} is not a safetensors file')
+  return header
+
+
+def _reader(path, name, dtype, offset, shape):
+  row = math.prod(shape[1:])
+
+  def read(start: int, stop: int) -> np.ndarray:
+    count = (stop - start) * row
+    size = count * dtype.itemsize
+    try:
+      data = np.fromfile(
+        path, np.uint8, size, offset=offset + start * row * dtype.itemsize
+      )
+    except OSError as error:
+      raise CheckpointError(
+        f'{path}: tensor {name} cannot be read ({error})'
+      ) from error
+    if data.size != size:
+      raise CheckpointError(_truncated(path, path.stat().st_size, name))
+    return data.view(dtype).reshape(stop - start, *shape[1:])
+
+  return read
 
 
 def _truncated(path: Path, size: int, name: str | None = None) -> str:
   at = f' (tensor {name} ends beyond it)' if name else ''
   return f'{path} is truncated at {size:,} bytes{at}: download that file again'
-
-
-def _open_torch(path: Path) -> dict[str, Tensor]:
-  try:
-    import torch
-  except ImportError as error:
-    raise CheckpointError(
-      f'{path} is a PyTorch file; reading it needs torch: pip install '
-      "'qwenvl_jax[torch]', or use a safetensors copy of the checkpoint"
-    ) from error
-  try:
-    # A pickle from strangers: weights only, never code.
-    state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-  except Exception as error:
-    raise CheckpointError(
-      f'{path} cannot be read as PyTorch weights ({error}); it is truncated, '
-      'damaged, or holds more than tensors'
-    ) from error
-
-  def loader(tensor):
-    def load():
-      if tensor.dtype == torch.bfloat16:
-        bits = tensor.contiguous().view(torch.int16).numpy()
-        return bits.view(ml_dtypes.bfloat16)
-      return tensor.contiguous().numpy()
-
-    return load
-
-  tensors = {}
-  for name, tensor in state.items():
-    dtype = str(tensor.dtype).removeprefix('torch.')
-    dtype = ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype
-    tensors[name] = Tensor(
-      tuple(tensor.shape), np.dtype(dtype), path, loader(tensor)
-    )
-  return tensors

@@ -1,67 +1,140 @@
-"""Writes parameters in the released layout: safetensors shards and an index."""
+"""Writes the released layout: safetensors shards and an index, in any order.
 
+Headers come from names and shapes alone, so that every block of a tensor can be
+written to its place as soon as it is there.
+"""
+
+import dataclasses
 import json
-from collections.abc import Iterable
+import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+
+from qwenvl_jax.conversion.blocks import Block
 
 _INDEX = 'model.safetensors.index.json'
 
+DTYPES = {
+  'bfloat16': ml_dtypes.bfloat16,
+  'float16': np.float16,
+  'float32': np.float32,
+}
 
-def write_released(
-  folder: Path,
-  tensors: Iterable[tuple[str, np.ndarray]],
-  shard_bytes: int = 2 * 1024**3,
-) -> list[Path]:
-  """Writes tensors into shards of bounded size.
+_NAMES = {np.dtype(np.float64): 'F64'} | {
+  np.dtype(dtype): name
+  for name, dtype in zip(('BF16', 'F16', 'F32'), DTYPES.values(), strict=True)
+}
 
-  Args:
-    folder: gets the shards, and the index if there is more than one.
-    tensors: (released name, array), consumed one at a time.
-    shard_bytes: upper bound on a shard, unless one tensor is larger.
 
-  Returns:
-    The shards. A single one is called `model.safetensors`.
-  """
-  folder.mkdir(parents=True, exist_ok=True)
-  shards, weight_map, pending, size = [], {}, {}, 0
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a tensor is written."""
 
-  def flush():
-    path = folder / f'pending-{len(shards) + 1:05d}.safetensors'
-    save_file(pending, path, metadata={'format': 'pt'})
-    shards.append(path)
-    pending.clear()
+  file: str
+  offset: int
+  row_bytes: int
 
-  total = 0
-  for name, array in tensors:
-    if pending and size + array.nbytes > shard_bytes:
-      flush()
+
+class ReleasedWriter:
+  """Shards of bounded size, written block by block."""
+
+  def __init__(
+    self,
+    folder: Path,
+    tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]],
+    shard_bytes: int,
+  ):
+    """Makes all files, with room for the values.
+
+    Args:
+      folder: gets the shards, and the index if there is more than one; a single
+        shard is called `model.safetensors`.
+      tensors: (released name, shape, dtype) in the order to be stored.
+      shard_bytes: upper bound on the tensors of a shard, unless one tensor is
+        larger.
+    """
+    shards = _split(tensors, shard_bytes)
+    names = ['model.safetensors']
+    if len(shards) > 1:
+      names = [
+        f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+        for i in range(len(shards))
+      ]
+    self._places, self._files = {}, {}
+    for file, shard in zip(names, shards, strict=True):
+      self._make(folder / file, shard)
+    if len(shards) > 1:
+      index = {
+        'metadata': {'total_size': sum(_size(*t[1:]) for t in tensors)},
+        'weight_map': {name: p.file for name, p in self._places.items()},
+      }
+      text = json.dumps(index, indent=2) + '\n'
+      (folder / _INDEX).write_text(text, encoding='utf-8')
+
+  def _make(self, path: Path, shard):
+    header, end = {'__metadata__': {'format': 'pt'}}, 0
+    for name, shape, dtype in shard:
+      begin, end = end, end + _size(shape, dtype)
+      header[name] = {
+        'dtype': _NAMES[np.dtype(dtype)],
+        'shape': list(shape),
+        'data_offsets': [begin, end],
+      }
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # Values start at a multiple of 8.
+    for name, shape, dtype in shard:
+      begin = header[name]['data_offsets'][0]
+      row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+      self._places[name] = Place(path.name, 8 + len(text) + begin, row)
+    file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+    self._files[path.name] = file
+    os.pwrite(file, len(text).to_bytes(8, 'little') + text, 0)
+    os.ftruncate(file, 8 + len(text) + end)
+
+  def write(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
+    """Writes the released rows of a block; several threads may.
+
+    Args:
+      block: says where.
+      boxes: the values as our parameters have them, one for each path.
+    """
+    for name, rows in zip(block.names, block.to_released(boxes), strict=True):
+      place = self._places[name]
+      data = memoryview(rows.reshape(-1).view(np.uint8))
+      offset = place.offset + block.start * place.row_bytes
+      while data:  # One write is at most 2 GiB, and may be cut short.
+        done = os.pwrite(self._files[place.file], data, offset)
+        data, offset = data[done:], offset + done
+
+  def close(self) -> None:
+    for file in self._files.values():
+      os.close(file)
+    self._files = {}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+
+def _split(tensors, shard_bytes):
+  shards, size = [[]], 0
+  for tensor in tensors:
+    if shards[-1] and size + _size(*tensor[1:]) > shard_bytes:
+      shards.append([])
       size = 0
-    pending[name] = array
-    weight_map[name] = len(shards)
-    size += array.nbytes
-    total += array.nbytes
-  flush()
-  names = (
-    ['model.safetensors']
-    if len(shards) == 1
-    else [
-      f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-      for i in range(len(shards))
-    ]
-  )
-  if len(shards) > 1:
-    index = {
-      'metadata': {'total_size': total},
-      'weight_map': {name: names[i] for name, i in weight_map.items()},
-    }
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
-  return [
-    path.rename(folder / name) for path, name in zip(shards, names, strict=True)
-  ]
+    shards[-1].append(tensor)
+    size += _size(*tensor[1:])
+  return shards
+
+
+def _size(shape, dtype) -> int:
+  return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def narrow(name: str, array: np.ndarray, dtype) -> np.ndarray:
@@ -70,6 +143,8 @@ def narrow(name: str, array: np.ndarray, dtype) -> np.ndarray:
   Raises:
     OverflowError: a finite value became infinite (float16).
   """
+  if array.dtype == dtype:
+    return array
   with np.errstate(over='ignore'):  # Reported below, by name.
     result = array.astype(dtype)
   if np.dtype(dtype) == np.float16:
@@ -79,10 +154,3 @@ def narrow(name: str, array: np.ndarray, dtype) -> np.ndarray:
         f'{name} has values beyond float16 (65504): choose bfloat16'
       )
   return result
-
-
-DTYPES = {
-  'bfloat16': ml_dtypes.bfloat16,
-  'float16': np.float16,
-  'float32': np.float32,
-}

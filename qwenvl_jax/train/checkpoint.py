@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from qwenvl_jax.train.state import TrainState, run_once_options
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE_WORDS = ('No space left', 'Disk quota exceeded', 'File too large')
+
+# Of one chunk of a large parameter.
+_CHUNK_BYTES = 32 * 2**20
 
 _COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
 
@@ -104,7 +108,9 @@ class Checkpoints:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(state.params),
+          params=ocp.args.StandardSave(
+            state.params, save_args=save_args(state.params)
+          ),
           optimizer=ocp.args.StandardSave(optimizer),
           data=grain.checkpoint.CheckpointSave(iterator),
         ),
@@ -319,6 +325,32 @@ def _steps_on_disk(folder: Path) -> list[int]:
   if not folder.is_dir():
     return []
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def save_args(params: Any, limit: int = _CHUNK_BYTES) -> Any:
+  """How parameters are cut into chunks: one layer or less where they are large.
+
+  Orbax alone would write what a device holds as one chunk, which can only be
+  read as a whole; conversion reads a layer at a time.
+
+  Args:
+    params: nested dict of arrays; those under `blocks` are stacked by layer.
+    limit: bytes of a chunk.
+
+  Returns:
+    Tree of `SaveArgs`.
+  """
+
+  def args(path, leaf):
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    if math.prod(shape) * leaf.dtype.itemsize <= limit:
+      return ocp.SaveArgs()
+    stacked = 'blocks' in _name(path).split('/')
+    return ocp.SaveArgs(
+      chunk_byte_size=limit, shard_axes=(0,) if stacked else ()
+    )
+
+  return jax.tree_util.tree_map_with_path(args, params)
 
 
 def checksums(state: TrainState) -> jax.Array:

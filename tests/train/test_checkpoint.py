@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import pathlib
 import random
@@ -7,13 +8,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import standin
 
+from qwenvl_jax.conversion.orbax_store import open_stores
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.train.checkpoint import CheckpointConfig
+from qwenvl_jax.train.checkpoint import CheckpointConfig, save_args
 from qwenvl_jax.train.loop import train
 
 KILLER = pathlib.Path(__file__).with_name('killer.py')
@@ -224,3 +227,23 @@ def test_a_full_disk_is_said_and_spares_what_was_saved(small_disk):
   assert not done.returncode, done.stderr
   assert f'resumed from step {valid[-1]}' in done.stderr
   assert (folder / 'checkpoints' / str(valid[-1] + 2)).is_dir()
+
+
+def test_large_parameters_are_stored_layer_by_layer(tmp_path):
+  """So that conversion reads a layer without the others."""
+  params = {
+    'blocks': {'kernel': jnp.arange(4 * 64 * 32.0).reshape(4, 64, 32)},
+    'embed': jnp.arange(300 * 32.0).reshape(300, 32),
+    'scale': jnp.ones(32),
+  }
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(
+      tmp_path / 'params', params, save_args=save_args(params, 4096)
+    )
+  stores = open_stores(tmp_path / 'params')
+  chunks = {k: v.chunk_layout.read_chunk.shape for k, v in stores.items()}
+  assert chunks['blocks/kernel'][0] == 1
+  assert max(math.prod(chunk) * 4 for chunk in chunks.values()) <= 4096
+  assert chunks['scale'] == (32,)
+  for path, value in (('embed', params['embed']), ('scale', params['scale'])):
+    np.testing.assert_array_equal(stores[path].read().result(), value)

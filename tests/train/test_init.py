@@ -1,16 +1,19 @@
 import dataclasses
+import functools
 
+import golden
 import jax
 import numpy as np
 import pytest
 import standin
 
+from qwenvl_jax.conversion import convert, layout, openclip
 from qwenvl_jax.conversion.folder import write_params, write_side_files
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.objective import NextToken
-from qwenvl_jax.train.optimizer import OptimizerConfig, flatten
+from qwenvl_jax.train.optimizer import OptimizerConfig, flatten, unflatten
 from qwenvl_jax.train.state import abstract_params, random_params
 
 MODEL = NextToken(standin.small_config(dtype='bfloat16'))
@@ -102,3 +105,26 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
   with pytest.raises(CheckpointError, match='nowhere'):
     init = InitFrom(params=str(tmp_path / 'nowhere'))
     initial_params(MODEL, target(), init, seed=0)
+
+
+def test_parts_from_converted_and_released_folders(tmp_path):
+  """Sharded as the target is, in its dtype: OpenCLIP, a converted Qwen-VL."""
+  vision, released = golden.FOLDER.parent / 'openclip', golden.FOLDER
+  convert.from_hf(released, tmp_path / 'ours')
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  config = golden.config().replace(vision=openclip.read_config(vision))
+  shapes = layout.parameter_shapes(config)
+  leaf = functools.partial(
+    jax.ShapeDtypeStruct, dtype=np.float32, sharding=sharding
+  )
+  wanted = unflatten({path: leaf(shape) for path, shape in shapes.items()})
+  init = InitFrom(
+    vision=str(vision),
+    decoder=str(tmp_path / 'ours'),
+    adapter=str(golden.FOLDER),
+  )
+  params = initial_params(NextToken(config), wanted, init, seed=0)
+  expected = golden.params()
+  same(params['decoder'], expected['decoder'])
+  same(params['adapter'], expected['adapter'])
+  assert params['vision']['pos_embed'].dtype == np.float32

@@ -1,0 +1,169 @@
+"""Orbax checkpoints, read and written block by block.
+
+Orbax writes a checkpoint whose arrays are still empty: Zarr, uncompressed, one
+chunk a block. TensorStore then fills in one chunk at a time. Any Orbax opens
+the result and restores it to any sharding.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from absl import logging
+
+from qwenvl_jax.conversion import layout
+from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.reader import read_json
+from qwenvl_jax.errors import CheckpointError
+
+# For packed checkpoints (OCDBT), as training runs have them: their chunks are
+# not our blocks, so that several blocks come from one chunk.
+_CACHE_BYTES = 2**30
+
+
+class _Blank:
+  """A leaf of the tree that Orbax saves: an array without values."""
+
+  def __init__(self, shape, dtype, chunk):
+    self.shape, self.dtype, self.chunk = shape, np.dtype(dtype), chunk
+
+
+class _BlankHandler(ocp.type_handlers.NumpyHandler):
+  """Makes the arrays; registered as what NumPy arrays are saved as."""
+
+  async def serialize(self, values, infos, args=None):
+    for value, info in zip(values, infos, strict=True):
+      await info.await_path_creation()
+      await tensorstore.open(
+        {
+          'driver': 'zarr',
+          'kvstore': _file(info.path),
+          'metadata': {
+            'shape': value.shape,
+            'chunks': value.chunk,
+            'dtype': _zarr_dtype(value.dtype),
+            'compressor': None,
+            'dimension_separator': '.',
+          },
+        },
+        create=True,
+      )
+    return []
+
+
+def _zarr_dtype(dtype: np.dtype) -> str:
+  return 'bfloat16' if dtype.name == 'bfloat16' else dtype.str
+
+
+def _file(path) -> dict:
+  # Whoever publishes the folder syncs all files of it at once.
+  return {'driver': 'file', 'path': f'{path}/', 'file_io_sync': False}
+
+
+class OrbaxWriter:
+  """Fills a new checkpoint block by block."""
+
+  def __init__(
+    self,
+    path: Path,
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype]],
+    chunks: dict[str, tuple[int, ...]],
+  ):
+    """Makes the checkpoint with arrays that have no values yet.
+
+    Args:
+      path: new folder.
+      arrays: parameter path to shape and dtype.
+      chunks: parameter path to the shape of its blocks.
+    """
+    tree = layout.unflatten(
+      {name: _Blank(*x, chunks[name]) for name, x in arrays.items()}
+    )
+    # Orbax warns that it has no arrays to put together: they come from here.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+      handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+          (_Blank, _BlankHandler())
+        ),
+      )
+      with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path.absolute(), ocp.args.PyTreeSave(tree))
+    finally:
+      logging.set_verbosity(verbosity)
+    self._path, self._stores = path, open_stores(path)
+
+  def write(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
+    """Writes one block; several threads may."""
+    pending = [
+      self._stores[path][block.box].write(
+        box, can_reference_source_data_indefinitely=True
+      )
+      for path, box in zip(block.paths, boxes, strict=True)
+    ]
+    try:
+      for future in pending:
+        future.result()
+    except ValueError as error:  # So says TensorStore of a full disk.
+      raise CheckpointError(
+        f'{self._path}: {" or ".join(block.paths)} cannot be written ({error})'
+      ) from error
+
+
+def metadata(path: Path) -> dict:
+  """Tree of the shapes and dtypes of Orbax parameters.
+
+  Raises:
+    CheckpointError: they are incomplete or damaged.
+  """
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.metadata(path.absolute()).item_metadata.tree
+  except Exception as error:
+    raise CheckpointError(
+      f'{path} cannot be opened as Orbax parameters ({error}); the checkpoint '
+      'is incomplete or damaged'
+    ) from error
+
+
+def open_stores(path: Path) -> dict[str, tensorstore.TensorStore]:
+  """Parameter path to its array, whichever of its formats Orbax chose.
+
+  Raises:
+    CheckpointError: see `metadata`.
+  """
+  names = [name for name, _ in layout.flatten(metadata(path))]
+  root = path.absolute()
+  form = read_json(root / '_METADATA')
+  packed = form.get('use_ocdbt', False)
+  context = tensorstore.Context(
+    {'cache_pool': {'total_bytes_limit': _CACHE_BYTES if packed else 0}}
+  )
+  opening = {}
+  for name in names:
+    key = name.replace('/', '.')
+    if packed:
+      store = {'driver': 'ocdbt', 'base': _file(root), 'path': f'{key}/'}
+    else:
+      store = _file(root / key)
+    opening[name] = tensorstore.open(
+      {
+        'driver': 'zarr3' if form.get('use_zarr3') else 'zarr',
+        'kvstore': store,
+        # A chunk that is not there is damage, not zeros.
+        'fill_missing_data_reads': False,
+      },
+      context=context,
+      open=True,
+    )
+  try:
+    return {name: future.result() for name, future in opening.items()}
+  except ValueError as error:
+    raise CheckpointError(
+      f'{path} cannot be opened ({error}); a file of it is missing or damaged'
+    ) from error

@@ -1,0 +1,127 @@
+"""Compares two checkpoints tensor by tensor, whatever their layouts."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion import layout
+from qwenvl_jax.conversion.blocks import Block, plan
+from qwenvl_jax.conversion.convert import Progress, copy
+from qwenvl_jax.conversion.writer import narrow
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """What `verify` found.
+
+  Attributes:
+    tensors: how many both have, under their released names.
+    values: how many values those have.
+    missing: names that only the first has.
+    added: names that only the second has.
+    differing: name to the largest absolute difference.
+    cast: (from, to) dtypes, if the second is stored in another one; values are
+      then compared as a cast of the first.
+    settings: what differs in config.json or the vocabulary.
+  """
+
+  tensors: int
+  values: int
+  missing: tuple[str, ...]
+  added: tuple[str, ...]
+  differing: dict[str, float]
+  cast: tuple[tuple[str, str], ...]
+  settings: tuple[str, ...]
+
+  @property
+  def same(self) -> bool:
+    return not (self.missing or self.added or self.differing or self.settings)
+
+
+def verify(
+  first: Path, second: Path, progress: Progress = lambda done, total: None
+) -> Comparison:
+  """Compares every tensor of two checkpoint folders, bit for bit.
+
+  Args:
+    first: a checkpoint folder of any kind.
+    second: another.
+    progress: see `convert.Progress`.
+
+  Raises:
+    CheckpointError: one of them is incomplete or damaged.
+  """
+  configs = [folders.read_config(folder) for folder in (first, second)]
+  (a, table), (b, other) = (
+    folders.open_source(folder, config)
+    for folder, config in zip((first, second), configs, strict=True)
+  )
+  shapes, others = layout.released_shapes(table), layout.released_shapes(other)
+  shared = [
+    rule
+    for rule in table
+    if all(others.get(n) == rule.shape for n in rule.released_names())
+  ]
+  names = layout.released_shapes(shared)
+  blocks = list(plan(shared))
+  differing, casts = {}, set()
+
+  def compare(block: Block, boxes):
+    for path, x, y in zip(block.paths, boxes, b.read(block), strict=True):
+      if x.dtype != y.dtype:
+        casts.add((x.dtype.name, y.dtype.name))
+      pairs = zip(x, y) if block.stacked else ((x, y),)
+      for name, (one, two) in zip(block.names, pairs, strict=True):
+        difference = _difference(path, one, two)
+        if difference is not None:
+          differing[name] = max(differing.get(name, 0.0), difference)
+
+  size = sum(
+    block.values * a.dtypes[block.paths[0]].itemsize for block in blocks
+  )
+  copy(a, blocks, compare, size, progress)
+  return Comparison(
+    tensors=len(names),
+    values=sum(block.values for block in blocks),
+    missing=tuple(sorted(shapes.keys() - names.keys())),
+    added=tuple(sorted(others.keys() - names.keys())),
+    differing=dict(sorted(differing.items())),
+    cast=tuple(sorted(casts)),
+    settings=tuple(_settings(first, second, *configs)),
+  )
+
+
+def _difference(path: str, one: np.ndarray, two: np.ndarray) -> float | None:
+  """None if two is one, bit for bit, in its own dtype."""
+  try:
+    cast = narrow(path, one, two.dtype)
+  except OverflowError:
+    return float('inf')
+  kind = f'u{two.dtype.itemsize}'
+  if np.array_equal(cast.view(kind), two.view(kind)):
+    return None
+  wide = np.abs(cast.astype(np.float64) - two.astype(np.float64))
+  return float(wide.max())
+
+
+def _settings(first, second, a, b):
+  if a != b:
+    for part in ('vision', 'adapter', 'decoder'):
+      x, y = getattr(a, part), getattr(b, part)
+      for field in dataclasses.fields(x):
+        one, two = getattr(x, field.name), getattr(y, field.name)
+        if one != two:
+          yield f'config.json: {part} {field.name} is {one!r} and {two!r}'
+    if a.image_start_id != b.image_start_id:
+      yield (
+        f'config.json: image_start_id is {a.image_start_id} and '
+        f'{b.image_start_id}'
+      )
+  vocabularies = [
+    folders.side_file(folder, folders.VOCABULARY) for folder in (first, second)
+  ]
+  texts = [p.read_bytes() if p.exists() else None for p in vocabularies]
+  if texts[0] != texts[1]:
+    yield f'{folders.VOCABULARY} is not the same in both'
