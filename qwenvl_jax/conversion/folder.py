@@ -10,6 +10,7 @@ transformer is read, of Qwen-7B's the decoder.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -260,8 +261,11 @@ def _read_orbax(path: Path, dtype, placements, keep) -> dict:
         ),
       )
   except Exception as error:
+    # The rest is the whole of TensorStore's settings.
+    reason = re.split(r' \[| See full', str(error))[0]
     raise CheckpointError(
-      f'{path} cannot be restored ({error}); a file of it is missing or damaged'
+      f'{path} cannot be restored ({reason}); a file of it is missing or '
+      'damaged'
     ) from error
 
 

@@ -122,8 +122,8 @@ def metadata(path: Path) -> dict:
     CheckpointError: they are incomplete or damaged.
   """
   try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.metadata(path.absolute()).item_metadata.tree
+    # A checkpointer would warn that a training run's step has none of its own.
+    return ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree
   except Exception as error:
     raise CheckpointError(
       f'{path} cannot be opened as Orbax parameters ({error}); the checkpoint '
