@@ -42,11 +42,15 @@ class Packer:
       and take more memory.
     threads: that decode pictures in each process; 0 decodes where rows are
       planned.
+    filler: group whose samples without images also fill what is left of the
+      rows of the others; '' for none. Samples do not see each other, so that it
+      matters to nothing but the number of rows.
   """
 
   shards: int = 64
   pool: int = 32
   threads: int = 0
+  filler: str = ''
 
   def __post_init__(self):
     if self.shards < 1 or self.pool < 1 or self.threads < 0:
@@ -212,26 +216,38 @@ class _Shard:
         (self._given[n] + self._head_start[n]) / self._groups[n].weight
       ),
     )
-    pool = self._pools[number]
-    self._fill(number, pool)
-    config = self._config
-    positions = packing.choose(
-      [unit.tokens for _, unit in pool],
-      [unit.images for _, unit in pool],
-      config.sequence_length,
-      config.image_slots,
-    )
-    units = tuple(pool[i][1] for i in positions)
-    kept = set(positions)
-    pool[:] = [x for i, x in enumerate(pool) if i not in kept]
-    self._given[number] += sum(x.examples for x in units)
+    units = self._take(number)
+    left = self._config.sequence_length - sum(x.tokens for x in units)
+    for other, group in enumerate(self._groups):
+      if group.name == self._config.packer.filler and other != number:
+        units += self._take(other, left)
     note = {
       'shard': self._number,
       'state': self._state(),
       'group': self._groups[number].name,
       'counts': self._counts.take(),
     }
-    return _Plan(units, note)
+    return _Plan(tuple(units), note)
+
+  def _take(self, number: int, left: int | None = None) -> list[Unit]:
+    """Takes a row's worth out of a group's pool, or what fits into the rest."""
+    pool = self._pools[number]
+    self._fill(number, pool)
+    tokens = [unit.tokens for _, unit in pool]
+    images = [unit.images for _, unit in pool]
+    if left is None:
+      config = self._config
+      length, slots = config.sequence_length, config.image_slots
+      positions = packing.choose(tokens, images, length, slots)
+    else:
+      # Nothing has to be taken: in place of the first stands an empty sample.
+      positions = packing.choose([0, *tokens], [0, *images], left, 0)
+      positions = [x - 1 for x in positions[1:]]
+    units = [pool[x][1] for x in positions]
+    kept = set(positions)
+    pool[:] = [x for i, x in enumerate(pool) if i not in kept]
+    self._given[number] += sum(x.examples for x in units)
+    return units
 
   def _fill(self, number, pool) -> None:
     config, units = self._config, self._groups[number].units
@@ -292,6 +308,7 @@ class _RowIterator(grain.DatasetIterator):
   def __init__(self, config, groups, order, states, pad_id):
     super().__init__()
     self._config = config
+    self._threads = None
     shards = [
       _Shard(number, groups, config, states.get(str(number)))
       for number in order
@@ -299,7 +316,6 @@ class _RowIterator(grain.DatasetIterator):
     self._turns = itertools.cycle(shards)
     self._assemble = functools.partial(assemble, config=config, pad_id=pad_id)
     self._ahead = collections.deque()
-    self._threads = None
     if config.packer.threads:
       self._threads = concurrent.futures.ThreadPoolExecutor(
         config.packer.threads
