@@ -21,57 +21,14 @@ from qwenvl_jax.data.records import (
   Word,
 )
 
-_WORDS = [
-  'the',
-  'a',
-  'of',
-  'in',
-  'on',
-  'with',
-  'and',
-  'red',
-  'blue',
-  'old',
-  'small',
-  'large',
-  'man',
-  'woman',
-  'dog',
-  'street',
-  'house',
-  'water',
-  'tree',
-  'car',
-  'table',
-  'window',
-  'white',
-  'black',
-  'view',
-  'photo',
-  'vintage',
-  'modern',
-  'wooden',
-  'summer',
-  'city',
-  'people',
-  'sitting',
-  'standing',
-  'playing',
-  'looking',
-  'made',
-  'from',
-  'design',
-  'home',
-  'kitchen',
-  'garden',
-  'beautiful',
-  'flower',
-  'mountain',
-  'beach',
-  'sunset',
-  'portrait',
-  'background',
-]
+_WORDS = (
+  'the', 'a', 'of', 'in', 'on', 'with', 'and', 'red', 'blue', 'old', 'small',
+  'large', 'man', 'woman', 'dog', 'street', 'house', 'water', 'tree', 'car',
+  'table', 'window', 'white', 'black', 'view', 'photo', 'vintage', 'modern',
+  'wooden', 'summer', 'city', 'people', 'sitting', 'standing', 'playing',
+  'looking', 'made', 'from', 'design', 'home', 'kitchen', 'garden', 'flower',
+  'beautiful', 'mountain', 'beach', 'sunset', 'portrait', 'background',
+)  # fmt: skip
 _CHINESE = '的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出'
 
 # Per data set: mean words of a caption (characters where Chinese). Means follow
@@ -192,7 +149,7 @@ def _tiny() -> tuple[bytes, ...]:
 
 
 @functools.cache
-def photographs(count: int = 64) -> tuple[bytes, ...]:
+def photographs(count: int = 10) -> tuple[bytes, ...]:
   """JPEG files of the sizes and detail of photographs on the web.
 
   Octaves of noise, so that their spectrum falls as that of photographs; sides

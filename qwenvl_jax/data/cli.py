@@ -12,7 +12,16 @@ import rich.console
 import rich.progress
 import rich.table
 
-from qwenvl_jax.data import catalogue, prepare, shards, show, sources, storage
+from qwenvl_jax import entry
+from qwenvl_jax.data import (
+  catalogue,
+  pipeline,
+  prepare,
+  shards,
+  show,
+  sources,
+  storage,
+)
 from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
@@ -24,6 +33,7 @@ examples:
   qwenvl-data prepare vqav2 --manual_dir ~/downloads/vqav2 --data_dir data
   qwenvl-data prepare my_chats --format conversations --manual_dir ~/chats
   qwenvl-data show scenes --data_dir data --output rows.html
+  qwenvl-data show --gin_file=configs/stage2.gin --n 20 --gin.DATA='"data"'
 """
 
 # Made here or read from a package: nothing has to be downloaded.
@@ -32,9 +42,11 @@ _OWN = ('scenes', 'easy_vqa')
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line; exits with status 2 on bad input."""
-  arguments = _parser().parse_args(argv)
+  argv = sys.argv[1:] if argv is None else argv
   console = rich.console.Console()
   try:
+    arguments, bindings = entry.parse(_parser(), argv)
+    arguments.bindings = bindings
     arguments.run(arguments, console)
   except QwenVLError as error:
     print(f'qwenvl-data: {error}', file=sys.stderr)
@@ -107,7 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     parents=[shared],
     help='write a page of training rows as the model gets them',
   )
-  command.add_argument('name', choices=['scenes', 'easy_vqa'])
+  command.add_argument(
+    'name', nargs='?', choices=_OWN, help='a data set of the quickstart, or'
+  )
+  command.add_argument(
+    '--gin_file',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help='the config of a stage, e.g. configs/stage2.gin: its very rows; '
+    '--gin.NAME=VALUE overrides values as in qwenvl-train',
+  )
   command.add_argument('--config', default='default')
   command.add_argument('--split', default='train')
   command.add_argument(
@@ -116,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     choices=['questions', 'chats', 'words'],
     help='stages 1 and 2, stage 3, or pictures written as words',
   )
-  command.add_argument('--rows', type=int, default=12)
+  command.add_argument(
+    '--n', '--rows', dest='rows', type=int, default=12, help='how many rows'
+  )
   command.add_argument('--seed', type=int, default=0)
   command.add_argument(
     '--output', type=pathlib.Path, default=pathlib.Path('rows.html')
@@ -291,15 +315,25 @@ def _prepare_public(arguments, console):
 
 
 def _show(arguments, console):
-  page = show.page(
-    name=arguments.name,
-    data_dir=arguments.data_dir,
-    config=arguments.config,
-    split=arguments.split,
-    kind=arguments.tasks,
-    rows=arguments.rows,
-    seed=arguments.seed,
-  )
+  if arguments.rows < 1:
+    raise ConfigError(f'--n {arguments.rows}: at least one row')
+  if arguments.gin_file:
+    page = _stage_page(arguments)
+  elif arguments.name:
+    page = show.page(
+      name=arguments.name,
+      data_dir=arguments.data_dir,
+      config=arguments.config,
+      split=arguments.split,
+      kind=arguments.tasks,
+      rows=arguments.rows,
+      seed=arguments.seed,
+    )
+  else:
+    raise ConfigError(
+      f'say what to show: {" or ".join(_OWN)}, or the config of a stage with '
+      '--gin_file'
+    )
   try:
     arguments.output.write_text(page, encoding='utf-8')
   except OSError as error:
@@ -308,6 +342,17 @@ def _show(arguments, console):
       'with --output'
     ) from error
   console.print(f'{arguments.output}: open it in a browser')
+
+
+def _stage_page(arguments) -> str:
+  bindings = arguments.bindings
+  if arguments.data_dir:
+    bindings = [*bindings, f'DATA={arguments.data_dir!r}']
+  entry.load(arguments.gin_file, bindings)
+  # Its checkpoints need not be there yet.
+  config = entry.build(pipeline.Pipeline, whole=False)
+  title = ' '.join([*arguments.gin_file, *arguments.bindings])
+  return show.stage_page(config, title, arguments.rows)
 
 
 if __name__ == '__main__':

@@ -106,6 +106,10 @@ class UnitMaker(grain.transforms.RandomMap):
   tasks: Any
   label: str
 
+  def __repr__(self) -> str:
+    # Grain asks for it with every record: it must not list the mixture.
+    return self.label
+
   def random_map(self, element, rng: np.random.Generator) -> Unit:
     choose = random.Random(int(rng.integers(1 << 62)))
     try:

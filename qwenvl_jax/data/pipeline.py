@@ -121,7 +121,7 @@ class Pipeline:
     sources = _opened(self.streams)
     kind = packed.UnitMaker if self.packer else RowMaker
     for number, stream in enumerate(self.streams):
-      source = _Careful(sources[number])
+      source = _Careful(sources[number], stream.label)
       maker = kind(self, tokenizer, source, stream.tasks, stream.label)
       seed = self.seed * 1000 + number
       made.append(_endless(source, seed).random_map(maker, seed=seed))
@@ -179,6 +179,7 @@ class _Careful:
   """A source whose bad records are errors to look at, not to stumble over."""
 
   source: Sequence[Any]
+  label: str
 
   def __len__(self) -> int:
     return len(self.source)
@@ -190,7 +191,7 @@ class _Careful:
       return error
 
   def __repr__(self) -> str:
-    return repr(self.source)
+    return self.label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +203,10 @@ class RowMaker(grain.transforms.RandomMap):
   source: Sequence[Any]
   tasks: Any
   label: str = ''
+
+  def __repr__(self) -> str:
+    # Grain asks for it with every record: it must not list the mixture.
+    return self.label
 
   def random_map(self, element, rng: np.random.Generator):
     # Python's generator chooses from short lists many times faster.
