@@ -20,7 +20,7 @@ from typing import Any
 
 import gin
 
-from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
 # The project's configs/, found wherever a command is started.
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -203,6 +203,13 @@ def build(target: Callable, whole: bool = True) -> Any:
     _check_open()
   try:
     return configured()
+  except QwenVLError as error:
+    # Gin adds, on a line of its own, where in the configuration it was called.
+    text, added, _ = str(error).partition('\n  In call to configurable')
+    if not added:
+      raise
+    kind = DataError if isinstance(error, DataError) else ConfigError
+    raise kind(text) from error
   except (TypeError, ValueError, RuntimeError) as error:
     text = str(error)
     if 'No values supplied' in text or 'equired binding' in text:

@@ -23,7 +23,7 @@ def write(root: pathlib.Path, name: str, content) -> None:
   file = root / name
   file.parent.mkdir(parents=True, exist_ok=True)
   if not isinstance(content, bytes):
-    content = json.dumps(content, ensure_ascii=False).encode()
+    content = json.dumps(content).encode()
   file.write_bytes(content)
 
 

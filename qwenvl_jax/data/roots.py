@@ -30,7 +30,13 @@ def inside(root: str | os.PathLike, name: str, record: str) -> pathlib.Path:
       'put the file there and name it relative to that folder',
     )
   top = pathlib.Path(root).resolve()
-  path = (top / name).resolve()
+  try:
+    path = (top / name).resolve()
+  except (OSError, ValueError, RuntimeError) as error:
+    # Too long, not encodable, or links in a circle.
+    raise BadRecordError(
+      'missing_image', f'{record}: {name[:80]!r} cannot be a path ({error})'
+    ) from error
   if not path.is_relative_to(top):
     raise BadRecordError(
       'outside_root',

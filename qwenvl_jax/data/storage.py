@@ -37,7 +37,7 @@ def serialize(record: Record) -> bytes:
   """A record whose images are bytes, as one `tf.train.Example`."""
   example = _example_class()()
   feature = example.features.feature
-  feature['id'].bytes_list.value.append(record.id.encode())
+  feature['id'].bytes_list.value.append(record.id.encode('utf-8', 'replace'))
   feature['images'].bytes_list.value.extend(map(bytes, record.images))
   annotation = json.dumps(
     _to_json(dataclasses.replace(record, id='', images=())),

@@ -81,11 +81,38 @@ def corners(box: Iterable[float], record: str) -> tuple:
   Raises:
     BadRecordError: not four numbers.
   """
-  try:
-    x, y, width, height = map(float, box)
-  except (TypeError, ValueError):
-    raise BadRecordError('malformed', f'{record}: {box} is no box') from None
+  x, y, width, height = numbers(box, 4, record)
   return x, y, x + width, y + height
+
+
+def numbers(values: Any, count: int, record: str) -> tuple[float, ...]:
+  """So many numbers.
+
+  Raises:
+    BadRecordError: something else.
+  """
+  try:
+    found = tuple(map(float, values))
+  except (TypeError, ValueError, OverflowError):
+    found = ()
+  if len(found) != count:
+    raise BadRecordError(
+      'malformed', f'{record}: {values!r:.80} are not {count} numbers'
+    )
+  return found
+
+
+def size(entry: Any, record: str) -> tuple[int, int]:
+  """`width` and `height` of a picture.
+
+  Raises:
+    BadRecordError: missing, or no size that a picture can have.
+  """
+  given = [field(entry, key, record) for key in ('width', 'height')]
+  width, height = numbers(given, 2, record)
+  if not (1 <= width < 1e6 and 1 <= height < 1e6):
+    raise BadRecordError('malformed', f'{record}: a picture of {given!r:.80}')
+  return int(width), int(height)
 
 
 def by_image(

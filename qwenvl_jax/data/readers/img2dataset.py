@@ -178,8 +178,10 @@ def _with_boxes(record: Record, metadata: dict[str, Any]) -> Record:
   the regions.
   """
   try:
-    width, height = int(metadata['width']), int(metadata['height'])
-    caption = metadata.get('caption') or record.captions[0]
+    width, height = fields.size(metadata, record.id)
+    caption = metadata.get('caption')
+    if not isinstance(caption, str) or not caption.strip():
+      caption = record.captions[0]
     lists = {
       key: _listed(metadata.get(key)) for key in ('noun_chunks', 'ref_exps')
     }
@@ -187,7 +189,10 @@ def _with_boxes(record: Record, metadata: dict[str, Any]) -> Record:
       key: [_span(x, width, height) for x in entries]
       for key, entries in lists.items()
     }
-  except (KeyError, TypeError, ValueError, IndexError) as error:
+  except (
+    KeyError, TypeError, ValueError, IndexError, OverflowError,
+    AttributeError,
+  ) as error:  # fmt: skip
     raise BadRecordError(
       'malformed', f'{record.id}: GRIT metadata ({error!r})'
     ) from error

@@ -61,7 +61,7 @@ class Refer:
         yield Record(
           id=f'{self.split}/{image_id}',
           images=(fields.text_field(image, 'file_name', record),),
-          size=(image['width'], image['height']),
+          size=fields.size(image, record),
           regions=tuple(regions),
         )
       except (BadRecordError, KeyError) as error:

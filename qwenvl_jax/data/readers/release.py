@@ -64,8 +64,8 @@ def _line(line: bytes, record: str) -> Record:
   if 'sent' in entry:
     phrase = fields.text_field(entry, 'sent', record)
     phrase = ''.join(_REFERRED.findall(phrase)) or phrase
-    box = tuple(map(float, fields.field(entry, 'bbox', record)))
-    size = tuple(int(fields.field(entry, x, record)) for x in _SIZE)
+    box = fields.numbers(fields.field(entry, 'bbox', record), 4, record)
+    size = fields.size(entry, record)
     return dataclasses.replace(
       made, size=size, regions=(Region(phrase, (box,)),)
     )
@@ -80,9 +80,6 @@ def _line(line: bytes, record: str) -> Record:
   captions = caption if isinstance(caption, list) else [caption]
   captions = tuple(fields.text_field(x, '', record) for x in captions)
   return dataclasses.replace(made, captions=captions)
-
-
-_SIZE = ('width', 'height')
 
 
 @dataclasses.dataclass(frozen=True)
