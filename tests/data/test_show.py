@@ -45,7 +45,8 @@ def test_the_rows_of_stage_2(stage2_data, tmp_path):
   (line,) = re.findall(r'<td>all</td>(.*?)</tr>', content)
   rows, samples, used, padded, learned, _ = re.findall('<td>(.*?)</td>', line)
   assert rows == '6' and int(samples) >= 36
-  assert float(used[:-1]) > float(padded[:-1]) > float(learned[:-1]) > 0
+  used, padded, learned = (float(x[:-1]) for x in (used, padded, learned))
+  assert used > padded > 0 and used > learned > 0
 
 
 def test_the_same_rows_every_time(stage2_data, tmp_path):
