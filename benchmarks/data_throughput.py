@@ -41,8 +41,8 @@ from qwenvl_jax.data.packed import Packer
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.text import tokenizer as tokenizer_lib
 
-# Steps a second that a host's chips take at 45% of their peak (197 TFLOP/s,
-# TPU v5e) decides how many images and tokens it must be fed; see `_needed`.
+# TPU v5e: FLOP/s of a chip, the share of it that training reaches, chips of a
+# host. They decide how many rows a host must be fed; see `_needed`.
 _PEAK, _SHARE, _CHIPS_A_HOST = 197e12, 0.45, 4
 _VISION, _DECODER, _PATCH = 1.9e9, 7.7e9, 14
 
@@ -170,16 +170,14 @@ def compare(arguments) -> None:
     f'core ({min(ratios):.2f} to {max(ratios):.2f}), '
     f'{statistics.median(token_ratios):.2f} times the tokens'
   )
-  cpu, images, tokens = (
-    sum(x[key] for x in ours_all) for key in ('cpu', 'images', 'tokens')
-  )
-  _needed(made, arguments.config, cpu, images, tokens)
+  cpu, images = (sum(x[key] for x in ours_all) for key in ('cpu', 'images'))
+  rows = arguments.rows * len(ours_all)
+  _needed(made, arguments.config, cpu, images, rows)
 
 
-def _needed(made, config, cpu, images, tokens) -> None:
+def _needed(made, config, cpu, images, rows) -> None:
   """Cores that a v5e host needs so that its chips never wait."""
   patches = (made.image_size // _PATCH) ** 2
-  rows = tokens / made.sequence_length
   # 6 FLOPs a parameter and token where it is trained, 4 where it is frozen but
   # passed through; the decoder sees every position, the vision tower each slot.
   frozen_decoder = 'stage1' in config

@@ -154,6 +154,8 @@ def main() -> None:
       tokenizer.special['<|endoftext|>'],
     ),
   )
+  for index in range(8):  # What is set up on first use.
+    samples[index]
   images = tokens = 0
   began, cpu = time.perf_counter(), time.process_time()
   for batch in loader:
