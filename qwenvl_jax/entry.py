@@ -20,7 +20,7 @@ from typing import Any
 
 import gin
 
-from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
 # The project's configs/, found wherever a command is started.
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -179,8 +179,13 @@ def find_config(name: str, including: Path | None = None) -> Path:
   )
 
 
-def build(target: Callable) -> Any:
+def build(target: Callable, whole: bool = True) -> Any:
   """Calls a class or function with what the configuration binds to it.
+
+  Args:
+    target: the class or function.
+    whole: whether the whole configuration must be complete, or only what the
+      target needs.
 
   Raises:
     ConfigError: the configuration does not mention it, or leaves out values
@@ -194,9 +199,17 @@ def build(target: Callable) -> Any:
       f'the configuration says nothing about {name}: pass a --gin_file that '
       f'does, e.g. one of {_stage_files()}'
     ) from error
-  _check_open()
+  if whole:
+    _check_open()
   try:
     return configured()
+  except QwenVLError as error:
+    # Gin adds, on a line of its own, where in the configuration it was called.
+    text, added, _ = str(error).partition('\n  In call to configurable')
+    if not added:
+      raise
+    kind = DataError if isinstance(error, DataError) else ConfigError
+    raise kind(text) from error
   except (TypeError, ValueError, RuntimeError) as error:
     text = str(error)
     if 'No values supplied' in text or 'equired binding' in text:

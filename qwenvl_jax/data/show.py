@@ -5,8 +5,11 @@ the page shows is what is learned.
 """
 
 import base64
+import collections
 import html
 import io
+import itertools
+import json
 import random
 
 import numpy as np
@@ -14,6 +17,8 @@ from PIL import Image
 
 from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data import pipeline, sources, tasks
+from qwenvl_jax.data.bad import DROPPED, Counts
+from qwenvl_jax.data.batches import NOTE
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text import drawing
 from qwenvl_jax.text.tokenizer import Tokenizer
@@ -23,6 +28,8 @@ body { font: 15px/1.5 sans-serif; margin: 2em; max-width: 76em; }
 section { display: flex; gap: 1.5em; border-top: 1px solid #ccc; padding: 1em; }
 .pictures { flex: none; width: 230px; }
 .pictures img { width: 224px; image-rendering: pixelated; }
+td, th { padding: 0 1em 0 0; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
 .text { font-family: monospace; white-space: pre-wrap; }
 .branch { border-left: 3px solid #aac; padding-left: .7em; margin: .4em 0; }
 .loss { background: #c9f2c9; }
@@ -74,15 +81,84 @@ def page(
     record = maker.source[rng.randrange(len(maker.source))]
     arrays = maker.row(record, rng).arrays
     sections.append(section(record.id, arrays, maker.tokenizer))
-  title = f'{name}, {split}: {kind}'
+  return _page(f'{name}, {split}: {kind}', sections)
+
+
+def stage_page(config: pipeline.Pipeline, title: str, rows: int = 20) -> str:
+  """An HTML page of the first rows that a configured run trains on.
+
+  Args:
+    config: of the run.
+    title: of the page.
+    rows: how many.
+
+  Raises:
+    ConfigError: a configuration that cannot be run.
+    DataError: data that is not prepared, or too many bad records.
+  """
+  tokenizer = Tokenizer(config.vocabulary)
+  sections, counts = [], Counts()
+  numbers = collections.defaultdict(lambda: np.zeros(6, np.int64))
+  for index, row in enumerate(itertools.islice(config.rows(), rows)):
+    note = json.loads(row.pop(NOTE, None) or '{}')
+    group = note.get('group') or 'all'
+    counts.add(note.get('counts', {}))
+    config.limit.check(counts)
+    sections.append(section(f'row {index}: {group}', row, tokenizer))
+    numbers[group] += np.array(
+      [
+        1,
+        row['segment_ids'].max(),
+        np.count_nonzero(row['segment_ids']),
+        np.count_nonzero(row['loss_weights']),
+        np.count_nonzero(row['image_starts'] != NO_IMAGE),
+        len(row['image_starts']),
+      ]
+    )
+  summary = _utilization(numbers, config.sequence_length) + _dropped(counts)
+  return _page(title, sections, summary)
+
+
+def _page(title: str, sections: list[str], summary: str = '') -> str:
+  title = html.escape(title)
   return (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
-    f'<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>'
+    f'<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{summary}'
     '<p>Green: learned. A bar on the left: a branch, '
-    'which sees the trunk above it and itself. Boxes: those of the text.</p>'
+    'which sees the trunk above it and itself. Boxes: those of the text. A '
+    'line across: the next sample, which sees nothing of the one before.</p>'
     + ''.join(sections)
     + '</html>\n'
   )
+
+
+def _utilization(numbers, length: int) -> str:
+  """A table: how full the rows of each task are."""
+  titles = (
+    'task', 'rows', 'samples', 'tokens used', 'one sample a row would use',
+    'tokens learned', 'image slots used',
+  )  # fmt: skip
+  lines = [''.join(f'<th>{x}</th>' for x in titles)]
+  for name, found in [*sorted(numbers.items()), ('all', sum(numbers.values()))]:
+    rows, samples, used, learned, images, slots = found.tolist()
+    cells = (
+      html.escape(name), rows, samples, f'{used / rows / length:.1%}',
+      f'{used / samples / length:.1%}', f'{learned / rows / length:.1%}',
+      f'{images} of {slots}',
+    )  # fmt: skip
+    lines.append(''.join(f'<td>{x}</td>' for x in cells))
+  return f'<table>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
+
+
+def _dropped(counts: Counts) -> str:
+  """A list: what was dropped on the way, and by which rule."""
+  lines = [
+    f'<li>{html.escape(source)}: {count} of {counts.seen_of(source)} records '
+    f'dropped, {reason}: {html.escape(DROPPED[reason])}</li>'
+    for source in counts.sources()
+    for reason, count in counts.of(source).items()
+  ]
+  return f'<ul>{"".join(lines)}</ul>'
 
 
 def _choose(name, data_dir, config, split, kind):
@@ -105,12 +181,17 @@ def section(
   """One row as HTML."""
   used = arrays['segment_ids'] > 0
   count = int(used.sum())
-  text = tokenizer.decode(arrays['tokens'][:count])
-  pictures = [
-    _picture(arrays['pixels'][slot], text if slot == 0 else '')
-    for slot, start in enumerate(arrays['image_starts'])
-    if start != NO_IMAGE
-  ]
+  pictures, drawn = [], set()
+  for slot, start in enumerate(arrays['image_starts']):
+    if start == NO_IMAGE:
+      continue
+    # The boxes of a sample are drawn on its first picture.
+    segment, text = arrays['segment_ids'][start], ''
+    if segment not in drawn:
+      drawn.add(segment)
+      of_sample = arrays['segment_ids'] == segment
+      text = tokenizer.decode(arrays['tokens'][of_sample])
+    pictures.append(_picture(arrays['pixels'][slot], text))
   learned = int((arrays['loss_weights'] > 0).sum())
   return (
     f'<section><div class="pictures">{"".join(pictures)}<br><small>'

@@ -18,12 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.train.data_state import (
+  DataStateHandler,
+  RestoreDataState,
+  SaveDataState,
+)
 from qwenvl_jax.train.optimizer import flatten, unflatten
 from qwenvl_jax.train.state import TrainState, run_once_options
 
@@ -76,7 +80,7 @@ class Checkpoints:
         item_handlers={
           'params': ocp.StandardCheckpointHandler(),
           'optimizer': ocp.StandardCheckpointHandler(),
-          'data': grain.checkpoint.CheckpointHandler(),
+          'data': DataStateHandler(),
         },
       )
     self._newest = self._manager.latest_step()
@@ -112,7 +116,7 @@ class Checkpoints:
             state.params, save_args=save_args(state.params)
           ),
           optimizer=ocp.args.StandardSave(optimizer),
-          data=grain.checkpoint.CheckpointSave(iterator),
+          data=SaveDataState(iterator),
         ),
       )
     self._newest = step
@@ -188,7 +192,7 @@ class Checkpoints:
       args=ocp.args.Composite(
         params=ocp.args.StandardRestore(target.params),
         optimizer=ocp.args.StandardRestore(optimizer),
-        data=grain.checkpoint.CheckpointRestore(iterator),
+        data=RestoreDataState(iterator),
       ),
     )
     params, optimizer = flatten(restored['params']), restored['optimizer']
