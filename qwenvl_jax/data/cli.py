@@ -10,6 +10,7 @@ import rich.progress
 import rich.table
 
 from qwenvl_jax.data import prepare, show, sources
+from qwenvl_jax.data.cleaning import cli as cleaning_cli
 from qwenvl_jax.errors import DataError, QwenVLError
 
 _EPILOG = """\
@@ -20,11 +21,21 @@ examples:
 """
 
 
+# Commands with a command line of their own.
+_JOBS = {
+  'clean': (cleaning_cli.command, 'clean picture-text pairs (Appendix A)'),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line; exits with status 2 on bad input."""
-  arguments = _parser().parse_args(argv)
+  argv = sys.argv[1:] if argv is None else list(argv)
   console = rich.console.Console()
   try:
+    if argv and argv[0] in _JOBS:
+      _JOBS[argv[0]][0](argv[1:], console)
+      return
+    arguments = _parser().parse_args(argv)
     arguments.run(arguments, console)
   except QwenVLError as error:
     print(f'qwenvl-data: {error}', file=sys.stderr)
@@ -86,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     '--output', type=pathlib.Path, default=pathlib.Path('rows.html')
   )
   command.set_defaults(run=_show)
+  for name, (_, what) in _JOBS.items():
+    commands.add_parser(name, help=what, add_help=False)
   return parser
 
 
