@@ -119,26 +119,40 @@ class Fingerprints:
     return image, text_key(pair.text), len(pair.text)
 
 
-# Differences of grey that count. Smaller ones are compression's to change.
-_STEP = 6
-# A picture with fewer contrasts looks like too many others.
-_CONTRASTS = 10
+# Pictures are compared at this size, by their lowest frequencies.
+_SIDE = 32
+_FREQUENCIES = 8
+# Below it, compression decides. In the units of an orthonormal transform of
+# grey levels.
+_STRENGTH = 12.0
+# A picture with fewer strong frequencies looks like too many others.
+_LEAST_STRONG = 12
 
 
 def look_of(picture: Image.Image) -> bytes | None:
-  """16 bytes that stay when a picture is resized or compressed once more.
+  """16 bytes that mostly stay when a picture is resized or compressed again.
 
-  For each of 8 x 8 places and both directions: whether it gets clearly darker
-  there. None for pictures so plain that they have no look of their own.
+  Which of the 63 lowest frequencies (but the mean) of its brightness are
+  clearly positive. None for pictures so plain that they have no look of their
+  own.
   """
-  small = picture.convert('L').resize((9, 9), Image.Resampling.BOX)
-  grey = np.asarray(small, np.int16)
-  right = grey[:8, 1:] - grey[:8, :-1]
-  down = grey[1:, :8] - grey[:-1, :8]
-  steps = np.stack([right, down])
-  if (np.abs(steps) > _STEP).sum() < _CONTRASTS:
+  small = picture.convert('L').resize((_SIDE, _SIDE), Image.Resampling.BOX)
+  cosines = _cosines()
+  waves = cosines @ np.asarray(small, np.float64) @ cosines.T
+  waves = waves.ravel()[1:]
+  if (np.abs(waves) > _STRENGTH).sum() < _LEAST_STRONG:
     return None
-  return np.packbits(steps < -_STEP).tobytes()
+  return np.packbits(waves > _STRENGTH).tobytes().ljust(16, b'\0')
+
+
+@functools.lru_cache(maxsize=1)
+def _cosines() -> np.ndarray:
+  """[_FREQUENCIES,_SIDE], the first rows of the orthonormal cosine basis."""
+  wave = np.arange(_FREQUENCIES)[:, None]
+  place = np.arange(_SIDE)[None] + 0.5
+  basis = np.cos(np.pi * wave * place / _SIDE) * np.sqrt(2 / _SIDE)
+  basis[0] /= np.sqrt(2)
+  return basis
 
 
 def text_key(text: str) -> bytes:
