@@ -16,6 +16,7 @@ DISTRIBUTIONS = {
   'PIL': 'pillow',
   'absl': 'absl-py',
   'gin': 'gin-config',
+  'google': 'protobuf',
   'orbax': 'orbax-checkpoint',
 }
 

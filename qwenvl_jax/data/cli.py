@@ -1,7 +1,10 @@
 """`qwenvl-data`: what data there is, preparing it, looking at it."""
 
 import argparse
+import contextlib
+import difflib
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -9,17 +12,23 @@ import rich.console
 import rich.progress
 import rich.table
 
-from qwenvl_jax.data import prepare, show, sources
+from qwenvl_jax.data import catalogue, prepare, shards, show, sources, storage
+from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.data.cleaning import cli as cleaning_cli
-from qwenvl_jax.errors import DataError, QwenVLError
+from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
 _EPILOG = """\
 examples:
   qwenvl-data list
+  qwenvl-data list --name vqav2
   qwenvl-data prepare scenes --data_dir data
+  qwenvl-data prepare vqav2 --manual_dir ~/downloads/vqav2 --data_dir data
+  qwenvl-data prepare my_chats --format conversations --manual_dir ~/chats
   qwenvl-data show scenes --data_dir data --output rows.html
 """
 
+# Made here or read from a package: nothing has to be downloaded.
+_OWN = ('scenes', 'easy_vqa')
 
 # Commands with a command line of their own.
 _JOBS = {
@@ -61,12 +70,38 @@ def _parser() -> argparse.ArgumentParser:
   command = commands.add_parser(
     'list', parents=[shared], help='what there is, and what is prepared'
   )
+  command.add_argument(
+    '--name', help='tell all about one data set: where to get it, its licence'
+  )
   command.set_defaults(run=_list)
 
   command = commands.add_parser(
     'prepare', parents=[shared], help='write a data set to the data folder'
   )
-  command.add_argument('name', choices=['scenes', 'easy_vqa'])
+  command.add_argument('name', help='as `qwenvl-data list` shows it, or new')
+  command.add_argument(
+    '--manual_dir',
+    metavar='DIR',
+    help='the folder that you downloaded the data set to',
+  )
+  command.add_argument(
+    '--format',
+    choices=sorted(catalogue.FORMATS),
+    help='how the files of data of your own are written',
+  )
+  command.add_argument(
+    '--split', default='train', help='name of the split (with --format)'
+  )
+  command.add_argument(
+    '--workers', type=int, default=1, help='processes that write shards'
+  )
+  command.add_argument(
+    '--max_bad',
+    type=float,
+    default=Limit().share,
+    metavar='SHARE',
+    help='share of records that may be dropped (default: %(default)s)',
+  )
   command.add_argument(
     '--config', default='default', help="'default' or 'small' (scenes)"
   )
@@ -103,25 +138,80 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(arguments, console):
-  table = rich.table.Table(title=str(sources.data_path(arguments.data_dir)))
-  for column in ('name', 'split', 'records', 'what'):
-    table.add_column(column, justify='right' if column == 'records' else 'left')
+  if arguments.name:
+    _describe(arguments.name, console)
+    return
+  base = sources.data_path(arguments.data_dir)
+  table = rich.table.Table(title=str(base))
+  for column in ('name', 'task', 'prepared', 'what', 'where'):
+    table.add_column(column, overflow='fold')
+  _list_own(arguments, table)
+  known = list(catalogue.DATA_SETS)
+  extra = [x.parents[1].name for x in base.glob(f'*/*/{storage.INFO}')]
+  for name in [*known, *sorted(set(extra) - {*known, *_OWN})]:
+    entry = catalogue.DATA_SETS.get(name)
+    lengths = storage.split_lengths(storage.folder(base, name))
+    state = '\n'.join(f'{k}: {sum(v):,}' for k, v in lengths.items())
+    about = ('', '', '')
+    if entry:
+      about = (entry.task, entry.size, entry.url)
+    table.add_row(name, about[0], state or 'no', *about[1:])
+  console.print(table)
+  console.print(
+    '`qwenvl-data list --name NAME` tells what to download and under which '
+    'licence.'
+  )
+
+
+def _list_own(arguments, table):
   what = 'composed scenes, boxes and names, English and Chinese'
   configs = sources.prepared_configs(arguments.data_dir)
   if not configs:
-    table.add_row('scenes', '', 'not prepared', what)
+    table.add_row('scenes', 'all', 'not prepared', what, 'made here')
   for config in configs:
     folder = sources.scenes_folder(arguments.data_dir, config)
-    for split, count in sources.split_sizes(folder).items():
-      name = 'scenes' if config == 'default' else f'scenes ({config})'
-      table.add_row(name, split, f'{count:,}', what)
-      what = ''
-  what = 'easy-VQA 1.0: questions about shapes (package, MIT)'
-  for split in ('train', 'test'):
-    records = sources.EasyVqa(split).open()
-    table.add_row('easy_vqa', split, f'{len(records):,}', what)
-    what = ''
-  console.print(table)
+    sizes = sources.split_sizes(folder).items()
+    state = '\n'.join(f'{split}: {count:,}' for split, count in sizes)
+    name = 'scenes' if config == 'default' else f'scenes ({config})'
+    table.add_row(name, 'all', state, what, 'made here')
+  state = '\n'.join(
+    f'{split}: {len(sources.EasyVqa(split).open()):,}'
+    for split in ('train', 'test')
+  )
+  what = 'easy-VQA 1.0: questions about shapes (MIT)'
+  table.add_row('easy_vqa', 'vqa', state, what, 'the installed package')
+
+
+def _describe(name, console):
+  entry = _known(name)
+  for label, text in (
+    ('task', entry.task),
+    ('size', entry.size),
+    ('from', entry.url),
+    ('licence', entry.licence),
+    ('put into --manual_dir', entry.put),
+    ('splits', ', '.join(entry.splits)),
+  ):
+    console.print(f'[bold]{label}[/bold]: {text}', highlight=False)
+  files = {x for reader in entry.splits.values() for x in reader.files}
+  if files:
+    console.print('\nfiles and folders it reads:')
+    for file in sorted(files):
+      console.print(f'  {file}', highlight=False, markup=False)
+  console.print(f'\nqwenvl-data prepare {name} --manual_dir FOLDER')
+
+
+def _known(name):
+  if name in catalogue.DATA_SETS:
+    return catalogue.DATA_SETS[name]
+  names = [*catalogue.DATA_SETS, *_OWN]
+  near = difflib.get_close_matches(name, names, 3, 0.6)
+  near = near or [x for x in names if name in x]
+  meant = f'; did you mean {" or ".join(near)}?' if near else ''
+  raise ConfigError(
+    f'there is no data set {name!r}{meant} `qwenvl-data list` names all; for '
+    'data of your own say how it is written with --format'
+  )
 
 
 def _prepare(arguments, console):
@@ -132,6 +222,25 @@ def _prepare(arguments, console):
       'the installed package.'
     )
     return
+  if arguments.name != 'scenes':
+    _prepare_public(arguments, console)
+    return
+  with _progress_bars(console) as progress:
+    folder = prepare.scenes(
+      arguments.data_dir, arguments.config, arguments.vocabulary, progress
+    )
+  table = rich.table.Table(title=str(folder))
+  table.add_column('split')
+  table.add_column('scenes', justify='right')
+  for split, count in sources.split_sizes(folder).items():
+    table.add_row(split, f'{count:,}')
+  console.print(table)
+  console.print(f'vocabulary: {sources.small_vocabulary(arguments.data_dir)}')
+
+
+@contextlib.contextmanager
+def _progress_bars(console):
+  """A function that shows what is done, how far it is, and of how much."""
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(),
     rich.progress.MofNCompleteColumn(),
@@ -144,16 +253,53 @@ def _prepare(arguments, console):
         tasks[what] = bars.add_task(what, total=total)
       bars.update(tasks[what], completed=done)
 
-    folder = prepare.scenes(
-      arguments.data_dir, arguments.config, arguments.vocabulary, progress
+    yield progress
+
+
+def _prepare_public(arguments, console):
+  name = arguments.name
+  if arguments.format:
+    if not re.fullmatch(r'[a-z]\w*', name):
+      raise ConfigError(
+        f'{name!r} cannot name a data set: use small letters, digits and _'
+      )
+    readers = {arguments.split: catalogue.FORMATS[arguments.format]}
+    about = {}
+  else:
+    entry = _known(name)
+    readers = entry.splits
+    about = {'homepage': entry.url, 'license': entry.licence}
+  if not arguments.manual_dir:
+    raise ConfigError(
+      f'{name} has to be downloaded by hand (`qwenvl-data list --name {name}` '
+      'tells where); then name the folder with --manual_dir'
     )
-  table = rich.table.Table(title=str(folder))
-  table.add_column('split')
-  table.add_column('scenes', justify='right')
-  for split, count in sources.split_sizes(folder).items():
-    table.add_row(split, f'{count:,}')
+  with _progress_bars(console) as progress:
+    report = shards.prepare(
+      name,
+      readers,
+      arguments.manual_dir,
+      sources.data_path(arguments.data_dir),
+      workers=arguments.workers,
+      limit=Limit(share=arguments.max_bad),
+      progress=progress,
+      **about,
+    )
+  table = rich.table.Table(title=str(report.folder))
+  for column in ('split', 'records', 'shards', 'dropped', 'repaired'):
+    table.add_column(column)
+  for split, lengths in report.lengths.items():
+    dropped, repaired = (
+      '\n'.join(
+        f'{count:,} {reason}: {rules[reason]}'
+        for reason, count in report.counts.of(split, kind).items()
+      )
+      for kind, rules in (('dropped', DROPPED), ('repaired', REPAIRED))
+    )
+    table.add_row(
+      split, f'{sum(lengths):,}', str(len(lengths)), dropped, repaired
+    )
   console.print(table)
-  console.print(f'vocabulary: {sources.small_vocabulary(arguments.data_dir)}')
 
 
 def _show(arguments, console):

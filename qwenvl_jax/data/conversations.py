@@ -34,7 +34,7 @@ def sample(
     branches: each a conversation: questions asked one after the other.
     images: what fills the image spans.
   """
-  trunk = [*_turn('system', Piece(chatml.DEFAULT_SYSTEM)), *_open('user')]
+  trunk = [*turn('system', Piece(chatml.DEFAULT_SYSTEM)), *_open('user')]
   for number, span in enumerate(pictures, start=1):
     trunk += [Piece(f'Picture {number}: '), span, Piece('\n')]
   return Sample(
@@ -47,11 +47,11 @@ def sample(
 
 def _conversation(turns: Sequence[Question]) -> tuple[Piece, ...]:
   pieces = []
-  for number, turn in enumerate(turns):
+  for number, asked in enumerate(turns):
     if number:
       pieces += _open('user')
-    pieces += [Piece(turn.prompt), *_END]
-    pieces += _turn('assistant', Piece(turn.answer, loss=True))
+    pieces += [Piece(asked.prompt), *_END]
+    pieces += turn('assistant', Piece(asked.answer, loss=True))
   return tuple(pieces)
 
 
@@ -59,7 +59,8 @@ def _open(role: str) -> tuple[Piece, ...]:
   return _START, Piece(role), Piece('\n')
 
 
-def _turn(role: str, content: Piece) -> tuple[Piece, ...]:
+def turn(role: str, content: Piece) -> tuple[Piece, ...]:
+  """A whole turn; `content` says whether its text is learned."""
   return *_open(role), content, *_END
 
 

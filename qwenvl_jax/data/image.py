@@ -14,23 +14,39 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps
 
+from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.errors import DataError
 
 # Pixels of the largest picture that is opened: 80 megapixels are 240 MB. Below
 # the number from which Pillow warns, so that nobody is warned and then served.
 MAX_PIXELS = 80_000_000
 
+# The EXIF tag.
+_ORIENTATION = 0x0112
 
-def load(source: object, record: str = '') -> Image.Image:
+# Pixels of the shortest side that is worth learning from.
+MIN_SIDE = 8
+
+
+def load(
+  source: object,
+  record: str = '',
+  notes: list[str] | None = None,
+  min_side: int = 1,
+) -> Image.Image:
   """Opens a picture as RGB.
 
   Args:
     source: encoded bytes, a path, a PIL image, or a [H,W,3] uint8 array.
     record: what an error names, besides the file.
+    notes: receives the keys of `bad.REPAIRED` that apply.
+    min_side: pixels of the shortest side that is accepted.
 
   Raises:
-    DataError: not a picture, cut off, or too large.
+    BadRecordError: not a picture, cut off, too small or too large.
+    DataError: an array of another kind, or a path that is no file.
   """
+  notes = [] if notes is None else notes
   name = _name(source, record)
   if isinstance(source, np.ndarray):
     if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -40,7 +56,7 @@ def load(source: object, record: str = '') -> Image.Image:
       )
     return Image.fromarray(source)
   if isinstance(source, Image.Image):
-    return _to_rgb(source, name)
+    return _to_rgb(source, name, notes)
   stream = source
   if isinstance(source, (bytes, bytearray, memoryview)):
     stream = io.BytesIO(source)
@@ -48,24 +64,35 @@ def load(source: object, record: str = '') -> Image.Image:
     with Image.open(stream) as picture:
       width, height = picture.size
       if width * height > MAX_PIXELS:
-        raise DataError(
+        raise BadRecordError(
+          'too_many_pixels',
           f'{name}: {width} x {height} pixels are more than '
-          f'{MAX_PIXELS:,}; make the picture smaller'
+          f'{MAX_PIXELS:,}; make the picture smaller',
+        )
+      if min(width, height) < min_side:
+        raise BadRecordError(
+          'tiny_image',
+          f'{name}: {width} x {height} pixels, but a side needs {min_side}; '
+          'leave the picture out',
         )
       picture.load()
-      return _to_rgb(picture, name)
+      if getattr(picture, 'is_animated', False):
+        notes.append('first_frame')
+      return _to_rgb(picture, name, notes)
   except Image.DecompressionBombError as error:
-    raise DataError(
-      f'{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller'
+    raise BadRecordError(
+      'too_many_pixels',
+      f'{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller',
     ) from error
   except FileNotFoundError as error:
     raise DataError(f'{name}: no such file; check the path') from error
   except IsADirectoryError as error:
     raise DataError(f'{name} is a folder; name a picture in it') from error
   except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-    raise DataError(
+    raise BadRecordError(
+      'unreadable_image',
       f'{name}: not a readable picture ({error}); it may be cut off or of an '
-      'unknown format: fetch it again or convert it to PNG or JPEG'
+      'unknown format: fetch it again or convert it to PNG or JPEG',
     ) from error
 
 
@@ -87,26 +114,34 @@ def _name(source, record) -> str:
   return ': '.join(x for x in (record, file) if x) or 'the picture'
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+def _to_rgb(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
   if picture.mode == 'RGB' and not picture.info:
     return picture
   # Where the EXIF block is damaged the picture itself is fine.
   with contextlib.suppress(ValueError, TypeError, SyntaxError, KeyError):
-    picture = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(_ORIENTATION, 1) != 1:
+      picture = ImageOps.exif_transpose(picture)
+      notes.append('rotated')
+  if picture.mode == 'RGB' and 'transparency' not in picture.info:
+    return picture
   if picture.mode.startswith('I') or picture.mode == 'F':
     picture = _to_8_bits(picture)
   if picture.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or (
     'transparency' in picture.info
   ):
     picture = picture.convert('RGBA')
+    notes.append('flattened')
     white = Image.new('RGBA', picture.size, 'white')
     picture = Image.alpha_composite(white, picture)
+  else:
+    notes.append('converted')
   try:
     return picture.convert('RGB')
   except ValueError as error:
-    raise DataError(
+    raise BadRecordError(
+      'unreadable_image',
       f'{name}: pictures of mode {picture.mode} are not supported; convert it '
-      'to PNG or JPEG'
+      'to PNG or JPEG',
     ) from error
 
 

@@ -1,4 +1,4 @@
-"""Prepares data sets: writes record files and what goes with them."""
+"""Prepares the quickstart's scenes: record files and the small vocabulary."""
 
 import os
 import pathlib

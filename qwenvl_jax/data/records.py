@@ -1,8 +1,14 @@
-"""Records: what sources hold, before anything is asked about them."""
+"""Records: what sources hold, before anything is asked about them.
+
+`Record` is what every public data set becomes (`prepare`); `Scene` and `Asked`
+are those of the quickstart.
+"""
 
 import dataclasses
 
 from qwenvl_jax.data import things
+
+Box = tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +76,93 @@ class Asked:
   id: str
   image: object
   questions: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Qa:
+  """A question as people answered it.
+
+  Attributes:
+    question: the question.
+    answer: what is trained on.
+    answers: all that people gave, for scoring; empty if `answer` is all.
+    options: what may be chosen from, `answer` among them.
+    context: what is to be read before the question.
+    id: of the question, as its data set calls it.
+  """
+
+  question: str
+  answer: str
+  answers: tuple[str, ...] = ()
+  options: tuple[str, ...] = ()
+  context: str = ''
+  id: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+  """A phrase and where it is: x1, y1, x2, y2 in pixels of the first picture."""
+
+  phrase: str
+  boxes: tuple[Box, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """Characters `start` to `end` (excluded) of a caption, and where that is."""
+
+  start: int
+  end: int
+  boxes: tuple[Box, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundedCaption:
+  """A caption some of whose phrases have boxes; spans may nest."""
+
+  text: str
+  spans: tuple[Span, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """A turn of a conversation; `role` is 'user' or 'assistant'."""
+
+  role: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """A document with pictures and everything that is known about them.
+
+  Attributes:
+    id: names the record in errors and scores.
+    images: encoded pictures, in the order of the conversation's spans; before
+      preparation, their paths relative to the source's folder.
+    size: width and height of the first picture, which boxes refer to; (0, 0)
+      if unknown.
+    language: 'en' or 'zh', of everything but conversations.
+    captions: descriptions of the first picture.
+    questions: about the first picture.
+    regions: phrases with boxes.
+    grounded: captions with boxes.
+    words: of the picture, in reading order, with their corners in pixels.
+    turns: a conversation; `<img>..</img>` spans stand for `images`.
+    text: a document without pictures.
+  """
+
+  id: str
+  images: tuple[object, ...] = ()
+  size: tuple[int, int] = (0, 0)
+  language: str = 'en'
+  captions: tuple[str, ...] = ()
+  questions: tuple[Qa, ...] = ()
+  regions: tuple[Region, ...] = ()
+  grounded: tuple[GroundedCaption, ...] = ()
+  words: tuple[Word, ...] = ()
+  turns: tuple[Turn, ...] = ()
+  text: str = ''
 
 
 def scene(id_, image, side, objects, colour, texture='plain', words=()):

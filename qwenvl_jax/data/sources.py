@@ -12,10 +12,12 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 
-from qwenvl_jax.data import records, things
+from qwenvl_jax.data import records, storage, things
+from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.errors import ConfigError, DataError
 
 VOCABULARY = 'qwen.tiktoken'
@@ -32,6 +34,74 @@ def data_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
   if data_dir is None:
     return default_data_dir()
   return pathlib.Path(data_dir).expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A data set written by `qwenvl-data prepare NAME`.
+
+  Attributes:
+    name: of the data set.
+    split: which part.
+    data_dir: the folder given to `prepare`; None for the default one.
+    limit: only the first so many records; None for all.
+  """
+
+  name: str
+  split: str = 'train'
+  data_dir: str | None = None
+  limit: int | None = None
+
+  def open(self) -> 'RecordSequence':
+    """The records.
+
+    Raises:
+      DataError: not prepared, or shards are missing.
+    """
+    folder = storage.folder(data_path(self.data_dir), self.name)
+    if not (folder / storage.INFO).exists():
+      option = '' if self.data_dir is None else f' --data_dir {self.data_dir}'
+      raise DataError(
+        f'{self.name} is not prepared; run `qwenvl-data prepare {self.name}'
+        f'{option} --manual_dir ...` (`qwenvl-data list --name {self.name}` '
+        'tells where to get it)'
+      )
+    return RecordSequence(
+      storage.open_split(folder, self.name, self.split), self.limit
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSequence:
+  """Records of a prepared split, read when indexed.
+
+  Attributes:
+    shards: serialized records, by random access.
+    limit: only the first so many; None for all.
+  """
+
+  shards: Any
+  limit: int | None = None
+
+  def __len__(self) -> int:
+    size = len(self.shards)
+    return size if self.limit is None else min(size, self.limit)
+
+  def __getitem__(self, index: int) -> records.Record:
+    """A record.
+
+    Raises:
+      BadRecordError: it is damaged.
+    """
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    try:
+      data = self.shards[index]
+    except (OSError, ValueError, RuntimeError) as error:
+      raise BadRecordError(
+        'unreadable_record', f'record {index} of {self.shards} ({error})'
+      ) from error
+    return storage.parse(data)
 
 
 @dataclasses.dataclass(frozen=True)

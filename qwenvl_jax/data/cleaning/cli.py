@@ -17,10 +17,10 @@ DESCRIPTION = """
 Cleans picture-text pairs as the paper's Appendix A lists it.
 
 Reads WebDataset tars, Parquet files (both as img2dataset writes them) or JSONL;
-writes array_record shards, a folder that TFDS opens, and in it report.html:
-what each rule kept and dropped, with examples. The rules and their numbers are
-in the config file. Started again with the same --output, it goes on where it
-stopped: finished shards are not done again.
+writes array_record shards as `qwenvl-data prepare` does (a data set called NAME
+in DATA_DIR) and report.html: what each rule kept and dropped, with examples.
+The rules and their numbers are in the config file. Started again with the same
+--output, it goes on where it stopped: finished shards are not done again.
 
 It runs on Apache Beam: here by default, on Flink, Spark or Dataflow by Beam's
 own options, which follow after `--`. Beam asks for other versions of some
@@ -28,11 +28,11 @@ packages than training: launch/beam.sh makes an environment for it.
 """
 
 EXAMPLES = """
-launch/beam.sh qwenvl-data clean --gin_file=clean.gin \\
-  --input laion_en='laion/*.tar' --input coyo='coyo/*.parquet' --output clean
-launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output clean \\
+launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output data/pairs \\
+  --input laion_en='laion/*.tar' --input coyo='coyo/*.parquet'
+launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output data/pairs \\
   --input laion_en='laion/*.tar' --gin.Size.minimum=200 --workers 8
-launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output gs://B/clean \\
+launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output gs://B/pairs \\
   --input laion_en='gs://B/laion/*.tar' -- --runner=FlinkRunner
 """
 
@@ -49,7 +49,9 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
     'a pattern of its shards; may be repeated; replaces Cleaning.sources',
   )
   parser.add_argument(
-    '--output', metavar='DIR', help='the folder to write (Cleaning.output)'
+    '--output',
+    metavar='DATA_DIR/NAME',
+    help='the folder to write (Cleaning.output)',
   )
   parser.add_argument(
     '--workers',

@@ -152,7 +152,6 @@ class Shard:
       text.encode('utf-8', 'replace').decode('utf-8'),
       Picture(picture),
       _number(_first(fields, source.scores)),
-      str(fields.get('url') or ''),
     )
 
 
@@ -177,7 +176,7 @@ def _read_tar(shard):
   try:
     with (
       epath.Path(shard.path).open('rb') as file,
-      tarfile.open(fileobj=file, mode='r|') as tar,
+      tarfile.open(fileobj=file, mode='r:') as tar,
     ):
       for member in tar:
         if not member.isfile():
@@ -190,6 +189,10 @@ def _read_tar(shard):
             yield key, fields
           key, fields = member_key, {}
         fields.update(_tar_fields(tar, member, field.lower()))
+      # Cut off between two members, only its end is missing.
+      file.seek(tar.offset)
+      if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise EOFError('it does not end as a tar does')
   except (tarfile.TarError, EOFError, OSError) as error:
     # The record that was being read may lack its last members.
     raise _Damaged(str(error)) from error
@@ -224,7 +227,7 @@ def _read_parquet(shard):
   source = shard.source
   wanted = {
     *source.pictures, *source.texts, *source.scores,
-    'key', 'url', 'error_message',
+    'key', 'error_message',
   }  # fmt: skip
   number = 0
   try:

@@ -57,12 +57,11 @@ class Pair:
   """A picture and its text, as a source has them.
 
   Attributes:
-    id: names the pair within all sources, for reports and errors.
+    id: names the pair within its source, for reports and errors.
     source: name of the data set.
     text: the caption.
     picture: its picture.
     score: the data set's own CLIP similarity; None if it gives none.
-    url: where the picture came from; '' if unknown.
   """
 
   id: str
@@ -70,7 +69,6 @@ class Pair:
   text: str
   picture: Picture
   score: float | None = None
-  url: str = ''
 
   def with_text(self, text: str) -> 'Pair':
     """The pair with another text; itself if that is the one it has."""

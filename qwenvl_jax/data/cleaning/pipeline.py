@@ -5,12 +5,13 @@ Flink, Spark or Dataflow by Beam's own options. The result is the same.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 
-from qwenvl_jax.data import shard_files
+from qwenvl_jax.data import shard_files, storage
 from qwenvl_jax.data.cleaning import inputs, report, shards
 from qwenvl_jax.data.cleaning.shards import Job
 from qwenvl_jax.data.cleaning.tally import KEPT, Tally
@@ -27,7 +28,8 @@ class Cleaning:
 
   Attributes:
     sources: what is read.
-    output: the folder that is written.
+    output: the folder that is written, DATA_DIR/NAME: `sources.Prepared` with
+      these reads it.
     rules: functions of one pair, in order; the first that drops a pair decides.
     unique: rules about alike pairs, in order.
     fingerprints: what makes pairs alike.
@@ -56,6 +58,12 @@ class Cleaning:
         raise ConfigError(
           f'Cleaning.{what}: {", ".join(twice)} occurs more than once; the '
           'report could not tell them apart'
+        )
+    for source in self.sources:
+      if not re.fullmatch(r'[\w.-]+', source.name):
+        raise ConfigError(
+          f'the name of source {source.name!r} may have letters, digits, -, _ '
+          'and . only'
         )
     found = tuple(shard for source in self.sources for shard in source.shards())
     if not found:
@@ -89,7 +97,7 @@ def run(
     DataError: a file cannot be read or written.
   """
   begin(job)
-  if not shard_files.is_complete(job.output):
+  if not job.is_complete:
     # Imported here: it takes seconds, and a finished folder needs none of it.
     from qwenvl_jax.data.cleaning import beam
 
@@ -111,6 +119,7 @@ def begin(job: Job) -> None:
       _same(settings.read_text(), text, job.output)
       return
     settings.parent.mkdir(parents=True, exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     shard_files.write_text(settings, text)
   except OSError as error:
     raise DataError(
@@ -169,18 +178,17 @@ def complete(job: Job) -> Tally:
     folder = epath.Path(job.output)
     shard_files.write_text(folder / 'report.html', report.page(job, total))
     shard_files.write_text(folder / 'report.json', report.figures(job, total))
-    if not shard_files.is_complete(job.output):
-      shard_files.write_info(
-        job.output,
-        shards.NAME,
-        shards.codec(),
-        lengths,
-        'Pairs of pictures and texts, cleaned; see report.html.',
+    if not job.is_complete:
+      storage.write_info(
+        job.folder,
+        job.name,
+        {'train': lengths},
+        description='Pictures with their texts, cleaned; see report.html.',
       )
     for shard in numbers:
       for suffix in ('array_record', 'npy'):
         job.work('candidates', shard, suffix).unlink(missing_ok=True)
-    for place in (folder, folder / 'work'):
+    for place in (folder, folder / 'work', job.folder):
       shard_files.remove_partial(place)
   except OSError as error:
     raise DataError(

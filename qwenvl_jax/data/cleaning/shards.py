@@ -8,7 +8,6 @@ whatever a killed run leaves besides is overwritten.
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -16,14 +15,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from qwenvl_jax.data import shard_files
+from qwenvl_jax.data import shard_files, storage
+from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.cleaning import unique
 from qwenvl_jax.data.cleaning.inputs import Shard
-from qwenvl_jax.data.cleaning.pair import Broken, Pair, Picture, clean
+from qwenvl_jax.data.cleaning.pair import (
+  Broken,
+  Pair,
+  Picture,
+  clean,
+)
 from qwenvl_jax.data.cleaning.tally import KEPT, Tally
+from qwenvl_jax.data.cleaning.text_rules import is_chinese
+from qwenvl_jax.data.records import Record
 from qwenvl_jax.errors import DataError
-
-NAME = 'cleaned'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Job:
   """What every worker has to know.
 
   Attributes:
-    output: the folder that is written.
+    output: the folder that is written, DATA_DIR/NAME.
     shards: what is read; shard i becomes shard i of the output.
     rules: functions of one pair, in order (`pair.Rule`).
     unique: rules about alike pairs, in order (`unique.DuplicatePairs`, ..).
@@ -48,9 +53,24 @@ class Job:
     """A file of the folder for what is only needed until all is done."""
     return epath.Path(self.output) / 'work' / f'{kind}-{shard:05d}.{suffix}'
 
+  @property
+  def name(self) -> str:
+    """Of the data set that is written: the folder's."""
+    return epath.Path(self.output).name
+
+  @property
+  def folder(self) -> epath.Path:
+    """Of the result, where `sources.Prepared` looks for it."""
+    return epath.Path(self.output) / storage.VERSION
+
   def final(self, shard: int) -> epath.Path:
     """A file of the result."""
-    return shard_files.shard_path(self.output, NAME, shard, len(self.shards))
+    count = len(self.shards)
+    return self.folder / storage.shard_name(self.name, 'train', shard, count)
+
+  @property
+  def is_complete(self) -> bool:
+    return (self.folder / storage.INFO).exists()
 
   def is_cleaned(self, shard: int) -> bool:
     return self.work('candidates', shard, 'json').exists()
@@ -59,58 +79,24 @@ class Job:
     return self.work('finished', shard, 'json').exists()
 
 
-@functools.cache
-def codec() -> shard_files.Codec:
-  """Of cleaned records: id, source, text, image, width, height, score, url.
-
-  `score` is not a number where the source gave none.
-  """
-  import tensorflow_datasets as tfds
-
-  text = tfds.features.Text
-  return shard_files.Codec(
-    {
-      'id': text(),
-      'source': text(),
-      'text': text(),
-      'image': tfds.features.Image(),
-      'width': tfds.features.Scalar(np.int32),
-      'height': tfds.features.Scalar(np.int32),
-      'score': tfds.features.Scalar(np.float32),
-      'url': text(),
-    }
-  )
-
-
 def encode(pair: Pair) -> bytes:
-  """The record of a pair."""
-  width, height = pair.picture.size
-  return codec().encode(
-    {
-      'id': pair.id,
-      'source': pair.source,
-      'text': pair.text,
-      'image': pair.picture.encoded,
-      'width': width,
-      'height': height,
-      'score': np.nan if pair.score is None else pair.score,
-      'url': pair.url,
-    }
+  """A pair as `storage` keeps records: one picture, one caption."""
+  return storage.serialize(
+    Record(
+      id=f'{pair.source}/{pair.id}',
+      images=(pair.picture.encoded,),
+      size=pair.picture.size,
+      language='zh' if is_chinese(pair.text) else 'en',
+      captions=(pair.text,),
+    )
   )
 
 
 def decode(data: bytes) -> Pair:
-  """The pair of a record."""
-  record = codec().decode(data)
-  score = float(record['score'])
-  return Pair(
-    record['id'].decode(),
-    record['source'].decode(),
-    record['text'].decode(),
-    Picture(bytes(record['image'])),
-    None if np.isnan(score) else score,
-    record['url'].decode(),
-  )
+  """The pair of `encode`, without its score."""
+  record = storage.parse(data)
+  source, _, id_ = record.id.partition('/')
+  return Pair(id_, source, record.captions[0], Picture(record.images[0]))
 
 
 def clean_shard(job: Job, shard: int) -> int:
@@ -194,7 +180,7 @@ def _kept(job, shard, kept, tally) -> Iterator[bytes]:
       tally.add_compared(decode(data), reason)
       if reason == KEPT:
         yield data
-  except (RuntimeError, ValueError, IndexError) as error:
+  except (RuntimeError, ValueError, IndexError, BadRecordError) as error:
     raise DataError(
       f'{path} is damaged ({error}); delete {path.with_suffix(".json")} and '
       'run the same command again'

@@ -253,6 +253,12 @@ def count_units(text: str) -> int:
   return len(_UNIT.findall(text))
 
 
+def is_chinese(text: str) -> bool:
+  """Whether half of its letters, or more, are Chinese characters."""
+  chinese = len(_HAN.findall(text))
+  return chinese > 0 and 2 * chinese >= len(_LETTER.findall(text))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Length:
   """Drops texts that say too little, and those too long for one picture.
@@ -308,8 +314,7 @@ class Language:
 
   def __call__(self, pair: Pair) -> Pair | Drop:
     text = pair.text
-    letters = len(_LETTER.findall(text))
-    if 2 * len(_HAN.findall(text)) >= letters or count_units(text) < self.words:
+    if is_chinese(text) or count_units(text) < self.words:
       return pair
       # Trained on running text: words in capitals say little to it.
     name, probability = _identifier(self.candidates).classify(text.lower())

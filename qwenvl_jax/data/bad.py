@@ -1,0 +1,136 @@
+"""Records that cannot be used as they are: the rules, and counting them.
+
+Pictures and text come from strangers. A record either is used, or is repaired
+and used, or is dropped; both of the latter are counted by reason and source,
+never silent, and past a share of dropped records the run stops (`Limit`).
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from qwenvl_jax.errors import DataError
+
+# Why a record is dropped, and the rule.
+DROPPED = {
+  'outside_root': "a path out of its source's folder, or a URL: not opened",
+  'missing_image': 'no file where the record says that its picture is',
+  'unreadable_image': 'corrupt, cut off, or of an unknown format',
+  'too_many_pixels': 'more pixels than `image.MAX_PIXELS`: not decoded',
+  'tiny_image': 'a side of fewer than `image.MIN_SIDE` pixels',
+  'invalid_utf8': 'text that is not UTF-8',
+  'empty_text': 'no caption, question, answer or document',
+  'no_box': 'no box of the record has an area within the picture',
+  'control_token': 'a conversation with <|im_start|> and the like written out',
+  'too_long': 'an image would not fit into the row whole',
+  'no_question': 'nothing that the task can ask',
+  'malformed': 'fields that are missing or of another type',
+  'unreadable_record': 'a damaged record file',
+}
+
+# What is mended, and how; the record is used.
+REPAIRED = {
+  'rotated': 'EXIF orientation applied',
+  'first_frame': 'of an animation the first frame is taken',
+  'converted': 'CMYK, palette, grey or 16 bits turned into 8-bit RGB',
+  'flattened': 'transparent pixels put on white',
+  'clipped_box': 'a box that reaches beyond the picture cut at its border',
+  'sorted_box': 'an inverted box, its corners put in order',
+  'dropped_box': 'a box without area within the picture left out of a record',
+  'special_tag': "a vocabulary's special token taken out of plain text",
+  'cut_text': "text beyond the row's length cut off at its end",
+}
+
+
+class BadRecordError(DataError):
+  """A record that is to be dropped, and why.
+
+  Attributes:
+    reason: a key of `DROPPED`.
+  """
+
+  def __init__(self, reason: str, message: str):
+    super().__init__(message)
+    if reason not in DROPPED:
+      raise KeyError(reason)
+    self.reason = reason
+
+  def __reduce__(self):
+    return BadRecordError, (self.reason, str(self))
+
+
+class Counts:
+  """How often what happened to the records of which source.
+
+  Keys are `source/seen`, `source/dropped/REASON` and `source/repaired/REASON`.
+  """
+
+  def __init__(self, counts: Mapping[str, int] = ()):
+    self._counts = collections.Counter(dict(counts))
+
+  def seen(self, source: str) -> None:
+    self._counts[f'{source}/seen'] += 1
+
+  def dropped(self, source: str, reason: str) -> None:
+    self._counts[f'{source}/dropped/{reason}'] += 1
+
+  def repaired(self, source: str, reasons: Iterable[str]) -> None:
+    for reason in reasons:
+      self._counts[f'{source}/repaired/{reason}'] += 1
+
+  def add(self, other: Mapping[str, int]) -> None:
+    self._counts.update(other)
+
+  def take(self) -> dict[str, int]:
+    """What was counted since the last call."""
+    taken = dict(self._counts)
+    self._counts.clear()
+    return taken
+
+  def as_dict(self) -> dict[str, int]:
+    return dict(self._counts)
+
+  def of(self, source: str, kind: str = 'dropped') -> dict[str, int]:
+    """Reason -> count."""
+    prefix = f'{source}/{kind}/'
+    return {
+      key.removeprefix(prefix): count
+      for key, count in sorted(self._counts.items())
+      if key.startswith(prefix)
+    }
+
+  def seen_of(self, source: str) -> int:
+    return self._counts[f'{source}/seen']
+
+  def sources(self) -> list[str]:
+    found = {
+      key.removesuffix('/seen') for key in self._counts if key.endswith('/seen')
+    }
+    return sorted(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+  """How many records of a source may be dropped.
+
+  Attributes:
+    share: of those seen.
+    after: records seen of a source before it is judged.
+  """
+
+  share: float = 0.1
+  after: int = 1000
+
+  def check(self, counts: Counts) -> None:
+    """Raises DataError naming the source that is beyond the limit."""
+    for source in counts.sources():
+      dropped = counts.of(source)
+      seen, bad = counts.seen_of(source), sum(dropped.values())
+      if seen >= self.after and bad > self.share * seen:
+        most = sorted(dropped.items(), key=lambda item: -item[1])[:4]
+        reasons = ', '.join(f'{n} {r} ({DROPPED[r]})' for r, n in most)
+        raise DataError(
+          f'source {source}: {bad:,} of {seen:,} records had to be dropped, '
+          f'more than the allowed {self.share:.0%}: {reasons}. Mend or prepare '
+          'it again, take it out of the mixture, or raise bad.Limit.share'
+        )

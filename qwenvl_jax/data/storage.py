@@ -1,0 +1,246 @@
+"""Prepared data sets on disk: array_record shards that TFDS reads as well.
+
+A record is a `tf.train.Example` of three features: `id`, `images` (encoded
+pictures, stored as they came) and `annotation` (everything else, as JSON). It
+is parsed here by the proto alone, several times faster than through TFDS.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from qwenvl_jax.data.bad import BadRecordError
+from qwenvl_jax.data.records import (
+  GroundedCaption,
+  Qa,
+  Record,
+  Region,
+  Span,
+  Turn,
+  Word,
+)
+from qwenvl_jax.errors import DataError
+
+VERSION = '1.0.0'
+INFO = 'dataset_info.json'
+
+# One picture a chunk, so that one is read without its neighbours; they are
+# compressed already.
+_OPTIONS = 'group_size:1,uncompressed'
+
+
+def serialize(record: Record) -> bytes:
+  """A record whose images are bytes, as one `tf.train.Example`."""
+  example = _example_class()()
+  feature = example.features.feature
+  feature['id'].bytes_list.value.append(record.id.encode())
+  feature['images'].bytes_list.value.extend(map(bytes, record.images))
+  annotation = json.dumps(
+    _to_json(dataclasses.replace(record, id='', images=())),
+    ensure_ascii=False,
+    separators=(',', ':'),
+  )
+  # Strangers' text may hold halves of surrogate pairs.
+  feature['annotation'].bytes_list.value.append(
+    annotation.encode('utf-8', 'replace')
+  )
+  return example.SerializeToString(deterministic=True)
+
+
+def parse(data: bytes) -> Record:
+  """The inverse of `serialize`.
+
+  Raises:
+    BadRecordError: damaged.
+  """
+  try:
+    feature = _example_class().FromString(data).features.feature
+    found = json.loads(feature['annotation'].bytes_list.value[0])
+    return Record(
+      id=feature['id'].bytes_list.value[0].decode(),
+      images=tuple(feature['images'].bytes_list.value),
+      size=tuple(found.get('size', (0, 0))),
+      language=found.get('language', 'en'),
+      captions=tuple(found.get('captions', ())),
+      questions=tuple(_qa(x) for x in found.get('questions', ())),
+      regions=tuple(
+        Region(x['phrase'], _boxes(x)) for x in found.get('regions', ())
+      ),
+      grounded=tuple(_grounded(x) for x in found.get('grounded', ())),
+      words=tuple(
+        Word(x['word'], tuple(map(tuple, x['quad'])))
+        for x in found.get('words', ())
+      ),
+      turns=tuple(Turn(x['role'], x['text']) for x in found.get('turns', ())),
+      text=found.get('text', ''),
+    )
+  except (
+    ValueError, KeyError, IndexError, TypeError, AttributeError,
+    _decode_error(),
+  ) as error:  # fmt: skip
+    raise BadRecordError(
+      'unreadable_record', f'a damaged record ({error}); prepare it again'
+    ) from error
+
+
+def _qa(found: dict) -> Qa:
+  lists = {k: tuple(v) for k, v in found.items() if k in ('answers', 'options')}
+  return Qa(**{**found, **lists})
+
+
+def _boxes(found: dict) -> tuple:
+  return tuple(map(tuple, found['boxes']))
+
+
+def _grounded(found: dict) -> GroundedCaption:
+  spans = (Span(x['start'], x['end'], _boxes(x)) for x in found['spans'])
+  return GroundedCaption(found['text'], tuple(spans))
+
+
+def _to_json(value: Any) -> Any:
+  """Dataclasses as dicts, without what is empty anyway."""
+  if dataclasses.is_dataclass(value):
+    fields = {f.name: f.default for f in dataclasses.fields(value)}
+    return {
+      name: _to_json(getattr(value, name))
+      for name, default in fields.items()
+      if getattr(value, name) != default and getattr(value, name) != ''
+    }
+  if isinstance(value, (tuple, list)):
+    return [_to_json(x) for x in value]
+  return value
+
+
+@functools.cache
+def _example_class():
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  return tf_example_pb2.Example
+
+
+@functools.cache
+def _decode_error():
+  from google.protobuf.message import DecodeError
+
+  return DecodeError
+
+
+def folder(base: str | os.PathLike, name: str) -> pathlib.Path:
+  """Where a prepared data set is or would be."""
+  return pathlib.Path(base) / name / VERSION
+
+
+def shard_name(name: str, split: str, index: int, count: int) -> str:
+  return f'{name}-{split}.array_record-{index:05d}-of-{count:05d}'
+
+
+def write_shard(path: pathlib.Path, records: Iterable[Record]) -> int:
+  """Writes a shard, whole or not at all; returns the number of records."""
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  partial = path.with_name(f'{path.name}.partial')
+  writer = ArrayRecordWriter(str(partial), _OPTIONS)
+  count = 0
+  try:
+    for record in records:
+      writer.write(serialize(record))
+      count += 1
+  finally:
+    writer.close()
+  os.replace(partial, path)
+  return count
+
+
+def write_info(
+  directory: pathlib.Path, name: str, lengths: dict[str, Sequence[int]], **about
+) -> None:
+  """Writes what makes the shards a TFDS data set; the last thing written.
+
+  Args:
+    directory: of the shards.
+    name: of the data set.
+    lengths: records of each shard, by split.
+    **about: `description`, `homepage`, `license`.
+  """
+  # Imported here: it takes a second, and only preparing needs it.
+  import tensorflow_datasets as tfds
+
+  template = tfds.core.ShardedFileTemplate(
+    data_dir=directory, dataset_name=name, filetype_suffix='array_record'
+  )
+  splits = [
+    tfds.core.SplitInfo(
+      name=split,
+      shard_lengths=list(counts),
+      num_bytes=sum(
+        _size(directory / shard_name(name, split, i, len(counts)))
+        for i in range(len(counts))
+      ),
+      filename_template=template.replace(split=split),
+    )
+    for split, counts in lengths.items()
+  ]
+  text = tfds.features.Text()
+  tfds.folder_dataset.write_metadata(
+    data_dir=directory,
+    features=tfds.features.FeaturesDict(
+      {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
+    ),
+    split_infos=splits,
+    version=VERSION,
+    filename_template=template,
+    check_data=False,
+    **about,
+  )
+
+
+def _size(path) -> int:
+  # In a bucket, too.
+  return epath.Path(path).stat().length
+
+
+def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:
+  """Records of each shard, by split; empty if it is not prepared.
+
+  Raises:
+    DataError: the folder is damaged.
+  """
+  file = directory / INFO
+  if not file.exists():
+    return {}
+  try:
+    splits = json.loads(file.read_text())['splits']
+    return {x['name']: list(map(int, x['shardLengths'])) for x in splits}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise DataError(
+      f'{file} cannot be read ({error}); delete it and prepare again, which '
+      'keeps finished shards'
+    ) from error
+
+
+def open_split(directory: pathlib.Path, name: str, split: str):
+  """The serialized records of a split, by random access; picklable."""
+  import grain
+
+  lengths = split_lengths(directory)
+  if split not in lengths:
+    raise DataError(
+      f'{directory} has no split {split!r}; it has '
+      f'{", ".join(map(repr, lengths)) or "none: prepare it first"}'
+    )
+  count = len(lengths[split])
+  paths = [directory / shard_name(name, split, i, count) for i in range(count)]
+  missing = [path.name for path in paths if not path.exists()]
+  if missing:
+    raise DataError(
+      f'{directory} lacks {len(missing)} of {count} shards, e.g. {missing[0]}; '
+      'run `qwenvl-data prepare` again, which keeps the others'
+    )
+  # Grain reports on every source that it opens to a log that is not set up.
+  return grain.sources.ArrayRecordDataSource([str(path) for path in paths])

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from qwenvl_jax.data.bad import BadRecordError
+from qwenvl_jax.data.readers.release import (
+  Conversations,
+  EvaluationLines,
+  PlainText,
+  pieces,
+)
+from qwenvl_jax.data.records import Qa, Region, Turn
+
+
+def _reasons(found):
+  return [x.reason for x in found if isinstance(x, BadRecordError)]
+
+
+def test_evaluation_lines(tmp_path):
+  lines = [
+    {'image': 'a.jpg', 'question': 'What?', 'answer': 'a cat'}
+    | {'question_id': 5},
+    {'image': 'a.jpg', 'question': 'Who?', 'answer': ['x', 'y', 'y']},
+    {'image': 'a.jpg', 'caption': ['one', 'two']},
+    {'image': 'b.jpg', 'sent': '<ref>left dog</ref>', 'bbox': [1, 2, 3, 4]}
+    | {'width': 9, 'height': 8},
+  ]
+  text = '\n'.join(map(json.dumps, lines))
+  (tmp_path / 'x.jsonl').write_bytes(text.encode() + b'\n{"image"\n\xff\n{}')
+  found = list(EvaluationLines().records(tmp_path))
+  assert found[0].questions == (Qa('What?', 'a cat', id='5'),)
+  assert found[1].questions == (Qa('Who?', 'y', ('x', 'y', 'y')),)
+  assert found[2].captions == ('one', 'two')
+  assert found[3].regions == (Region('left dog', ((1, 2, 3, 4),)),)
+  assert found[3].size == (9, 8)
+  assert _reasons(found) == ['malformed', 'invalid_utf8', 'malformed']
+
+
+def test_conversations_name_their_pictures(tmp_path):
+  turns = [
+    {'from': 'user', 'value': 'Picture 1: <img>p/a.jpg</img>\n这是什么？'},
+    {'from': 'assistant', 'value': ' 一只猫 '},
+  ]
+  data = [{'id': 'identity_0', 'conversations': turns}, {'id': 1}]
+  data += [{'conversations': [{'from': 'gpt', 'value': 'x'}]}]
+  data += [{'conversations': turns[:1]}]
+  escaped = {'from': 'user', 'value': 'a<|im_end|>\n<|im_start|>system'}
+  data += [{'conversations': [escaped, turns[1]]}]
+  (tmp_path / 'd.json').write_text(json.dumps(data), encoding='utf-8')
+  found = list(Conversations().records(tmp_path))
+  assert found[0].images == ('p/a.jpg',) and found[0].id == 'd.json, identity_0'
+  assert found[0].turns == (
+    Turn('user', 'Picture 1: <img>p/a.jpg</img>\n这是什么？'),
+    Turn('assistant', ' 一只猫 '),
+  )
+  assert _reasons(found) == [
+    'malformed', 'malformed', 'empty_text', 'control_token',
+  ]  # fmt: skip
+
+
+def test_plain_text_is_divided_not_cut(tmp_path):
+  (tmp_path / 'a.txt').write_bytes(b'One.\nTwo.\n\nThree.\n\xff\n')
+  (tmp_path / 'b.jsonl').write_text('{"text": "Four. Five."}\n{"text": 1}\n{}')
+  reader = PlainText(longest=6)
+  found = [x for part in reader.parts(tmp_path) for x in reader.read(part)]
+  texts = [x.text for x in found if hasattr(x, 'text')]
+  assert texts == ['One.\n', 'Two.', 'Three.', 'Four. ', 'Five.', '1']
+  assert _reasons(found) == ['invalid_utf8', 'malformed']
+
+
+@pytest.mark.parametrize('text', ['', 'x' * 50, '一。' * 30, 'a b. ' * 20])
+def test_pieces_lose_nothing(text):
+  cut = pieces(text, 12)
+  assert ''.join(cut) == text and all(len(x) <= 12 for x in cut)
