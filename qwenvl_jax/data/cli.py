@@ -15,6 +15,7 @@ import rich.table
 from qwenvl_jax.data import catalogue, prepare, shards, show, sources, storage
 from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.data.cleaning import cli as cleaning_cli
+from qwenvl_jax.data.making import cli as making_cli
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
 _EPILOG = """\
@@ -25,6 +26,8 @@ examples:
   qwenvl-data prepare vqav2 --manual_dir ~/downloads/vqav2 --data_dir data
   qwenvl-data prepare my_chats --format conversations --manual_dir ~/chats
   qwenvl-data show scenes --data_dir data --output rows.html
+  qwenvl-data make-ocr --kind pages --n 1000 data/ocr_pages
+  qwenvl-data clean --help
 """
 
 # Made here or read from a package: nothing has to be downloaded.
@@ -33,6 +36,7 @@ _OWN = ('scenes', 'easy_vqa')
 # Commands with a command line of their own.
 _JOBS = {
   'clean': (cleaning_cli.command, 'clean picture-text pairs (Appendix A)'),
+  'make-ocr': (making_cli.command, 'make pages with text, to learn reading'),
 }
 
 
