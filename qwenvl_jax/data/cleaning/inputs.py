@@ -5,7 +5,10 @@ beside it. Nothing outside a shard's folder is opened and no address is fetched.
 """
 
 import dataclasses
+import glob
 import json
+import os
+import pathlib
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +16,8 @@ from typing import Any
 
 from etils import epath
 
+from qwenvl_jax.data import roots
+from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.cleaning.pair import Broken, Pair, Picture
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -59,7 +64,7 @@ class Source:
     patterns = (self.files,) if isinstance(self.files, str) else self.files
     found = []
     for pattern in patterns:
-      matches = sorted(map(str, _glob(pattern)))
+      matches = sorted(_glob(pattern))
       if not matches:
         raise DataError(
           f'source {self.name}: no file matches {pattern!r}; check the pattern '
@@ -79,14 +84,22 @@ class Source:
     return [Shard(self, path) for path in found]
 
 
-def _glob(pattern: str):
-  path = epath.Path(pattern).expanduser()
-  fixed = path
-  while any(sign in str(fixed) for sign in '*?['):
+def _glob(pattern: str) -> list[str]:
+  if '://' not in pattern:
+    return glob.glob(os.path.expanduser(pattern), recursive=True)
+  fixed = epath.Path(pattern)
+  while glob.has_magic(str(fixed)):
     fixed = fixed.parent
-  if fixed == path:
-    return [path] if path.exists() else []
-  return fixed.glob(str(path.relative_to(fixed)))
+  if str(fixed) == pattern:
+    return [pattern] if fixed.exists() else []
+  try:
+    return list(
+      map(str, fixed.glob(str(epath.Path(pattern).relative_to(fixed))))
+    )
+  except NotImplementedError as error:
+    raise ConfigError(
+      f'{pattern}: `**` is for disks only; name the folders of a bucket'
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,12 +281,8 @@ def _read_jsonl(shard):
 
 
 def _beside(folder, name):
-  """Bytes of a picture file within the folder, or None."""
-  path = folder / name
-  root = folder.resolve()
+  """Bytes of a picture file within the folder; `Broken` if it is not there."""
   try:
-    if path.resolve().is_relative_to(root) and path.is_file():
-      return path.read_bytes()
-  except (OSError, ValueError):
-    return None
-  return None
+    return roots.read(pathlib.Path(os.fspath(folder)), name, '')
+  except BadRecordError as error:
+    return Broken('', '', 'no_image', str(error))

@@ -151,15 +151,15 @@ def _lights(rng, size):
   """Lights out of focus before a dark ground."""
   picture = _coloured(noise(rng, size, 2) * 0.4, _PALETTES['dusk'])
   for _ in range(rng.randint(8, 30)):
-    layer = Image.new('L', size)
-    radius = rng.uniform(0.02, 0.12) * max(size)
-    x, y = rng.uniform(0, size[0]), rng.uniform(0, size[1])
-    ImageDraw.Draw(layer).ellipse(
-      (x - radius, y - radius, x + radius, y + radius),
-      fill=rng.randint(40, 140),
+    radius = max(3, round(rng.uniform(0.02, 0.12) * max(size)))
+    light = Image.new('L', (2 * radius + 12, 2 * radius + 12))
+    ImageDraw.Draw(light).ellipse(
+      (6, 6, 2 * radius + 6, 2 * radius + 6), fill=rng.randint(40, 140)
     )
+    light = light.filter(ImageFilter.GaussianBlur(2))
     colour = tuple(rng.randint(120, 255) for _ in range(3))
-    picture.paste(colour, mask=layer.filter(ImageFilter.GaussianBlur(2)))
+    at = [rng.randint(-radius, side - radius) for side in size]
+    picture.paste(colour, tuple(at), light)
   return picture
 
 
