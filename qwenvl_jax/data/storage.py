@@ -117,6 +117,12 @@ def _to_json(value: Any) -> Any:
   return value
 
 
+def prepare_imports() -> None:
+  """Imports what `serialize` and `parse` need, which takes a second."""
+  _example_class()
+  _decode_error()
+
+
 @functools.cache
 def _example_class():
   from tensorflow_datasets.proto import tf_example_pb2

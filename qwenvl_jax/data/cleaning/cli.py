@@ -9,6 +9,7 @@ import rich.table
 from etils import epath
 
 from qwenvl_jax import entry
+from qwenvl_jax.data import storage
 from qwenvl_jax.data.cleaning import inputs, pipeline, report
 from qwenvl_jax.data.cleaning.tally import KEPT
 from qwenvl_jax.errors import ConfigError
@@ -86,17 +87,20 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
       "*.tar'"
     )
   job = cleaning.job()
+  # Now: while TFDS is imported no other thread can import, as drawing does.
+  storage.prepare_imports()
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(),
     rich.progress.MofNCompleteColumn(),
     console=console,
+    auto_refresh=False,
   ) as bars:
     tasks = {}
 
     def progress(what, done, total):
       if what not in tasks:
         tasks[what] = bars.add_task(f'{what} shards', total=total)
-      bars.update(tasks[what], completed=done)
+      bars.update(tasks[what], completed=done, refresh=True)
 
     tally = pipeline.run(job, beam_options, progress)
   console.print(_table(job, tally))

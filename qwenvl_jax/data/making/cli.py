@@ -107,11 +107,14 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
     *rich.progress.Progress.get_default_columns(),
     rich.progress.MofNCompleteColumn(),
     console=console,
+    # Drawn by this thread: while TFDS is imported, others cannot import, as
+    # drawing does.
+    auto_refresh=False,
   ) as bars:
     task = bars.add_task(f'making {flags.kind}', total=flags.n)
 
     def progress(done, total):
-      bars.update(task, completed=done, total=total)
+      bars.update(task, completed=done, total=total, refresh=True)
 
     made = make.make(making, flags.output, flags.workers, progress)
   console.print(

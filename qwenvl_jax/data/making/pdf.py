@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import datetime
 import io
+import math
 import random
 from collections.abc import Sequence
 
@@ -26,6 +27,8 @@ _MISSING = (
 _FINE = 64
 # Gaps of so many letter heights part a line, as between columns or cells.
 _GAP = 1.6
+# Radians that text may be turned by, as on pages scanned a little askew.
+_ASKEW = 0.03
 # Pages are refused if more of their letters have no meaning in Unicode.
 _MOST_UNKNOWN = 0.01
 
@@ -129,15 +132,16 @@ def _glyphs(page, size):
   import pypdfium2.raw as pdfium
 
   text = page.get_textpage()
+  shown = math.radians(page.get_rotation())
   left, right, bottom, top = (ctypes.c_double() for _ in range(4))
   for i in range(text.count_chars()):
     sign = chr(pdfium.FPDFText_GetUnicode(text, i))
     if sign in '\r\n':
       yield None
       continue
-    # Half a turn's hundredth: pages that were scanned a little askew pass.
-    angle = pdfium.FPDFText_GetCharAngle(text, i)
-    if 0.03 < angle < 6.25 and not sign.isspace():
+    # Counter-clockwise on the paper, which is shown turned clockwise.
+    angle = pdfium.FPDFText_GetCharAngle(text, i) - shown
+    if abs(math.remainder(angle, math.tau)) > _ASKEW and not sign.isspace():
       raise RefusedError('turned_text')
     if not pdfium.FPDFText_GetCharBox(text, i, left, right, bottom, top):
       continue

@@ -5,8 +5,8 @@ import sys
 import corpus
 import pytest
 
-from qwenvl_jax.data import cli
-from qwenvl_jax.data.cleaning import pipeline, shards
+from qwenvl_jax.data import cleaning, cli
+from qwenvl_jax.data.cleaning import shards
 
 BEAM = 'qwenvl_jax.data.cleaning.beam'
 
@@ -65,6 +65,7 @@ def test_without_beam_it_says_what_to_do(tmp_path, capsys, monkeypatch):
   corpus.write(tmp_path / 'corpus')
   monkeypatch.setitem(sys.modules, 'apache_beam', None)
   monkeypatch.delitem(sys.modules, BEAM, raising=False)
+  monkeypatch.delattr(cleaning, 'beam', raising=False)
   with pytest.raises(SystemExit) as stop:
     clean(tmp_path / 'corpus', tmp_path / 'pairs')
   assert stop.value.code == 2
@@ -96,4 +97,3 @@ def test_help(capsys):
   assert stop.value.code == 0
   shown = capsys.readouterr().out
   assert 'laion_en' in shown and '--gin_file' in shown
-  assert pipeline.__doc__

@@ -1,3 +1,4 @@
+import io
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ from qwenvl_jax.errors import DataError
 from qwenvl_jax.text import fonts
 
 fpdf = pytest.importorskip('fpdf')
-pytest.importorskip('pypdfium2')
+pypdfium2 = pytest.importorskip('pypdfium2')
 
 
 def document(width=400, height=300):
@@ -50,23 +51,30 @@ def test_lines_and_their_boxes():
     assert abs(ys.min() - top) < 4 and abs(ys.max() + 1 - bottom) < 4
 
 
-def test_a_turned_page_is_read_as_it_is_shown():
-  made = document()
-  made.text(50, 60, 'on its side')
-  import pypdfium2
-
+def turned(made) -> bytes:
+  """The document with its page shown upside down."""
   opened = pypdfium2.PdfDocument(bytes(made.output()))
   opened[0].set_rotation(180)
-  import io
-
   out = io.BytesIO()
   opened.save(out)
-  page = pdf.read(out.getvalue(), 0, 800)
+  return out.getvalue()
+
+
+def test_a_turned_page_is_read_as_it_is_shown():
+  made = document()
+  with made.rotation(180, 100, 100):
+    made.text(40, 100, 'upright again')
+  page = pdf.read(turned(made), 0, 800)
   (line,) = page.lines
+  assert line.text == 'upright again'
   ys, xs = np.nonzero(ink(page))
   (left, top), _, (right, bottom), _ = line.quad
-  assert abs(xs.min() - left) < 4 and abs(ys.max() + 1 - bottom) < 4
-  assert left > 400 and top > 300 and right > left
+  assert abs(xs.min() - left) < 4 and abs(xs.max() + 1 - right) < 4
+  assert abs(ys.min() - top) < 4 and abs(ys.max() + 1 - bottom) < 4
+  made = document()
+  made.text(50, 60, 'upside down')
+  with pytest.raises(pdf.RefusedError, match='turned_text'):
+    pdf.read(turned(made), 0, 800)
 
 
 def test_pages_that_are_refused():
