@@ -158,12 +158,19 @@ def sample(
   """
   kinds, shares = list(weights), list(weights.values())
   found = {}
+  absent = 0  # Things asked for that are not there, less those that are.
   for kind in rng.choices(kinds, shares, k=3 * count):
     language = 'zh' if rng.random() < chinese else 'en'
     subject = draw(kind, scene, classes, rng)
     key = (kind, language, subject)
     if subject is None or key in found:
       continue
+    if kind == 'exist':
+      # There are more absent things to ask for: 'no' would be most answers.
+      step = -1 if subject in scene.classes else 1
+      if absent + step > 1:
+        continue
+      absent += step
     found[key] = ask(kind, scene, language, subject, chat)
     if len(found) == count:
       break

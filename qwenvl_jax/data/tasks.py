@@ -44,6 +44,8 @@ class SceneTasks:
     chinese: share of questions in Chinese.
     in_words: describe each picture in words instead of showing it: text for a
       decoder that has no eyes yet.
+    places: whether such a description says where things are; without, `kinds`
+      should not ask for it.
   """
 
   kinds: Mapping[str, float] = dataclasses.field(
@@ -53,6 +55,7 @@ class SceneTasks:
   classes: int = 16
   chinese: float = 0.5
   in_words: bool = False
+  places: bool = True
 
   def __post_init__(self):
     for kind in self.kinds:
@@ -67,7 +70,8 @@ class SceneTasks:
   def _span(self, scene: Scene, number: int, rng) -> Piece:
     if not self.in_words:
       return Piece(f'<img>{number}</img>')
-    return Piece(wording.inventory(scene, rng.choice(things.LANGUAGES), rng))
+    language = rng.choice(things.LANGUAGES)
+    return Piece(wording.inventory(scene, language, rng, self.places))
 
   def _images(self, *scenes: Scene) -> tuple[object, ...]:
     return () if self.in_words else tuple(x.image for x in scenes)

@@ -74,19 +74,26 @@ def caption(scene: Scene, language: str, boxes: bool = False) -> str:
   return f'{join(phrases, language)} on {_article(colour)} {colour} background'
 
 
-def inventory(scene: Scene, language: str, rng: random.Random) -> str:
+def inventory(
+  scene: Scene, language: str, rng: random.Random, places: bool = True
+) -> str:
   """What a picture shows, for a reader without eyes: one line.
 
-  Things in any order, words, the colour: '<ref>the cat</ref><box>..</box>red'.
+  Things in any order, words, the colour: '<ref>the cat</ref><box>..</box>red';
+  or, without places, 'the cat,red'.
   """
   objects = list(scene.objects)
   rng.shuffle(objects)
+  names = [the(x.thing, 1, language) for x in objects]
+  colour = scene.colour_name(language)
+  if not places:
+    return (',' if language == 'en' else '，').join([*names, colour]) + '\n'
   parts = [
-    f'<ref>{the(x.thing, 1, language)}</ref>{box_text(scene, [x])}'
-    for x in objects
+    f'<ref>{name}</ref>{box_text(scene, [x])}'
+    for name, x in zip(names, objects, strict=True)
   ]
   parts += [quad_text(scene, word) for word in scene.words]
-  return ''.join(parts) + scene.colour_name(language) + '\n'
+  return ''.join([*parts, colour]) + '\n'
 
 
 def many(thing: int, language: str) -> str:

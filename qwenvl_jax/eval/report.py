@@ -116,7 +116,9 @@ def write(
     'picture, <b>majority</b> always gives the most frequent answer: what lies '
     'above both was read from pixels.</p>',
     (
-      '<p class="short">Below its floor: ' + '; '.join(short) + '</p>'
+      '<div class="short">Below their floor:<ul>'
+      + ''.join(f'<li>{line}</li>' for line in short)
+      + '</ul></div>'
       if short
       else '<p class="good">Every score reaches its floor.</p>'
     ),

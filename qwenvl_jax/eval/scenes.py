@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from qwenvl_jax.data import image, questions
+from qwenvl_jax.data import image, questions, tasks
 from qwenvl_jax.data.examples import Question
-from qwenvl_jax.data.records import Scene
+from qwenvl_jax.data.records import Asked, Scene
 from qwenvl_jax.eval.metrics import boxes as box_metrics
 from qwenvl_jax.infer.generate import generate
 from qwenvl_jax.model.qwen_vl import QwenVL
@@ -64,10 +64,9 @@ def ask(
   pictures: dict[str, np.ndarray],
   *,
   chat: bool = False,
-  blank: bool = False,
   batch_size: int = 128,
-) -> list[Answered]:
-  """Generates and scores the answers, greedily.
+) -> tuple[list[Answered], list[Answered]]:
+  """Generates and scores the answers, greedily, with pictures and without.
 
   Args:
     model: the module.
@@ -76,11 +75,11 @@ def ask(
     asked: questions, each about the picture of its record.
     pictures: record id to [R,R,3] uint8.
     chat: ask in ChatML, as stage 3 learned it, rather than in plain prompts.
-    blank: show a grey picture instead.
     batch_size: rows at once.
 
   Returns:
-    One `Answered` a question, in order.
+    One `Answered` a question, in order: what it sees; and the same questions
+    about a grey picture.
   """
   queries = model.config.adapter.queries
   stop = (
@@ -88,16 +87,17 @@ def ask(
     if chat
     else (tokenizer.eod_id,)
   )
-  # Blank pictures are all alike: each wording needs to be asked only once.
   waiting = collections.defaultdict(dict)
-  keys = []
+  keys = {False: [], True: []}
   for question in asked:
     ids = tuple(prompt(tokenizer, question, queries, chat))
-    key = (ids, None if blank else question.record)
-    keys.append(key)
     limit = _NEW_TOKENS.get(question.kind, _FEW_TOKENS)
     picture = pictures[question.record]
-    waiting[limit][key] = np.full_like(picture, _BLANK) if blank else picture
+    # Grey pictures are all alike: each wording needs to be asked only once.
+    seen, blind = (ids, question.record), (ids, None)
+    keys[False].append(seen)
+    keys[True].append(blind)
+    waiting[limit] |= {seen: picture, blind: np.full_like(picture, _BLANK)}
   answers = {}
   for limit, group in waiting.items():
     outputs = generate(
@@ -110,10 +110,13 @@ def ask(
       batch_size=batch_size,
     )
     answers |= dict(zip(group, map(tokenizer.decode, outputs), strict=True))
-  return [
-    score(question, answers[key])
-    for question, key in zip(asked, keys, strict=True)
-  ]
+  return tuple(
+    [
+      score(question, answers[key])
+      for question, key in zip(asked, keys[blank], strict=True)
+    ]
+    for blank in (False, True)
+  )
 
 
 def prompt(
@@ -207,6 +210,17 @@ def exam(
   for scene in scenes:
     asked += questions.exam(scene, kinds, classes=classes, chat=chat)
     pictures[scene.id] = image.pixels(scene.image, size, scene.id)
+  return asked, pictures
+
+
+def exam_asked(
+  found: Iterable[Asked], size: int
+) -> tuple[list[Question], dict[str, np.ndarray]]:
+  """As `exam`, with the questions that came with the pictures."""
+  asked, pictures = [], {}
+  for record in found:
+    asked += [tasks.vqa(record, i) for i in range(len(record.questions))]
+    pictures[record.id] = image.pixels(record.image, size, record.id)
   return asked, pictures
 
 

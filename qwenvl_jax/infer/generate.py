@@ -208,7 +208,8 @@ def prefill_in_batches(
   order = sorted(range(len(prompts)), key=alike.__getitem__)
   for start in range(0, len(order), batch_size):
     chosen = order[start : start + batch_size]
-    rows = min(prompts_lib.bucket(len(chosen)), batch_size)
+    # What is left over pads its batch rather than compiling another program.
+    rows = min(prompts_lib.bucket(min(len(order), batch_size)), batch_size)
     read = prefill(
       model,
       params,

@@ -15,7 +15,11 @@ from qwenvl_jax.model import rope
 from qwenvl_jax.model.attention import attend, causal_bias
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import DecoderConfig
-from qwenvl_jax.model.layers import Projection, RMSNorm, default_init, remat
+from qwenvl_jax.model.layers import Projection, RMSNorm, remat
+
+# A random decoder only ever stands in for the released one. With its 0.02 a
+# token's identity would drown in what the first blocks add to it.
+_embed_init = nn.initializers.normal(0.5)
 
 
 class SelfAttention(nn.Module):
@@ -127,6 +131,7 @@ class Decoder(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   remat: str = 'none'
+  unroll: int = 1
 
   def setup(self):
     c = self.config
@@ -134,7 +139,7 @@ class Decoder(nn.Module):
     # Sharded on its width: a table sharded on the vocabulary is gathered whole.
     self.embed_table = self.param(
       'embed',
-      nn.with_logical_partitioning(default_init, ('vocab_rows', 'embed')),
+      nn.with_logical_partitioning(_embed_init, ('vocab_rows', 'embed')),
       (c.vocab_size, c.dim),
       self.param_dtype,
     )
@@ -144,6 +149,7 @@ class Decoder(nn.Module):
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=c.layers,
+      unroll=self.unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, **kinds)
     self.ln_f = RMSNorm(c.norm_eps, self.param_dtype)

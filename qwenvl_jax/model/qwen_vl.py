@@ -50,9 +50,10 @@ class QwenVL(nn.Module):
   def setup(self):
     c = self.config
     kinds = {'dtype': c.dtype, 'param_dtype': c.param_dtype}
-    self.vision = VisionTransformer(c.vision, **kinds, remat=c.remat)
+    layers = {'remat': c.remat, 'unroll': c.unroll}
+    self.vision = VisionTransformer(c.vision, **kinds, **layers)
     self.adapter = Adapter(c.adapter, **kinds)
-    self.decoder = Decoder(c.decoder, **kinds, remat=c.remat)
+    self.decoder = Decoder(c.decoder, **kinds, **layers)
 
   def __call__(self, batch: Batch, *, inference: bool = False):
     """Logits of every position.

@@ -173,6 +173,7 @@ class VisionTransformer(nn.Module):
     dtype: of activations.
     param_dtype: of parameters.
     remat: policy of the blocks.
+    unroll: blocks in a step of their scan.
     capture: also return the activations after `ln_pre`.
   """
 
@@ -180,6 +181,7 @@ class VisionTransformer(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   remat: str = 'none'
+  unroll: int = 1
 
   @nn.compact
   def __call__(self, pixels):
@@ -233,6 +235,7 @@ class VisionTransformer(nn.Module):
       variable_axes={'params': 0},
       split_rngs={'params': True},
       length=c.layers,
+      unroll=self.unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, self.dtype, self.param_dtype, grid, name='blocks')
     x, _ = blocks(x, is_global)

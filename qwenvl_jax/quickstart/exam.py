@@ -24,8 +24,8 @@ FLOORS = {
   'refer, several objects': report.Floor(0.30, 0.60),
 }
 
-# Kinds of questions with a floor are asked of all scenes, others, chats and
-# held-out combinations of thing and colour of this share of them.
+# Kinds of questions with a floor are asked of all scenes, others, chats,
+# held-out combinations of thing and colour, and easy-VQA of this share of them.
 _SHARE = 0.25
 _WITH_FLOOR = ('caption', 'exist', 'count', 'colour', 'refer')
 _OTHERS = tuple(kind for kind in scenes.KINDS if kind not in _WITH_FLOOR)
@@ -65,16 +65,35 @@ def evaluate(
     sources.Scenes(str(data), 'test', config, limit=scenes_count).open()
   )
   combos = list(sources.Scenes(str(data), 'combos', config, limit=few).open())
-  tables, answers = [], {}
-  exams = (
-    ('stage2', 'Stage 2, held-out layouts', test, _WITH_FLOOR, False),
-    ('stage2', 'Stage 2, further questions', test[:few], _OTHERS, False),
-    ('stage3', 'Stage 3, the same in ChatML', test[:few], _WITH_FLOOR, True),
-    ('stage2', 'Stage 2, held-out combinations', combos, _WITH_FLOOR, False),
-  )
+  easy_vqa = sources.EasyVqa('test', limit=few).open()
   handles = {name: api.load(out / name) for name in ('stage2', 'stage3')}
-  for name, title, split, kinds, chat in exams:
-    seen, blind = _answers(handles[name], split, kinds, chat)
+  tables, answers = [], {}
+  size = handles['stage2'].config.vision.image_size
+
+  def about(split, kinds, chat=False):
+    return scenes.exam(split, size, kinds=kinds, chat=chat)
+
+  exams = (
+    ('stage2', 'Stage 2, held-out layouts', about(test, _WITH_FLOOR)),
+    ('stage2', 'Stage 2, further questions', about(test[:few], _OTHERS)),
+    ('stage2', 'Stage 2, held-out combinations', about(combos, _WITH_FLOOR)),
+    ('stage2', 'Stage 2, easy-VQA', scenes.exam_asked(easy_vqa, size)),
+    (
+      'stage3',
+      'Stage 3, the same in ChatML',
+      about(test[:few], _WITH_FLOOR, chat=True),
+    ),
+  )
+  for name, title, (asked, pictures) in exams:
+    handle = handles[name]
+    seen, blind = scenes.ask(
+      handle.model,
+      handle.params,
+      handle.tokenizer,
+      asked,
+      pictures,
+      chat=name == 'stage3',
+    )
     table = report.Table(title, scenes.tabulate(seen, blind))
     _print(table)
     tables.append(table)
@@ -115,16 +134,6 @@ def evaluate(
 def picture(scene) -> Image.Image:
   """A scene's picture."""
   return image.load(scene.image, scene.id)
-
-
-def _answers(handle, split, kinds, chat):
-  asked, pictures = scenes.exam(
-    split, handle.config.vision.image_size, kinds=kinds, chat=chat
-  )
-  arguments = handle.model, handle.params, handle.tokenizer, asked, pictures
-  return tuple(
-    scenes.ask(*arguments, chat=chat, blank=blank) for blank in (False, True)
-  )
 
 
 def _print(table: report.Table):

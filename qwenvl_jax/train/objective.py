@@ -74,8 +74,9 @@ class PatchObjects:
   """A stand-in for CLIP pre-training: what is in each patch, and how far.
 
   A vision transformer with a linear head that names what a patch shows and
-  says where the whole of it lies. Its tree has `vision` exactly as Qwen-VL has
-  it, so that `InitFrom(vision=...)` takes it over, and `head`.
+  says on which lines of a grid the whole of it begins and ends. Its tree has
+  `vision` exactly as Qwen-VL has it, so that `InitFrom(vision=...)` takes it
+  over, and `head`.
 
   Batches hold `pixels` [B,R,R,3] (uint8, or float normalized), `patch_labels`
   [B,G,G] int32 with `NO_LABEL` for no loss, and `patch_boxes` [B,G,G,4]
@@ -85,15 +86,19 @@ class PatchObjects:
   Attributes:
     config: of the model whose vision transformer this is.
     classes: number of labels.
-    box_weight: of the boxes' mean absolute error, added to the cross entropy.
+    lines: on a side, evenly spread from 0 to 1; each of a box's four
+      coordinates is classified as the nearest one.
+    box_weight: of the boxes' cross entropy (mean of the four coordinates)
+      against the names'.
   """
 
   config: QwenVLConfig
   classes: int
-  box_weight: float = 5.0
+  lines: int
+  box_weight: float = 2.0
 
   def _model(self) -> nn.Module:
-    return _PatchHead(self.config, self.classes + 4)
+    return _PatchHead(self.config, self.classes + 4 * self.lines)
 
   def init(self, key: jax.Array) -> Any:
     side = self.config.vision.image_size
@@ -102,7 +107,7 @@ class PatchObjects:
 
   def loss(self, params, batch):
     outputs = self._model().apply({'params': params}, batch['pixels'])
-    logits, boxes = jnp.split(
+    logits, coordinates = jnp.split(
       outputs.astype(jnp.float32), [self.classes], axis=-1
     )
     labels = einops.rearrange(batch['patch_labels'], 'b h w -> b (h w)')
@@ -110,15 +115,23 @@ class PatchObjects:
     targets = jnp.maximum(labels, 0)
     loss, weight = next_token_loss(logits, targets, weights)
     correct = jnp.sum((jnp.argmax(logits, -1) == targets) * weights)
-    wanted = einops.rearrange(batch['patch_boxes'], 'b h w c -> b (h w) c')
-    delimited = jnp.any(wanted > 0, axis=-1)
-    error = jnp.sum(jnp.mean(jnp.abs(boxes - wanted), axis=-1) * delimited)
+    boxes = einops.rearrange(batch['patch_boxes'], 'b h w c -> b (h w) c')
+    delimited = jnp.any(boxes > 0, axis=-1, keepdims=True)
+    coordinates = einops.rearrange(
+      coordinates, 'b p (c l) -> b p c l', l=self.lines
+    )
+    wanted = jnp.round(boxes * (self.lines - 1)).astype(jnp.int32)
+    box_loss, _ = next_token_loss(
+      coordinates, wanted, jnp.broadcast_to(delimited / 4, boxes.shape)
+    )
+    exact = jnp.all(jnp.argmax(coordinates, -1) == wanted, axis=-1)
     return (
-      loss + self.box_weight * error,
+      loss + self.box_weight * box_loss,
       weight,
       {
         'accuracy': correct,
-        'box_error': error,
+        # Of all patches: where there is nothing to delimit counts as exact.
+        'exact_boxes': jnp.sum((exact | ~delimited[..., 0]) * weights),
         'images': jnp.asarray(labels.shape[0], jnp.int32),
       },
     )
@@ -132,7 +145,7 @@ class _PatchHead(nn.Module):
   def __call__(self, pixels):
     c = self.config
     x = VisionTransformer(
-      c.vision, c.dtype, c.param_dtype, c.remat, name='vision'
+      c.vision, c.dtype, c.param_dtype, c.remat, c.unroll, name='vision'
     )(pixels)
     head = self.param(
       'head', default_init, (c.vision.width, self.outputs), c.param_dtype

@@ -188,3 +188,15 @@ def test_exam_asks_both_languages_about_the_same(two_apples_and_a_cat):
   assert again == asked
   alone = questions.exam(two_apples_and_a_cat, ['refer'], classes=16)
   assert alone == asked[6:8], 'a question does not depend on the others'
+
+
+def test_as_many_yes_as_no_however_many_are_asked(two_apples_and_a_cat):
+  answers = collections.Counter(
+    question.answer.strip() in ('yes', '有')
+    for seed in range(200)
+    for question in questions.sample(
+      two_apples_and_a_cat, random.Random(seed), {'exist': 1}, 8, classes=16
+    )
+  )
+  # Two classes of sixteen are there: left alone, 'no' would be two of three.
+  assert 0.4 < answers[True] / answers.total() < 0.6

@@ -38,7 +38,7 @@ def test_report(tmp_path):
   )
   page = (tmp_path / 'report.html').read_text()
   assert 'A &lt;title&gt;' in page
-  assert 'Below its floor: Held-out: caption (zh) 0.40' in page
+  assert '<li>Held-out: caption (zh) 0.40 &lt; 0.50</li>' in page
   assert '0.400' in page
   assert page.count('data:image/png;base64,') == 3
   assert '<svg' in page

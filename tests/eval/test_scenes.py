@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from qwenvl_jax.data.examples import Question
 from qwenvl_jax.eval import scenes
+from qwenvl_jax.model.config import qwen_vl_7b
+from qwenvl_jax.model.qwen_vl import QwenVL
+from qwenvl_jax.text.tokenizer import Tokenizer
 
 REFER = Question(
   task='referring',
@@ -101,3 +105,29 @@ def test_one_object_is_told_from_several():
   assert scenes.row_name(REFER) == 'refer, several objects'
   one = dataclasses.replace(REFER, objects=1)
   assert scenes.row_name(one) == 'refer, one object'
+
+
+def test_questions_are_asked_with_the_picture_and_without(monkeypatch):
+  tokenizer = Tokenizer()
+  asked = [dataclasses.replace(COUNT, record=name) for name in ('r', 's')]
+  pictures = {
+    name: np.full((4, 4, 3), value, np.uint8)
+    for name, value in (('r', 2), ('s', 3))
+  }
+  rows = []
+
+  def sees_one_number(model, params, prompts, images, **settings):
+    rows.extend(prompts)
+    return [tokenizer.encode(f' {x.flat[0]}') for x in images]
+
+  monkeypatch.setattr(scenes, 'generate', sees_one_number)
+  seen, blind = scenes.ask(
+    QwenVL(qwen_vl_7b()), None, tokenizer, asked, pictures
+  )
+  assert [x.answer for x in seen] == ['2', '3']
+  assert [x.correct for x in seen] == [True, False]
+  # Grey, whatever the picture was: asked once for both.
+  assert [x.answer for x in blind] == ['128', '128']
+  assert len(rows) == 3
+  assert len(set(map(tuple, rows))) == 1
+  assert [x.question for x in blind] == asked
