@@ -179,8 +179,13 @@ def find_config(name: str, including: Path | None = None) -> Path:
   )
 
 
-def build(target: Callable) -> Any:
+def build(target: Callable, whole: bool = True) -> Any:
   """Calls a class or function with what the configuration binds to it.
+
+  Args:
+    target: the class or function.
+    whole: whether the whole configuration must be complete, or only what the
+      target needs.
 
   Raises:
     ConfigError: the configuration does not mention it, or leaves out values
@@ -194,7 +199,8 @@ def build(target: Callable) -> Any:
       f'the configuration says nothing about {name}: pass a --gin_file that '
       f'does, e.g. one of {_stage_files()}'
     ) from error
-  _check_open()
+  if whole:
+    _check_open()
   try:
     return configured()
   except (TypeError, ValueError, RuntimeError) as error:

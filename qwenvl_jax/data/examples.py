@@ -18,6 +18,9 @@ from qwenvl_jax.text.tokenizer import Tokenizer
 
 END = '<|endoftext|>'
 
+# Characters of a text that may well come again, as prompts do.
+_REPEATED = 160
+
 # Anything that may be a special token.
 _TAG = re.compile('(<[^<> ]*>)')
 
@@ -113,6 +116,11 @@ class EncodedSample:
   def __len__(self) -> int:
     return len(self.tokens)
 
+  @property
+  def examples(self) -> int:
+    """How many questions, captions or documents it teaches."""
+    return int(self.branch_ids.max(initial=0)) or 1
+
 
 def encode_sample(
   sample: Sample,
@@ -200,8 +208,19 @@ def _encode_pieces(pieces, tokenizer, image_tokens, alpha, record):
   return tokens, [weight * flag for flag in learned]
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def _encode_text(tokenizer, text, image_tokens) -> tuple[int, ...]:
+  # Long texts hardly ever come twice, and would fill the memory.
+  if len(text) <= _REPEATED:
+    return _encode_short(tokenizer, text, image_tokens)
+  return _encode_any(tokenizer, text, image_tokens)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _encode_short(tokenizer, text, image_tokens) -> tuple[int, ...]:
+  return _encode_any(tokenizer, text, image_tokens)
+
+
+def _encode_any(tokenizer, text, image_tokens) -> tuple[int, ...]:
   """As `tokenizer.encode`, several times faster on text full of boxes.
 
   The tokenizer hands all 217 special tokens to each call; here the few that

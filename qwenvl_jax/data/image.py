@@ -103,9 +103,15 @@ def resize(picture: Image.Image, size: int) -> np.ndarray:
   return np.asarray(picture)
 
 
-def pixels(source: object, size: int, record: str = '') -> np.ndarray:
+def pixels(
+  source: object,
+  size: int,
+  record: str = '',
+  notes: list[str] | None = None,
+  min_side: int = 1,
+) -> np.ndarray:
   """`load` and `resize`: [size,size,3] uint8."""
-  return resize(load(source, record), size)
+  return resize(load(source, record, notes, min_side), size)
 
 
 def _name(source, record) -> str:

@@ -6,6 +6,7 @@ so an iterator set to a saved state goes on exactly as if it had never stopped.
 
 import dataclasses
 import functools
+import json
 import logging
 import random
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from qwenvl_jax.data import image, packing, patches
+from qwenvl_jax.data import image, packed, packing, patches
+from qwenvl_jax.data.bad import BadRecordError, Counts, Limit
+from qwenvl_jax.data.batches import NOTE, Batches
 from qwenvl_jax.data.examples import Sample, encode_sample
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 # Records that are tried until one allows a question.
@@ -30,12 +33,22 @@ class Stream:
   Attributes:
     source: has `open()`, as `sources.Scenes`.
     tasks: makes the samples of a row, as `tasks.Questions`.
-    weight: share of rows, relative to the other streams.
+    weight: relative to the other streams: share of rows, or if rows are packed,
+      share of examples between groups and of records within one.
+    group: streams of one group fill packed rows together.
+    name: of the source in counts and messages; '' for its own.
   """
 
   source: Any
   tasks: Any
   weight: float = 1.0
+  group: str = ''
+  name: str = ''
+
+  @property
+  def label(self) -> str:
+    own = getattr(self.source, 'name', type(self.source).__name__)
+    return self.name or own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +67,9 @@ class Pipeline:
     seed: of shuffling and of all choices.
     prefetch: rows made ahead by a thread.
     workers: processes that make rows; 0 makes them here.
+    packer: None gives every record a row of its own, padded; else rows are
+      filled by as many samples of a group as fit, and a row is several records.
+    limit: share of bad records at which the run stops.
   """
 
   streams: Sequence[Stream]
@@ -67,13 +83,14 @@ class Pipeline:
   seed: int = 0
   prefetch: int = 32
   workers: int = 0
+  packer: packed.Packer | None = None
+  limit: Limit = Limit()
 
-  def iterator(
-    self, process_index: int = 0, process_count: int = 1
-  ) -> grain.DatasetIterator:
+  def iterator(self, process_index: int = 0, process_count: int = 1) -> Batches:
     """Endless batches: a dict with the fields of `Batch`, NumPy, B first.
 
-    `get_state` and `set_state` of the iterator are exact.
+    The batches of a run depend on the seed, not on the number of processes or
+    workers; `get_state` and `set_state` of the iterator are exact.
 
     Args:
       process_index: which of the processes this is.
@@ -84,20 +101,96 @@ class Pipeline:
       ConfigError: streams or batch size that cannot be run as written.
       DataError: a source or the vocabulary is missing.
     """
+    _check_split(self, process_count)
+    start = self._starter(process_index, process_count)
+    return Batches(start, self.batch_size, process_count, self.limit)
+
+  def rows(self):
+    """Endless rows, as batches are made of: the fields of `Batch` without B.
+
+    Each with a note (`batches.NOTE`) on how it was made, as JSON.
+    """
+    return self._starter(0, 1)({'row': 0, 'shards': {}})
+
+  def _starter(self, process_index, process_count):
+    """A function from a state to the rows of a process."""
     if not self.streams:
       raise ConfigError('Pipeline.streams is empty; name at least one Stream')
     tokenizer = Tokenizer(self.vocabulary)
-    rows = []
+    made, weights = [], [float(stream.weight) for stream in self.streams]
+    sources = _opened(self.streams)
+    kind = packed.UnitMaker if self.packer else RowMaker
     for number, stream in enumerate(self.streams):
-      source = stream.source.open()
-      maker = RowMaker(self, tokenizer, source, stream.tasks)
+      source = _Careful(sources[number])
+      maker = kind(self, tokenizer, source, stream.tasks, stream.label)
       seed = self.seed * 1000 + number
-      rows.append(_endless(source, seed).random_map(maker, seed=seed))
-    weights = [float(stream.weight) for stream in self.streams]
-    mixed = rows[0]
-    if len(rows) > 1:
-      mixed = grain.MapDataset.mix(rows, weights)
-    return _batches(self, mixed, process_index, process_count)
+      made.append(_endless(source, seed).random_map(maker, seed=seed))
+    if self.packer:
+      return functools.partial(
+        packed.rows,
+        self,
+        _groups(self.streams, made, weights),
+        tokenizer.eod_id,
+        process_index,
+        process_count,
+      )
+    mixed = _mixed(made, weights)
+    return lambda state: _rows(
+      self, mixed, process_index, process_count, state['row']
+    )
+
+
+def _opened(streams) -> list[Sequence[Any]]:
+  """The streams' records; one error names all that are not there."""
+  found, missing = [], []
+  for stream in streams:
+    try:
+      found.append(stream.source.open())
+    except DataError as error:
+      missing.append(str(error))
+  if missing:
+    more = f' (and {len(missing) - 1} more of {len(streams)} sources)'
+    raise DataError(missing[0] + (more if missing[1:] else ''))
+  return found
+
+
+def _groups(streams, made, weights) -> list[packed.Group]:
+  numbers = {}
+  for number, stream in enumerate(streams):
+    numbers.setdefault(stream.group, []).append(number)
+  return [
+    packed.Group(
+      name,
+      sum(weights[n] for n in members),
+      _mixed([made[n] for n in members], [weights[n] for n in members]),
+    )
+    for name, members in numbers.items()
+  ]
+
+
+def _mixed(datasets, weights):
+  if len(datasets) == 1:
+    return datasets[0]
+  return grain.MapDataset.mix(datasets, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Careful:
+  """A source whose bad records are errors to look at, not to stumble over."""
+
+  source: Sequence[Any]
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int):
+    try:
+      return self.source[index]
+    except BadRecordError as error:
+      return error
+
+  def __repr__(self) -> str:
+    return repr(self.source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +201,37 @@ class RowMaker(grain.transforms.RandomMap):
   tokenizer: Tokenizer
   source: Sequence[Any]
   tasks: Any
+  label: str = ''
 
   def random_map(self, element, rng: np.random.Generator):
     # Python's generator chooses from short lists many times faster.
     choose = random.Random(int(rng.integers(1 << 62)))
-    return self.row(element, choose).arrays
+    counts = Counts()
+    error = None
+    for _ in range(_TRIES):
+      counts.seen(self.label)
+      try:
+        if isinstance(element, BadRecordError):
+          raise element
+        arrays = self.row(element, choose).arrays
+        return {**arrays, NOTE: json.dumps({'counts': counts.as_dict()})}
+      except BadRecordError as bad:
+        error = bad
+        counts.dropped(self.label, bad.reason)
+        element = self.source[choose.randrange(len(self.source))]
+    raise DataError(
+      f'{_TRIES} records of {self.label} in turn had to be dropped, the last '
+      f'because: {error}'
+    ) from error
 
   def samples(self, record, rng: random.Random) -> list[Sample]:
     """The samples of a record, or of another if it allows no question."""
 
     def another():
-      return self.source[rng.randrange(len(self.source))]
+      found = self.source[rng.randrange(len(self.source))]
+      if isinstance(found, BadRecordError):
+        raise found
+      return found
 
     for _ in range(_TRIES):
       samples = self.tasks(record, rng, another)
@@ -188,16 +301,21 @@ class VisionPipeline:
   prefetch: int = 64
   workers: int = 0
 
-  def iterator(
-    self, process_index: int = 0, process_count: int = 1
-  ) -> grain.DatasetIterator:
+  def iterator(self, process_index: int = 0, process_count: int = 1) -> Batches:
     """Endless batches.
 
     {'pixels': [B,R,R,3] uint8, 'patch_labels': [B,G,G] int32, 'patch_boxes':
     [B,G,G,4] float32}, see `patches.patch_targets`.
     """
+    _check_split(self, process_count)
     scenes = _endless(self.source.open(), self.seed).map(self.example)
-    return _batches(self, scenes, process_index, process_count)
+    return Batches(
+      lambda state: _rows(
+        self, scenes, process_index, process_count, state['row']
+      ),
+      self.batch_size,
+      process_count,
+    )
 
   def example(self, scene) -> dict[str, np.ndarray]:
     """One picture and its labels."""
@@ -215,29 +333,31 @@ def _endless(source, seed: int) -> grain.MapDataset:
   return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 
-def _batches(config, rows, process_index, process_count):
+def _check_split(config, process_count) -> None:
   if config.batch_size % process_count:
     raise ConfigError(
       f'{type(config).__name__}.batch_size={config.batch_size} cannot be '
       f'split over {process_count} processes; choose a multiple'
     )
-  # One thread: decoding and packing hold Python's lock nearly all the time.
-  reading = grain.ReadOptions(
-    num_threads=1, prefetch_buffer_size=config.prefetch
-  )
-  if not config.prefetch:
-    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  batches = (
-    rows[process_index::process_count]
-    .to_iter_dataset(reading)
-    .batch(config.batch_size // process_count, drop_remainder=True)
-  )
   if config.workers:
     from absl import flags
 
     # Worker processes read absl's flags, which a library cannot expect parsed.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
+
+
+def _rows(config, rows, process_index, process_count, first):
+  """A process's share of rows from row `first` of the run on."""
+  # One thread: decoding and packing hold Python's lock nearly all the time.
+  reading = grain.ReadOptions(
+    num_threads=1, prefetch_buffer_size=config.prefetch
+  )
+  if not config.prefetch:
+    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  mine = rows[first + process_index :: process_count].to_iter_dataset(reading)
+  if config.workers:
+    # Rows, not batches: those would depend on the number of workers.
     options = grain.MultiprocessingOptions(num_workers=config.workers)
-    batches = batches.mp_prefetch(options)
-  return iter(batches)
+    mine = mine.mp_prefetch(options)
+  return iter(mine)

@@ -17,12 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.train.data_state import (
+  DataStateHandler,
+  RestoreDataState,
+  SaveDataState,
+)
 from qwenvl_jax.train.optimizer import flatten, unflatten
 from qwenvl_jax.train.state import TrainState, run_once_options
 
@@ -72,7 +76,7 @@ class Checkpoints:
         item_handlers={
           'params': ocp.StandardCheckpointHandler(),
           'optimizer': ocp.StandardCheckpointHandler(),
-          'data': grain.checkpoint.CheckpointHandler(),
+          'data': DataStateHandler(),
         },
       )
     self._newest = self._manager.latest_step()
@@ -106,7 +110,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           params=ocp.args.StandardSave(state.params),
           optimizer=ocp.args.StandardSave(optimizer),
-          data=grain.checkpoint.CheckpointSave(iterator),
+          data=SaveDataState(iterator),
         ),
       )
     self._newest = step
@@ -182,7 +186,7 @@ class Checkpoints:
       args=ocp.args.Composite(
         params=ocp.args.StandardRestore(target.params),
         optimizer=ocp.args.StandardRestore(optimizer),
-        data=grain.checkpoint.CheckpointRestore(iterator),
+        data=RestoreDataState(iterator),
       ),
     )
     params, optimizer = flatten(restored['params']), restored['optimizer']

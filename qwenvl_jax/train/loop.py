@@ -252,9 +252,11 @@ class _Run:
     self._caught = caught
     self._pending = None
     self._window = None
+    self._data_metrics = dict
 
   def __call__(self, state: TrainState, iterator, stop: int) -> TrainState:
     config = self._config
+    self._data_metrics = getattr(iterator, 'metrics', dict)
     step_number = int(state.step)
     step = compile_step(
       config.objective, config.optimizer, config.accumulation, self._mesh, state
@@ -310,7 +312,9 @@ class _Run:
         'TrainConfig.max_skipped'
       )
     if step_number % self._config.log_every == 0 or step_number == stop:
-      self._reporter.record(self._window.record(step_number))
+      self._reporter.record(
+        self._window.record(step_number) | self._data_metrics()
+      )
       self._window = Window(time.perf_counter())
     else:
       self._reporter.step(step_number)

@@ -12,7 +12,7 @@ TABLE_8 = {
     ('vision/.*', 'adapter/.*'),
     *(224, 512, 2e-4, 1e-6, 0.95, 50_000, 500, 30_720, 6, 1),
   ),
-  'stage2': (
+  'stage2_unpacked': (
     ('.*',),
     *(448, 2048, 5e-5, 1e-5, 0.95, 19_000, 400, 4_096, 8, 2),
   ),
@@ -24,7 +24,9 @@ TABLE_8 = {
 
 
 def stage(name):
-  given = ['VISION="v"', 'DECODER="d"'] if name == 'stage1' else ['INIT="i"']
+  given = ['INIT="i"']
+  if name.startswith('stage1'):
+    given = ['VISION="v"', 'DECODER="d"']
   entry.load([f'{name}.gin'], ['STREAMS=[]', *given])
   return entry.build(TrainConfig)
 
@@ -53,6 +55,24 @@ def test_table_8(name):
   assert model.adapter.queries == data.image_tokens == 256
   assert model.vision.image_size == data.image_size
   assert model.remat == 'none'
+
+
+@pytest.mark.parametrize(
+  ('packed', 'unpacked', 'samples_a_row'),
+  [('stage1_packed', 'stage1', 6.9), ('stage2', 'stage2_unpacked', 3.7)],
+)
+def test_packing_changes_rows_only(packed, unpacked, samples_a_row):
+  packed, unpacked = stage(packed), stage(unpacked)
+  assert packed.optimizer == unpacked.optimizer
+  assert packed.accumulation == unpacked.accumulation
+  assert packed.mesh == unpacked.mesh
+  assert packed.data.packer and not unpacked.data.packer
+  # As many samples in a step, to a tenth.
+  samples = packed.data.batch_size * samples_a_row
+  assert samples == pytest.approx(unpacked.data.batch_size, rel=0.1)
+  # As many images as a row has room for.
+  length = packed.data.sequence_length
+  assert packed.data.image_slots == length // (packed.data.image_tokens + 2)
 
 
 def test_where_stages_start():

@@ -1,0 +1,151 @@
+"""Rows into batches: counting, and a state that any number of processes reads.
+
+A row is the fields of `Batch` without B, and under `NOTE` what happened while
+it was made: JSON, so that it passes between processes as it is.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from qwenvl_jax.data.bad import Counts, Limit
+from qwenvl_jax.errors import DataError
+
+NOTE = 'note'
+
+State = dict[str, Any]
+
+
+class Batches(grain.DatasetIterator):
+  """Endless batches of one process.
+
+  The state is exact and about the whole run, not about a process: the number of
+  rows before it, and of each shard of a packed mixture where it stands. So a
+  run may go on with another number of processes (`merge`).
+  """
+
+  def __init__(
+    self,
+    start: Callable[[State], Iterator[dict[str, Any]]],
+    rows: int,
+    processes: int = 1,
+    limit: Limit | None = None,
+  ):
+    """Starts nothing yet.
+
+    Args:
+      start: makes this process's rows from a state on.
+      rows: in a batch over all processes.
+      processes: that share them.
+      limit: of dropped records; None for none.
+    """
+    super().__init__()
+    self._start = start
+    self._batch = rows
+    self._processes = processes
+    self._limit = limit
+    self._rows = None
+    self._row = 0
+    self._shards = {}
+    self._counts = Counts()
+    self._tokens = [0, 0]
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if self._rows is None:
+      self._rows = self._start({'row': self._row, 'shards': self._shards})
+    rows = [
+      self._noted(next(self._rows))
+      for _ in range(self._batch // self._processes)
+    ]
+    self._row += self._batch
+    if self._limit is not None:
+      self._limit.check(self._counts)
+    return {name: np.stack([x[name] for x in rows]) for name in rows[0]}
+
+  def _noted(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
+    note = json.loads(row.get(NOTE) or '{}')
+    self._counts.add(note.get('counts', {}))
+    if 'shard' in note:
+      self._shards[str(note['shard'])] = note['state']
+    if 'segment_ids' in row:
+      self._tokens[0] += int(np.count_nonzero(row['segment_ids']))
+      self._tokens[1] += row['segment_ids'].size
+    return {name: value for name, value in row.items() if name != NOTE}
+
+  def get_state(self) -> State:
+    """Where to go on; `json.dumps` takes it."""
+    return {
+      'row': self._row,
+      'shards': dict(self._shards),
+      'counts': self._counts.as_dict(),
+      'tokens': list(self._tokens),
+    }
+
+  def set_state(self, state: State) -> None:
+    """Goes on from a state, of this process or of all (`merge`).
+
+    Raises:
+      DataError: not such a state.
+    """
+    self.close_rows()
+    try:
+      self._row = int(state['row'])
+      self._shards = dict(state['shards'])
+      self._counts = Counts(state['counts'])
+      self._tokens = list(state['tokens'])
+    except (KeyError, TypeError, ValueError) as error:
+      raise DataError(
+        f'the saved state of the data is not one ({error!r}); it may be of an '
+        'earlier version: start a new run from the checkpoint (InitFrom)'
+      ) from error
+
+  @staticmethod
+  def merge(states: Iterable[State], process: int) -> State:
+    """One state of those that all processes saved at the same step.
+
+    Args:
+      states: of every process.
+      process: which process goes on from it; the first takes the counts over.
+    """
+    merged = {'row': 0, 'shards': {}, 'counts': {}, 'tokens': [0, 0]}
+    counts = Counts()
+    for state in states:
+      merged['row'] = state['row']
+      merged['shards'] |= state['shards']
+      counts.add(state['counts'])
+      merged['tokens'] = [
+        a + b for a, b in zip(merged['tokens'], state['tokens'])
+      ]
+    if process:
+      return merged | {'tokens': [0, 0]}
+    return merged | {'counts': counts.as_dict()}
+
+  @property
+  def counts(self) -> Counts:
+    """What happened to the records of this process."""
+    return self._counts
+
+  def metrics(self) -> dict[str, float]:
+    """Numbers for the log of a run: utilization, and bad records by reason."""
+    found = {}
+    used, total = self._tokens
+    if total:
+      found['data/utilization'] = used / total
+    for source in self._counts.sources():
+      for kind in ('dropped', 'repaired'):
+        for reason, count in self._counts.of(source, kind).items():
+          found[f'data/{kind}/{source}/{reason}'] = count
+    return found
+
+  def close_rows(self) -> None:
+    """Ends the processes and threads that make rows."""
+    if self._rows is not None and hasattr(self._rows, 'close'):
+      self._rows.close()
+    self._rows = None
+
+  def close(self) -> None:
+    super().close()
+    self.close_rows()

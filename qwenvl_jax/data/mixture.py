@@ -1,0 +1,112 @@
+"""Mixtures of data sets, written as the paper's tables are."""
+
+import collections
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwenvl_jax.data import sources, storage
+from qwenvl_jax.data.pipeline import Stream
+from qwenvl_jax.errors import ConfigError, DataError
+
+# Group, name of the data set, what to make of its records, weight.
+Entry = tuple[str, str, Any, float]
+
+
+def streams(
+  table: Sequence[Entry],
+  totals: Mapping[str, float] | None = None,
+  temperature: float = 1.0,
+  data_dir: str | None = None,
+  split: str = 'train',
+  missing: str = 'error',
+) -> list[Stream]:
+  """The streams of a mixture of prepared data sets.
+
+  Args:
+    table: rows of (group, data set, format, weight). Samples of one group fill
+      packed rows together; weights are relative within the group.
+    totals: weight of each group; None for the sum of its rows.
+    temperature: weights of groups are raised to 1/temperature: 1 is as written,
+      above it small groups are seen more often.
+    data_dir: where the data sets are; None for the default folder.
+    split: which part of each. `NAME/SPLIT` in the table names another.
+    missing: 'error', or 'skip' to leave out with a warning what is not
+      prepared; a group's total then falls to its other data sets. 'allow' to
+      look at a mixture without its data, which cannot be opened then.
+
+  Raises:
+    ConfigError: a table that cannot be used as written.
+    DataError: data sets that are not prepared; all are named.
+  """
+  _check(table, totals, temperature, missing)
+  present, absent = [], []
+  for entry in table:
+    name, part = _named(entry[1], split)
+    folder = storage.folder(sources.data_path(data_dir), name)
+    there = part in storage.split_lengths(folder)
+    there = there or missing == 'allow'
+    (present if there else absent).append(entry)
+  if absent and missing == 'error':
+    names = list(dict.fromkeys(_named(entry[1], split)[0] for entry in absent))
+    raise DataError(
+      f'{len(names)} data sets of the mixture are not prepared in '
+      f'{sources.data_path(data_dir)}: {", ".join(names)}. `qwenvl-data list '
+      '--name NAME` tells where to get each, `qwenvl-data prepare NAME` '
+      "prepares it; mixture.streams.missing='skip' trains without them"
+    )
+  for entry in absent:
+    logging.warning('%s is not prepared: the mixture goes without', entry[1])
+  if not present:
+    raise DataError(
+      f'no data set of the mixture is prepared in '
+      f'{sources.data_path(data_dir)}; see `qwenvl-data list`'
+    )
+  weights = _weights(present, totals, temperature)
+  made = []
+  for (group, dataset, task, _), weight in zip(present, weights):
+    name, part = _named(dataset, split)
+    source = sources.Prepared(name, part, data_dir)
+    made.append(Stream(source, task, weight, group, f'{group}/{name}'))
+  return made
+
+
+def _named(dataset: str, split: str) -> tuple[str, str]:
+  name, _, part = dataset.partition('/')
+  return name, part or split
+
+
+def _weights(table, totals, temperature) -> list[float]:
+  within = collections.Counter()
+  for group, _, _, weight in table:
+    within[group] += weight
+  totals = totals or within
+  return [
+    weight / within[group] * totals[group] ** (1 / temperature)
+    for group, _, _, weight in table
+  ]
+
+
+def _check(table, totals, temperature, missing) -> None:
+  if missing not in ('error', 'skip', 'allow'):
+    raise ConfigError(
+      f"mixture.streams.missing={missing!r} is none of 'error', 'skip', 'allow'"
+    )
+  if not temperature > 0:
+    raise ConfigError(
+      f'mixture.streams.temperature={temperature} must be above 0'
+    )
+  groups = set()
+  for entry in table:
+    if len(entry) != 4 or not (callable(entry[2]) and entry[3] > 0):
+      raise ConfigError(
+        f'mixture.streams.table: {entry!r} is not (group, data set, format, '
+        'weight above 0)'
+      )
+    groups.add(entry[0])
+  unnamed = groups - set(totals) if totals is not None else ()
+  if unnamed:
+    raise ConfigError(
+      f'mixture.streams.totals lacks {", ".join(sorted(unnamed))}, which the '
+      'table names'
+    )

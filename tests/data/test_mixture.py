@@ -1,0 +1,57 @@
+import downloads
+import pytest
+
+from qwenvl_jax.data import formats, mixture, shards
+from qwenvl_jax.data.catalogue import DATA_SETS
+from qwenvl_jax.errors import ConfigError, DataError
+
+_CAPTIONS = formats.Captions()
+_TABLE = [
+  ('caption', 'cc3m', _CAPTIONS, 3.0),
+  ('caption', 'sbu', _CAPTIONS, 1.0),
+  ('vqa', 'chartqa/train_human', formats.Answers(), 2.0),
+]
+
+
+def _weights(**settings):
+  made = mixture.streams(_TABLE, missing='allow', **settings)
+  return [round(x.weight, 3) for x in made]
+
+
+def test_weights():
+  assert _weights() == [3, 1, 2]
+  assert _weights(totals={'caption': 8, 'vqa': 2}) == [6, 2, 2]
+  # 8 and 2 are 2.83 and 1.41 at temperature 2.
+  totals = {'caption': 8, 'vqa': 2}
+  assert _weights(totals=totals, temperature=2) == [2.121, 0.707, 1.414]
+
+
+def test_what_is_not_prepared(tmp_path):
+  for name in ('cc3m', 'chartqa'):
+    manual = downloads.download(name, tmp_path / 'in' / name)
+    splits = DATA_SETS[name].splits
+    shards.prepare(name, splits, manual, tmp_path)
+  with pytest.raises(DataError, match='1 data sets.*: sbu. .*qwenvl-data'):
+    mixture.streams(_TABLE, data_dir=str(tmp_path))
+  made = mixture.streams(_TABLE, data_dir=str(tmp_path), missing='skip')
+  assert [(x.label, x.group, x.weight) for x in made] == [
+    ('caption/cc3m', 'caption', 3), ('vqa/chartqa', 'vqa', 2),
+  ]  # fmt: skip
+  assert made[1].source.open()[0].questions
+  with pytest.raises(DataError, match='no data set of the mixture'):
+    mixture.streams(_TABLE, data_dir=str(tmp_path / 'x'), missing='skip')
+
+
+@pytest.mark.parametrize(
+  ('settings', 'says'),
+  [
+    ({'temperature': 0}, 'temperature=0'),
+    ({'missing': 'no'}, "missing='no'"),
+    ({'totals': {'vqa': 1}}, 'totals lacks caption'),
+    ({'table': [('caption', 'cc3m', 3.0)]}, 'is not .group'),
+    ({'table': [('caption', 'cc3m', 'Captions', 3.0)]}, 'is not .group'),
+  ],
+)
+def test_mistakes(settings, says):
+  with pytest.raises(ConfigError, match=says):
+    mixture.streams(**{'table': _TABLE} | settings)
