@@ -68,6 +68,8 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   if flags.workers > 1:
     beam_options = [
       '--direct_running_mode=multi_processing',
+      # Their small talk would tear the progress bar.
+      '--default_sdk_harness_log_level=ERROR',
       f'--direct_num_workers={flags.workers}',
       *beam_options,
     ]

@@ -6,10 +6,6 @@ import re
 
 from PIL import Image
 
-from qwenvl_jax.text import grounding
-
-PROMPT = 'OCR with grounding:'
-
 Quad = tuple[tuple[float, float], ...]
 
 _TAG = re.compile(r'</?(?:img|ref|box|quad)>|<imgpad>|<\|')
@@ -39,22 +35,6 @@ class Page:
 
   picture: Image.Image
   lines: tuple[Line, ...]
-
-  def text(self) -> str:
-    """What the model is to write, in the paper's format for OCR."""
-    size = self.picture.size
-    places = ''.join(
-      str(
-        grounding.Place(
-          line.text,
-          quads=(
-            grounding.from_pixels([v for xy in line.quad for v in xy], size),
-          ),
-        )
-      )
-      for line in self.lines
-    )
-    return f'{PROMPT} {places}'
 
   def jpeg(self, quality: int) -> bytes:
     encoded = io.BytesIO()

@@ -1,9 +1,9 @@
 import pytest
 
-from qwenvl_jax.data import cli, shard_files, sources
+from qwenvl_jax.data import cli, formats, shard_files, sources
 from qwenvl_jax.data.making import make, typefaces
 from qwenvl_jax.errors import ConfigError, DataError
-from qwenvl_jax.text import fonts
+from qwenvl_jax.text import fonts, grounding
 
 SMALL = {'kind': 'pages', 'count': 5, 'per_shard': 2, 'side': (200, 260)}
 
@@ -64,6 +64,12 @@ def test_records_are_read_as_all_others(tmp_path):
   assert record.id == 'pages/0/00000000' and record.language == 'zh'
   assert record.words and all(len(x.quad) == 4 for x in record.words)
   assert min(record.size) > 0 and record.images[0][:2] == b'\xff\xd8'
+  # In the paper's format, all of it learned but the prompt.
+  (sample,) = formats.Ocr()(record, None, None)
+  answer = sample.trunk[-1]
+  places = grounding.parse(answer.text).places
+  assert [x.ref for x in places] == [x.word for x in record.words]
+  assert all(len(x.quads) == 1 for x in places) and answer.loss
 
 
 def test_refused_documents_are_counted(tmp_path):

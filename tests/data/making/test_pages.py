@@ -5,9 +5,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from qwenvl_jax.data.making import backgrounds, pages, typefaces, words
-from qwenvl_jax.data.making.page import Line, Page, upright
+from qwenvl_jax.data.making.page import upright
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.text import fonts, grounding
+from qwenvl_jax.text import fonts
 
 SMALL = pages.Style(side=(320, 420), lines=8)
 
@@ -83,23 +83,6 @@ def test_homography_takes_corners_to_corners():
   target = ((10, 12), (90, 5), (97, 60), (3, 55))
   moved = pages.transform(pages.homography(source, target), source)
   np.testing.assert_allclose(moved, target, atol=1e-9)
-
-
-def test_the_text_of_a_page_is_the_papers_format():
-  page = Page(
-    Image.new('RGB', (200, 100)),
-    (
-      Line('It is', upright(20, 10, 60, 30)),
-      Line('managed', upright(20, 40, 200, 100)),
-    ),
-  )
-  text = page.text()
-  assert text == (
-    'OCR with grounding: <ref>It is</ref>'
-    '<quad>(100,100),(300,100),(300,300),(100,300)</quad>'
-    '<ref>managed</ref><quad>(100,400),(999,400),(999,999),(100,999)</quad>'
-  )
-  grounding.check_tags(text)
 
 
 def test_backgrounds_from_photographs(tmp_path):
