@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 DISTRIBUTIONS = {
   'PIL': 'pillow',
   'absl': 'absl-py',
+  'fpdf': 'fpdf2',
   'gin': 'gin-config',
   'google': 'protobuf',
   'orbax': 'orbax-checkpoint',

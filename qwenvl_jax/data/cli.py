@@ -23,6 +23,8 @@ from qwenvl_jax.data import (
   storage,
 )
 from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
+from qwenvl_jax.data.cleaning import cli as cleaning_cli
+from qwenvl_jax.data.making import cli as making_cli
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
 _EPILOG = """\
@@ -34,17 +36,28 @@ examples:
   qwenvl-data prepare my_chats --format conversations --manual_dir ~/chats
   qwenvl-data show scenes --data_dir data --output rows.html
   qwenvl-data show --gin_file=configs/stage2.gin --n 20 --gin.DATA='"data"'
+  qwenvl-data make-ocr --kind pages --n 1000 data/ocr_pages
+  qwenvl-data clean --help
 """
 
 # Made here or read from a package: nothing has to be downloaded.
 _OWN = ('scenes', 'easy_vqa')
 
+# Commands with a command line of their own.
+_JOBS = {
+  'clean': (cleaning_cli.command, 'clean picture-text pairs (Appendix A)'),
+  'make-ocr': (making_cli.command, 'make pages with text, to learn reading'),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line; exits with status 2 on bad input."""
-  argv = sys.argv[1:] if argv is None else argv
+  argv = sys.argv[1:] if argv is None else list(argv)
   console = rich.console.Console()
   try:
+    if argv and argv[0] in _JOBS:
+      _JOBS[argv[0]][0](argv[1:], console)
+      return
     arguments, bindings = entry.parse(_parser(), argv)
     arguments.bindings = bindings
     arguments.run(arguments, console)
@@ -146,6 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     '--output', type=pathlib.Path, default=pathlib.Path('rows.html')
   )
   command.set_defaults(run=_show)
+  for name, (_, what) in _JOBS.items():
+    commands.add_parser(name, help=what, add_help=False)
   return parser
 
 

@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from etils import epath
+
 from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.records import (
   GroundedCaption,
@@ -115,6 +117,12 @@ def _to_json(value: Any) -> Any:
   return value
 
 
+def prepare_imports() -> None:
+  """Imports what `serialize` and `parse` need, which takes a second."""
+  _example_class()
+  _decode_error()
+
+
 @functools.cache
 def _example_class():
   from tensorflow_datasets.proto import tf_example_pb2
@@ -177,7 +185,7 @@ def write_info(
       name=split,
       shard_lengths=list(counts),
       num_bytes=sum(
-        (directory / shard_name(name, split, i, len(counts))).stat().st_size
+        _size(directory / shard_name(name, split, i, len(counts)))
         for i in range(len(counts))
       ),
       filename_template=template.replace(split=split),
@@ -196,6 +204,11 @@ def write_info(
     check_data=False,
     **about,
   )
+
+
+def _size(path) -> int:
+  # In a bucket, too.
+  return epath.Path(path).stat().length
 
 
 def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:

@@ -60,7 +60,7 @@ def find_font(
   )
   best, best_missing = None, ''.join(wanted)
   for path in (*(SYSTEM_FONTS if system else ()), str(PACKAGED_FONT)):
-    held = _characters(path)
+    held = characters(path)
     missing = ''.join(c for c in wanted if ord(c) not in held)
     if held and (best is None or len(missing) < len(best_missing)):
       font = _open(path, size)
@@ -103,7 +103,7 @@ def _pillow_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 @functools.lru_cache(maxsize=64)
-def _characters(path: str) -> frozenset[int]:
+def characters(path: str) -> frozenset[int]:
   """Code points that the first face of a font file holds; empty if unusable."""
   try:
     with open(path, 'rb') as file:

@@ -1,0 +1,1 @@
+"""Cleaning of picture-text pairs, as Appendix A of the paper lists it."""

@@ -1,0 +1,143 @@
+"""`qwenvl-data clean`: from downloaded shards to clean ones, with a report."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import rich.console
+import rich.progress
+import rich.table
+from etils import epath
+
+from qwenvl_jax import entry
+from qwenvl_jax.data import storage
+from qwenvl_jax.data.cleaning import inputs, pipeline, report
+from qwenvl_jax.data.cleaning.tally import KEPT
+from qwenvl_jax.errors import ConfigError
+
+DESCRIPTION = """
+Cleans picture-text pairs as the paper's Appendix A lists it.
+
+Reads WebDataset tars, Parquet files (both as img2dataset writes them) or JSONL;
+writes array_record shards as `qwenvl-data prepare` does (a data set called NAME
+in DATA_DIR) and report.html: what each rule kept and dropped, with examples.
+The rules and their numbers are in the config file. Started again with the same
+--output, it goes on where it stopped: finished shards are not done again.
+
+It runs on Apache Beam: here by default, on Flink, Spark or Dataflow by Beam's
+own options, which follow after `--`. Beam asks for other versions of some
+packages than training: launch/beam.sh makes an environment for it.
+"""
+
+EXAMPLES = """
+launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output data/pairs \\
+  --input laion_en='laion/*.tar' --input coyo='coyo/*.parquet'
+launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output data/pairs \\
+  --input laion_en='laion/*.tar' --gin.Size.minimum=200 --workers 8
+launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output gs://B/pairs \\
+  --input laion_en='gs://B/laion/*.tar' -- --runner=FlinkRunner
+"""
+
+
+def command(argv: Sequence[str], console: rich.console.Console) -> None:
+  """Runs the command; raises QwenVLError on bad input."""
+  parser = entry.parser('qwenvl-data clean', DESCRIPTION, EXAMPLES)
+  parser.add_argument(
+    '--input',
+    action='append',
+    default=[],
+    metavar='NAME=FILES',
+    help='a source: its name (of which the config file knows CLIP limits) and '
+    'a pattern of its shards; may be repeated; replaces Cleaning.sources',
+  )
+  parser.add_argument(
+    '--output',
+    metavar='DATA_DIR/NAME',
+    help='the folder to write (Cleaning.output)',
+  )
+  parser.add_argument(
+    '--workers',
+    type=int,
+    default=1,
+    metavar='N',
+    help="processes of the local runner (Beam's --direct_num_workers)",
+  )
+  argv, beam_options = _split(list(argv))
+  flags, bindings = entry.parse(parser, argv)
+  if flags.workers < 1:
+    raise ConfigError(f'--workers {flags.workers}: give 1 or more')
+  if flags.workers > 1:
+    beam_options = [
+      '--direct_running_mode=multi_processing',
+      # Their small talk would tear the progress bar.
+      '--default_sdk_harness_log_level=ERROR',
+      f'--direct_num_workers={flags.workers}',
+      *beam_options,
+    ]
+  entry.load(flags.gin_file or ['clean.gin'], bindings)
+  cleaning = entry.build(pipeline.Cleaning)
+  if flags.input:
+    cleaning = dataclasses.replace(
+      cleaning, sources=[_source(x) for x in flags.input]
+    )
+  if flags.output:
+    cleaning = dataclasses.replace(cleaning, output=flags.output)
+  if not cleaning.output:
+    raise ConfigError('no --output given: name the folder to write')
+  if not cleaning.sources:
+    raise ConfigError(
+      "no --input given: name what to clean, e.g. --input laion_en='laion/"
+      "*.tar'"
+    )
+  job = cleaning.job()
+  # Now: while TFDS is imported no other thread can import, as drawing does.
+  storage.prepare_imports()
+  with rich.progress.Progress(
+    *rich.progress.Progress.get_default_columns(),
+    rich.progress.MofNCompleteColumn(),
+    console=console,
+    auto_refresh=False,
+  ) as bars:
+    tasks = {}
+
+    def progress(what, done, total):
+      if what not in tasks:
+        tasks[what] = bars.add_task(f'{what} shards', total=total)
+      bars.update(tasks[what], completed=done, refresh=True)
+
+    tally = pipeline.run(job, beam_options, progress)
+  console.print(_table(job, tally))
+  console.print(f'{epath.Path(job.output) / "report.html"}: open it in a '
+                'browser')  # fmt: skip
+
+
+def _split(argv):
+  """What is before and after `--`."""
+  at = argv.index('--') if '--' in argv else len(argv)
+  return argv[:at], argv[at + 1 :]
+
+
+def _source(text: str) -> inputs.Source:
+  name, found, files = text.partition('=')
+  if not (name and found and files):
+    raise ConfigError(
+      f"--input {text}: write NAME=FILES, e.g. laion_en='laion/*.tar'"
+    )
+  return inputs.Source(name=name, files=files)
+
+
+def _table(job, tally):
+  table = rich.table.Table(title=job.output)
+  table.add_column('outcome')
+  sources = list(dict.fromkeys(shard.source.name for shard in job.shards))
+  for source in (*sources, 'share'):
+    table.add_column(source, justify='right')
+  everything = max(sum(tally.outcomes.values()), 1)
+  for reason in (*report.reasons(job, tally), KEPT):
+    counts = [tally.outcomes[source, reason] for source in sources]
+    table.add_row(
+      reason or 'kept',
+      *(f'{n:,}' for n in counts),
+      f'{sum(counts) / everything:.2%}',
+      style='' if reason else 'bold',
+    )
+  return table

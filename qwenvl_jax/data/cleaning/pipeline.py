@@ -1,0 +1,198 @@
+"""The cleaning of any number of shards on Apache Beam.
+
+Which machine cleans which shard is Beam's affair: the local runner by default,
+Flink, Spark or Dataflow by Beam's own options. The result is the same.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etils import epath
+
+from qwenvl_jax.data import shard_files, storage
+from qwenvl_jax.data.cleaning import inputs, report, shards
+from qwenvl_jax.data.cleaning.shards import Job
+from qwenvl_jax.data.cleaning.tally import KEPT, Tally
+from qwenvl_jax.data.cleaning.unique import Fingerprints, default_rules
+from qwenvl_jax.errors import ConfigError, DataError
+
+# Examples of each reason and source in the report.
+_EXAMPLES = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cleaning:
+  """A cleaning, as a config file describes it.
+
+  Attributes:
+    sources: what is read.
+    output: the folder that is written, DATA_DIR/NAME: `sources.Prepared` with
+      these reads it.
+    rules: functions of one pair, in order; the first that drops a pair decides.
+    unique: rules about alike pairs, in order.
+    fingerprints: what makes pairs alike.
+  """
+
+  sources: Sequence[inputs.Source]
+  output: str
+  rules: Sequence[Any]
+  unique: Sequence[Any] = dataclasses.field(default_factory=default_rules)
+  fingerprints: Fingerprints = Fingerprints()
+
+  def job(self) -> Job:
+    """The same with every shard listed.
+
+    Raises:
+      ConfigError: names that occur twice, or nothing to do.
+      DataError: files that are not there.
+    """
+    for what, named in (
+      ('sources', self.sources),
+      ('rules', (*self.rules, *self.unique)),
+    ):
+      names = [x.name for x in named]
+      twice = sorted({name for name in names if names.count(name) > 1})
+      if twice:
+        raise ConfigError(
+          f'Cleaning.{what}: {", ".join(twice)} occurs more than once; the '
+          'report could not tell them apart'
+        )
+    for source in self.sources:
+      if not re.fullmatch(r'[\w.-]+', source.name):
+        raise ConfigError(
+          f'the name of source {source.name!r} may have letters, digits, -, _ '
+          'and . only'
+        )
+    found = tuple(shard for source in self.sources for shard in source.shards())
+    if not found:
+      raise ConfigError('Cleaning.sources is empty; name at least one source')
+    return Job(
+      str(epath.Path(self.output).expanduser()),
+      found,
+      tuple(self.rules),
+      tuple(self.unique),
+      self.fingerprints,
+    )
+
+
+def run(
+  job: Job,
+  beam_options: Sequence[str] = (),
+  progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Tally:
+  """Cleans all shards and writes the report; goes on where a run stopped.
+
+  Args:
+    job: what to clean.
+    beam_options: of Beam's command line, e.g. '--runner=FlinkRunner'.
+    progress: called with a step, how many shards are done, and of how many.
+
+  Returns:
+    The counts, with some examples.
+
+  Raises:
+    ConfigError: the folder was begun with other settings, or Beam is missing.
+    DataError: a file cannot be read or written.
+  """
+  begin(job)
+  if not job.is_complete:
+    # Imported here: it takes seconds, and a finished folder needs none of it.
+    from qwenvl_jax.data.cleaning import beam
+
+    beam.run(job, beam_options, progress)
+  return complete(job)
+
+
+def begin(job: Job) -> None:
+  """Makes the output's folder, or checks that it is of the same job.
+
+  Raises:
+    ConfigError: it was begun with other settings.
+    DataError: it cannot be written.
+  """
+  settings = epath.Path(job.output) / 'work' / 'settings.txt'
+  text = describe(job)
+  try:
+    if settings.exists():
+      _same(settings.read_text(), text, job.output)
+      return
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    shard_files.write_text(settings, text)
+  except OSError as error:
+    raise DataError(
+      f'cannot write to {job.output} ({error.strerror}); name another folder'
+    ) from error
+
+
+def describe(job: Job) -> str:
+  """All that decides what the output holds, one setting a line."""
+  lines = [
+    repr(job.fingerprints),
+    *map(repr, job.rules),
+    *map(repr, job.unique),
+  ]
+  lines += [f'{shard.source!r} {shard.path}' for shard in job.shards]
+  return '\n'.join(lines) + '\n'
+
+
+def _same(before, now, folder):
+  if before == now:
+    return
+  old, new = before.splitlines(), now.splitlines()
+  gone = next((x for x in old if x not in new), None)
+  come = next((x for x in new if x not in old), None)
+  difference = f'{gone or "nothing"}, now {come or "nothing"}'
+  if gone is None and come is None:
+    difference = 'the same in another order'
+  raise ConfigError(
+    f'{folder} was begun with other settings ({difference}); name another '
+    'folder with --output, or delete this one'
+  )
+
+
+def complete(job: Job) -> Tally:
+  """Writes the report and what makes the folder a data set.
+
+  Raises:
+    DataError: a shard is missing or damaged.
+  """
+  numbers = range(len(job.shards))
+  missing = [i for i in numbers if not job.is_finished(i)]
+  if missing:
+    raise DataError(
+      f'{job.output}: {len(missing)} of {len(job.shards)} shards are not '
+      'finished; run the same command again'
+    )
+  total, lengths = Tally(), []
+  for shard in numbers:
+    cleaned = shards.read_tally(job.work('candidates', shard, 'json'))
+    finished = shards.read_tally(job.work('finished', shard, 'json'))
+    lengths.append(
+      sum(n for (_, reason), n in finished.outcomes.items() if reason == KEPT)
+    )
+    total = (total + cleaned + finished).thinned(_EXAMPLES)
+  try:
+    folder = epath.Path(job.output)
+    shard_files.write_text(folder / 'report.html', report.page(job, total))
+    shard_files.write_text(folder / 'report.json', report.figures(job, total))
+    if not job.is_complete:
+      storage.write_info(
+        job.folder,
+        job.name,
+        {'train': lengths},
+        description='Pictures with their texts, cleaned; see report.html.',
+      )
+    for shard in numbers:
+      for suffix in ('array_record', 'npy'):
+        job.work('candidates', shard, suffix).unlink(missing_ok=True)
+    for place in (folder, folder / 'work', job.folder):
+      shard_files.remove_partial(place)
+  except OSError as error:
+    raise DataError(
+      f'cannot write to {job.output} ({error}); free some space and run the '
+      'same command again'
+    ) from error
+  return total

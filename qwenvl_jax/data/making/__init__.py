@@ -1,0 +1,1 @@
+"""Pages with text whose every line and place is known, to learn reading."""

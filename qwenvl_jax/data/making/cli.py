@@ -1,0 +1,124 @@
+"""`qwenvl-data make-ocr`: pages with text, to learn reading."""
+
+from collections.abc import Sequence
+
+import rich.console
+import rich.progress
+
+from qwenvl_jax import entry
+from qwenvl_jax.data.making import make
+from qwenvl_jax.errors import ConfigError
+
+DESCRIPTION = """
+Makes pages with text in English and Chinese, and knows where every line is.
+
+Kinds: 'pages' are sheets of paper on natural backgrounds, turned, in
+perspective, with noise (in the manner of SynthDoG); 'pdf' and 'html' are
+documents as pdfium and headless Chromium show them, composed here or taken from
+--documents. Fonts are those of this machine, of matplotlib and of --fonts: the
+more there are, the better (Debian: fonts-noto-cjk, fonts-arphic-ukai, ..).
+
+Writes array_record shards as `qwenvl-data prepare` does: a data set called NAME
+in DATA_DIR. The same seed and fonts give the same pages. Started again, it goes
+on where it stopped.
+"""
+
+EXAMPLES = """
+qwenvl-data make-ocr --kind pages --n 10000 --workers 8 data/ocr_pages
+qwenvl-data make-ocr --kind pages --n 10000 --text wikipedia.txt \\
+  --backgrounds photographs data/ocr_pages
+qwenvl-data make-ocr --kind pdf --n 5000 --documents papers data/ocr_pdf
+qwenvl-data make-ocr --kind html --n 5000 --chromium chromium data/ocr_html
+"""
+
+
+def command(argv: Sequence[str], console: rich.console.Console) -> None:
+  """Runs the command; raises QwenVLError on bad input."""
+  parser = entry.parser(
+    'qwenvl-data make-ocr', DESCRIPTION, EXAMPLES, gin_help=False
+  )
+  parser.add_argument('output', metavar='DATA_DIR/NAME', help='where to')
+  parser.add_argument('--kind', choices=make.KINDS, default='pages')
+  parser.add_argument(
+    '--n', type=int, default=1000, help='pages (default: %(default)s)'
+  )
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--chinese',
+    type=float,
+    default=0.5,
+    metavar='SHARE',
+    help='share of pages in Chinese (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--text',
+    metavar='FILE',
+    help='UTF-8 text to write, a sentence a line (default: words of the '
+    'vocabulary at random)',
+  )
+  parser.add_argument(
+    '--fonts',
+    action='append',
+    default=[],
+    metavar='DIR',
+    help='a folder of further fonts; may be repeated',
+  )
+  parser.add_argument(
+    '--documents',
+    metavar='DIR',
+    help='PDF or HTML files to take pages from (default: composed)',
+  )
+  parser.add_argument(
+    '--backgrounds',
+    metavar='DIR',
+    help='photographs to lay pages on (default: composed)',
+  )
+  parser.add_argument(
+    '--chromium',
+    metavar='PROGRAM',
+    help='the browser for html (default: $CHROMIUM, or where it usually is)',
+  )
+  parser.add_argument(
+    '--workers', type=int, default=1, help='processes (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--per_shard',
+    type=int,
+    default=512,
+    metavar='N',
+    help='pages in a shard (default: %(default)s)',
+  )
+  flags, _ = entry.parse(parser, argv)
+  if flags.workers < 1:
+    raise ConfigError(f'--workers {flags.workers}: give 1 or more')
+  making = make.Making(
+    kind=flags.kind,
+    count=flags.n,
+    seed=flags.seed,
+    chinese=flags.chinese,
+    text=flags.text,
+    fonts=tuple(flags.fonts),
+    documents=flags.documents,
+    backgrounds=flags.backgrounds,
+    chromium=flags.chromium,
+    per_shard=flags.per_shard,
+  )
+  with rich.progress.Progress(
+    *rich.progress.Progress.get_default_columns(),
+    rich.progress.MofNCompleteColumn(),
+    console=console,
+    # Drawn by this thread: while TFDS is imported, others cannot import, as
+    # drawing does.
+    auto_refresh=False,
+  ) as bars:
+    task = bars.add_task(f'making {flags.kind}', total=flags.n)
+
+    def progress(done, total):
+      bars.update(task, completed=done, total=total, refresh=True)
+
+    made = make.make(making, flags.output, flags.workers, progress)
+  console.print(
+    f'{made.folder}: {sum(made.lengths):,} pages in {len(made.lengths)} shards'
+  )
+  for reason, count in sorted(made.refused.items()):
+    console.print(f'refused {count:,} pages: {reason}')

@@ -1,0 +1,60 @@
+"""A picture of a page and what is written on it where."""
+
+import dataclasses
+import io
+import re
+
+from PIL import Image
+
+Quad = tuple[tuple[float, float], ...]
+
+_TAG = re.compile(r'</?(?:img|ref|box|quad)>|<imgpad>|<\|')
+# White space of any kind, and signs that no one sees.
+_UNSEEN = re.compile(
+  '[\x00-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060\ufeff]'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A line of text.
+
+  Attributes:
+    text: as it is read.
+    quad: its corners in pixels, clockwise from the upper left of the text, as
+      (x, y).
+  """
+
+  text: str
+  quad: Quad
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+  """A picture and its lines, in reading order."""
+
+  picture: Image.Image
+  lines: tuple[Line, ...]
+
+  def jpeg(self, quality: int) -> bytes:
+    encoded = io.BytesIO()
+    self.picture.save(encoded, 'JPEG', quality=quality)
+    return encoded.getvalue()
+
+
+def readable(text: str) -> str:
+  """One line as it is read: single spaces, nothing unseen.
+
+  Empty if it holds the model's own tags, which no text to learn may hold.
+  """
+  text = ' '.join(_UNSEEN.sub(' ', text).split())
+  return '' if _TAG.search(text) else text
+
+
+def upright(left: float, top: float, right: float, bottom: float) -> Quad:
+  """The quad of an upright box."""
+  return (left, top), (right, top), (right, bottom), (left, bottom)
+
+
+def count_chinese(text: str) -> int:
+  return sum('\u4e00' <= c <= '\u9fff' for c in text)

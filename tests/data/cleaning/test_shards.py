@@ -1,0 +1,201 @@
+"""The steps of cleaning without Beam: a runner of a few lines stands for it."""
+
+import json
+import pathlib
+
+import corpus
+import pytest
+
+from qwenvl_jax.data import sources
+from qwenvl_jax.data.cleaning import inputs, pipeline, shards, unique
+from qwenvl_jax.data.cleaning.tally import KEPT, Tally
+from qwenvl_jax.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('corpus')
+  corpus.write(folder)
+  return folder
+
+
+def compare(job):
+  """What Beam's graph computes: name of rule -> shard -> kept indices."""
+  numbers = range(len(job.shards))
+  entries = [x for i in numbers for x in shards.entries(job, i)]
+  kept = {}
+  for rule in job.unique:
+    groups = {}
+    for entry in entries:
+      groups.setdefault(rule.key(entry), []).append(entry)
+    entries = [x for g in groups.values() for x in unique.best(rule, g)]
+    kept[rule.name] = {
+      i: {x.index for x in entries if x.shard == i} for i in numbers
+    }
+  return [{name: k[i] for name, k in kept.items()} for i in numbers]
+
+
+def run(job) -> Tally:
+  pipeline.begin(job)
+  for number in corpus.shuffled(range(len(job.shards))):
+    shards.clean_shard(job, number)
+  for number, kept in enumerate(compare(job)):
+    shards.finish_shard(job, number, kept)
+  return pipeline.complete(job)
+
+
+@pytest.fixture(scope='module')
+def finished(folder, tmp_path_factory):
+  job = corpus.job(folder, tmp_path_factory.mktemp('data') / 'pairs')
+  return job, run(job)
+
+
+def test_every_record_has_the_fate_that_it_should(finished):
+  job, tally = finished
+  wanted = {}
+  for name, reason in corpus.FATES.items():
+    key = name.partition('/')[0], reason
+    wanted[key] = wanted.get(key, 0) + 1
+  assert dict(tally.outcomes) == wanted
+  assert tally.changed == {('web', 'html'): 1, ('web', 'patterns'): 1}
+
+
+def test_the_result_is_a_data_set_to_train_on(finished):
+  job, _ = finished
+  output = job.folder.parent
+  records = sources.Prepared(
+    name='pairs', data_dir=str(output.parent), split='train'
+  ).open()
+  found = {records[i].id: records[i] for i in range(len(records))}
+  assert set(found) == {name for name, x in corpus.FATES.items() if not x}
+  mended = found['web/00000.tar/mended']
+  assert mended.captions == ('A & B at the sea',)
+  # Pictures stay as they came.
+  assert mended.images == (corpus.jpeg(2),) and mended.size == (160, 120)
+  assert found['sbu/lines.jsonl/zh'].language == 'zh'
+
+
+def test_report(finished):
+  job, _ = finished
+  output = job.folder.parent
+  page = (output / 'report.html').read_text()
+  for reason in set(corpus.FATES.values()) - {KEPT}:
+    assert f'<h3>{reason}</h3>' in page
+  assert 'src="data:image/jpeg;base64' in page
+  assert 'src="http' not in page and 'href' not in page
+  assert '&lt;PERSON&gt; at the gala' in page and '<PERSON>' not in page
+  figures = json.loads((output / 'report.json').read_text())
+  assert figures['web']['records'] == 18 and figures['web']['kept'] == 4
+  assert figures['web']['dropped']['size'] == 1
+  assert figures['web']['changed'] == {'html': 1, 'patterns': 1}
+
+
+def test_a_finished_folder_holds_no_leftovers(finished):
+  job, _ = finished
+  output = job.folder.parent
+  left = [x.name for x in pathlib.Path(output).rglob('*') if x.is_file()]
+  assert sorted(x for x in left if 'record' not in x) == [
+    *(f'candidates-0000{i}.json' for i in range(3)),
+    'dataset_info.json',
+    'features.json',
+    *(f'finished-0000{i}.json' for i in range(3)),
+    'report.html',
+    'report.json',
+    'settings.txt',
+  ]
+  assert sum('record' in x for x in left) == 3
+
+
+def test_killed_at_any_write_it_goes_on_to_the_same_result(
+  folder, finished, tmp_path, monkeypatch
+):
+  whole, _ = finished
+  job = corpus.job(folder, tmp_path / 'pairs')
+  writes = []
+  limit = [0]
+  real = shards.shard_files.write_records
+
+  class KilledError(BaseException):
+    """As a signal would, it passes every `except Exception`."""
+
+  def write(path, records):
+    writes.append(path.name)
+    if len(writes) > limit[0]:
+      # Dies in the middle: after one record.
+      real(path, _then(records, KilledError))
+    return real(path, records)
+
+  monkeypatch.setattr(shards.shard_files, 'write_records', write)
+  for stop in range(1, 6):
+    limit[0] = len(writes) + 1
+    with pytest.raises(KilledError):
+      run(job)
+    assert not job.is_complete, stop
+  limit[0] = 1000
+  run(job)
+  # Six shards' files in all, each attempt finished one and broke one.
+  assert len(writes) == 6 + 5
+  for number in range(len(job.shards)):
+    assert job.final(number).read_bytes() == whole.final(number).read_bytes()
+
+
+def _then(records, error):
+  for record in records:
+    yield record
+    break
+  raise error
+
+
+def test_a_finished_shard_is_not_read_again(folder, tmp_path, monkeypatch):
+  job = corpus.job(folder, tmp_path / 'pairs')
+  pipeline.begin(job)
+  for number in range(len(job.shards)):
+    shards.clean_shard(job, number)
+  monkeypatch.setattr(inputs.Shard, 'read', None)
+  assert run(job).outcomes['web', KEPT] == 4
+
+
+def test_other_settings_do_not_mix(folder, tmp_path):
+  job = corpus.job(folder, tmp_path / 'pairs')
+  pipeline.begin(job)
+  pipeline.begin(job)
+  other = corpus.job(folder, tmp_path / 'pairs', rules=corpus.RULES[1:])
+  with pytest.raises(ConfigError, match=r'begun with other settings \(Model'):
+    pipeline.begin(other)
+
+
+def test_a_damaged_candidate_is_named(folder, tmp_path):
+  job = corpus.job(folder, tmp_path / 'pairs')
+  pipeline.begin(job)
+  shards.clean_shard(job, 0)
+  path = job.work('candidates', 0, 'array_record')
+  path.write_bytes(path.read_bytes()[:100])
+  kept = {rule.name: range(99) for rule in job.unique}
+  with pytest.raises(DataError, match='candidates-00000.array_record'):
+    shards.finish_shard(job, 0, kept)
+
+
+def test_what_a_configuration_may_not_say(folder, tmp_path):
+  def cleaning(**changes):
+    settings = {
+      'sources': corpus.sources(folder),
+      'output': str(tmp_path / 'x'),
+      'rules': corpus.RULES,
+    }
+    return pipeline.Cleaning(**{**settings, **changes})
+
+  assert len(cleaning().job().shards) == 3
+  with pytest.raises(ConfigError, match='html occurs more than once'):
+    cleaning(rules=(*corpus.RULES, corpus.RULES[1])).job()
+  with pytest.raises(ConfigError, match='empty'):
+    cleaning(sources=()).job()
+  with pytest.raises(ConfigError, match="'a/b'"):
+    cleaning(sources=(inputs.Source(name='a/b', files='x'),)).job()
+
+
+def test_tallies_add_up_and_survive_json(finished):
+  _, tally = finished
+  again = Tally.from_json(tally.to_json())
+  assert again == tally
+  assert (tally + again).outcomes['web', KEPT] == 8
+  assert len((tally + again).thinned(1).altered) == 2

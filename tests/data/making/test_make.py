@@ -1,0 +1,126 @@
+import pytest
+
+from qwenvl_jax.data import cli, formats, shard_files, sources
+from qwenvl_jax.data.making import make, typefaces
+from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.text import fonts, grounding
+
+SMALL = {'kind': 'pages', 'count': 5, 'per_shard': 2, 'side': (200, 260)}
+
+
+@pytest.fixture(autouse=True)
+def one_font(monkeypatch):
+  """So that every machine makes the same, and quickly."""
+  path = str(fonts.PACKAGED_FONT)
+  face = typefaces.Typeface(path, fonts.characters(path), ('en', 'zh'))
+  monkeypatch.setattr(typefaces, 'find', lambda folders=(): (face,))
+
+
+def contents(folder):
+  return {x.name: x.read_bytes() for x in folder.glob('*array_record*')}
+
+
+def test_interrupted_it_goes_on_to_the_same_result(tmp_path, monkeypatch):
+  making = make.Making(**SMALL)
+  seen = []
+  whole = make.make(
+    making, tmp_path / 'whole', progress=lambda *x: seen.append(x)
+  )
+  assert whole.lengths == (2, 2, 1) and seen == [(i, 5) for i in range(1, 6)]
+
+  real, calls = make.Maker.record, []
+
+  def killed(self, number):
+    calls.append(number)
+    if len(calls) == 4:
+      raise KeyboardInterrupt
+    return real(self, number)
+
+  monkeypatch.setattr(make.Maker, 'record', killed)
+  with pytest.raises(KeyboardInterrupt):
+    make.make(making, tmp_path / 'cut' / 'whole')
+  folder = tmp_path / 'cut' / 'whole' / '1.0.0'
+  assert len(list(folder.glob('*-of-00003'))) == 1
+  assert not (folder / 'dataset_info.json').exists()
+  make.make(making, tmp_path / 'cut' / 'whole')
+  # The shard that was finished is not made again.
+  assert calls == [0, 1, 2, 3, 2, 3, 4]
+  assert contents(folder) == contents(whole.folder)
+  with pytest.raises(ConfigError, match='other settings'):
+    make.make(make.Making(**{**SMALL, 'seed': 1}), tmp_path / 'whole')
+
+
+def test_records_are_read_as_all_others(tmp_path):
+  cli.main(
+    [
+      'make-ocr', '--n', '2', '--chinese', '1', str(tmp_path / 'data' / 'ocr')
+    ]
+  )  # fmt: skip
+  found = sources.Prepared(
+    name='ocr', data_dir=str(tmp_path / 'data'), split='train'
+  ).open()
+  assert len(found) == 2
+  record = found[0]
+  assert record.id == 'pages/0/00000000' and record.language == 'zh'
+  assert record.words and all(len(x.quad) == 4 for x in record.words)
+  assert min(record.size) > 0 and record.images[0][:2] == b'\xff\xd8'
+  # In the paper's format, all of it learned but the prompt.
+  (sample,) = formats.Ocr()(record, None, None)
+  answer = sample.trunk[-1]
+  places = grounding.parse(answer.text).places
+  assert [x.ref for x in places] == [x.word for x in record.words]
+  assert all(len(x.quads) == 1 for x in places) and answer.loss
+
+
+def test_refused_documents_are_counted(tmp_path):
+  fpdf = pytest.importorskip('fpdf')
+  pytest.importorskip('pypdfium2')
+  folder = tmp_path / 'papers'
+  folder.mkdir()
+  made = fpdf.FPDF()
+  made.add_page()
+  made.set_font('helvetica', size=20)
+  made.text(20, 20, 'a page with text')
+  made.add_page()
+  made.output(str(folder / 'good.pdf'))
+  (folder / 'bad.pdf').write_bytes(b'not a PDF')
+  making = make.Making(kind='pdf', count=9, documents=str(folder))
+  result = make.make(making, tmp_path / 'out')
+  assert result.lengths == (1,)
+  assert result.refused == {'no_text': 1, 'unreadable_file': 1}
+  # Again from what is written: the same account.
+  assert make.make(making, tmp_path / 'out') == result
+  (data,) = result.folder.glob('*-of-00001')
+  assert len(list(shard_files.read_records(data))) == 1
+  (folder / 'good.pdf').unlink()
+  with pytest.raises(DataError, match='none of'):
+    make.make(
+      make.Making(kind='pdf', count=1, documents=str(folder)), tmp_path / 'none'
+    )
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'says'),
+  [
+    (['--n', '0'], 'count=0'),
+    (['--chinese', '2'], 'no share'),
+    (['--workers', '0'], '--workers'),
+    (['--text', 'nowhere.txt'], 'nowhere.txt'),
+    (['--kind', 'pdf', '--documents', 'nowhere'], 'holds no .pdf'),
+    (['--documents', 'nowhere'], 'takes no documents'),
+    (['--kind', 'html', '--chromium', 'nowhere/chrome'], '--chromium'),
+  ],
+)
+def test_bad_input_gets_one_line(arguments, says, tmp_path, capsys):
+  with pytest.raises(SystemExit) as stop:
+    cli.main(['make-ocr', *arguments, str(tmp_path / 'out')])
+  assert stop.value.code == 2
+  error = capsys.readouterr().err
+  assert says in error and error.count('\n') == 1
+
+
+def test_help(capsys):
+  with pytest.raises(SystemExit) as stop:
+    cli.main(['make-ocr', '--help'])
+  assert stop.value.code == 0
+  assert '--backgrounds' in capsys.readouterr().out
