@@ -9,8 +9,8 @@ usage() {
 Usage: launch/quickstart.sh [--smoke] [--out DIR] [OPTIONS]
 
 Makes the environment, composes pictures, trains a small decoder on text, then
-the three stages of Qwen-VL, and evaluates on pictures never seen: about half an
-hour on two CPU cores. Writes one folder with the checkpoints and
+the three stages of Qwen-VL, and evaluates on pictures never seen: about 20
+minutes on two CPU cores. Writes one folder with the checkpoints and
 report.html.
 
   --out DIR   the folder to write (default: runs/quickstart at the repository's

@@ -59,7 +59,7 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
   folders.check_against(config, params, str(folder))
   dtype = dtype or params['decoder']['embed'].dtype
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
-  return Handle(config, params, folders.read_tokenizer(folder))
+  return Handle(config, params, folders.read_tokenizer(folder, config))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,3 +85,10 @@ def test_folder_that_is_none(tmp_path):
     qwenvl_jax.load(tmp_path / 'nothing')
   with pytest.raises(CheckpointError, match='config.json does not exist'):
     qwenvl_jax.load(tmp_path)
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path):
+  (tmp_path / 'stage3').mkdir()
+  (tmp_path / 'stage3' / 'config.json').write_text('{}')
+  with pytest.raises(CheckpointError, match=r'name one of .*stage3'):
+    qwenvl_jax.load(tmp_path)

@@ -143,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     _verify,
     'Compare every tensor of two checkpoints, whatever their layouts.',
     ('source', 'checkpoint folder'),
-    ('destination', 'another, e.g. what it was converted to'),
+    (
+      'destination',
+      'what it was converted to: tensors of the source are cast to the dtypes '
+      'of this one before they are compared',
+    ),
   )
   sub.add_argument(
     '--logits',
@@ -237,14 +241,14 @@ def _inspect(args) -> int:
   for line in report.sizes:
     console.print(f'  {line}', highlight=False)
   table = Table()
-  for column in ('part', 'tensors', 'parameters', '', 'size', 'dtypes'):
+  for column in ('part', 'tensors', 'parameters', 'billions', 'size', 'dtypes'):
     table.add_column(column, justify='left' if column == 'part' else 'right')
   for part in report.parts:
     table.add_row(
       part.name,
       f'{part.tensors:,}',
       f'{part.parameters:,}',
-      f'{part.parameters / 1e9:.2f}B',
+      f'{part.parameters / 1e9:.2f}',
       filesize.decimal(part.bytes),
       ', '.join(part.dtypes),
     )
@@ -301,7 +305,8 @@ def _compare_logits(source: Path, destination: Path) -> bool:
       f'{source} has no modeling_qwen.py: put the released code there, or '
       'leave out --logits'
     )
-  tokenizer = folders.read_tokenizer(destination)
+  config = folders.read_config(destination)
+  tokenizer = folders.read_tokenizer(destination, config)
   if tokenizer is None:
     raise CheckpointError(
       f'{destination} has no {folders.VOCABULARY}: --logits needs one'

@@ -124,13 +124,19 @@ def read_config(folder: Path) -> QwenVLConfig:
   path = side_file(folder, 'config.json')
   if not path.exists() and openclip.is_openclip(folder):
     return QwenVLConfig(vision=openclip.read_config(folder))
+  inside = sorted(folder.glob('*/config.json'))
+  if not path.exists() and inside:
+    names = ', '.join(str(file.parent) for file in inside)
+    raise CheckpointError(
+      f'{folder} is no checkpoint itself, but holds some: name one of {names}'
+    )
   return config_from_hf(read_json(path), str(path))
 
 
-def read_tokenizer(folder: Path) -> Tokenizer | None:
-  """The folder's own vocabulary, None if it has none."""
+def read_tokenizer(folder: Path, config: QwenVLConfig) -> Tokenizer | None:
+  """The folder's own vocabulary for its model, None if it has none."""
   path = side_file(folder, VOCABULARY)
-  return Tokenizer.from_file(path) if path.exists() else None
+  return Tokenizer(path, config.adapter.queries) if path.exists() else None
 
 
 def open_source(

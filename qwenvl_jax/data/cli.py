@@ -133,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     help='write a page of training rows as the model gets them',
   )
   command.add_argument(
-    'name', nargs='?', choices=_OWN, help='a data set of the quickstart, or'
+    'name',
+    nargs='?',
+    choices=_OWN,
+    help='a data set of the quickstart; anything else by --gin_file',
   )
   command.add_argument(
     '--gin_file',
@@ -143,8 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     help='the config of a stage, e.g. configs/stage2.gin: its very rows; '
     '--gin.NAME=VALUE overrides values as in qwenvl-train',
   )
-  command.add_argument('--config', default='default')
-  command.add_argument('--split', default='train')
+  command.add_argument(
+    '--config', default='default', help="'default' or 'small' (scenes)"
+  )
+  command.add_argument(
+    '--split', default='train', help='which part (default: %(default)s)'
+  )
   command.add_argument(
     '--tasks',
     default='questions',
@@ -154,9 +161,12 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--n', '--rows', dest='rows', type=int, default=12, help='how many rows'
   )
-  command.add_argument('--seed', type=int, default=0)
+  command.add_argument('--seed', type=int, default=0, help='of the choice')
   command.add_argument(
-    '--output', type=pathlib.Path, default=pathlib.Path('rows.html')
+    '--output',
+    type=pathlib.Path,
+    default=pathlib.Path('rows.html'),
+    help='the page (default: %(default)s)',
   )
   command.set_defaults(run=_show)
   for name, (_, what) in _JOBS.items():
@@ -166,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(arguments, console):
   if arguments.name:
-    _describe(arguments.name, console)
+    _describe(arguments.name, arguments.data_dir, console)
     return
   base = sources.data_path(arguments.data_dir)
   table = rich.table.Table(title=str(base))
@@ -209,7 +219,17 @@ def _list_own(arguments, table):
   table.add_row('easy_vqa', 'vqa', state, what, 'the installed package')
 
 
-def _describe(name, console):
+def _describe(name, data_dir, console):
+  folder = storage.folder(sources.data_path(data_dir), name)
+  lengths = storage.split_lengths(folder)
+  if name in _OWN:
+    console.print(f'{name}: nothing to download; see `qwenvl-data list`')
+    return
+  if name not in catalogue.DATA_SETS and lengths:
+    console.print(f'{name}: your own, in {folder}')
+    for split, sizes in lengths.items():
+      console.print(f'  {split}: {sum(sizes):,} records')
+    return
   entry = _known(name)
   for label, text in (
     ('task', entry.task),

@@ -45,11 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     """),
     epilog=inspect.cleandoc("""
       examples:
-        qwenvl-chat --checkpoint runs/quickstart --image dog.jpg
+        qwenvl-chat --checkpoint runs/quickstart/stage3 --image dog.jpg
         qwenvl-chat --checkpoint Qwen-VL-Chat --dtype bfloat16
-        qwenvl-chat --checkpoint runs/quickstart --image dog.jpg \\
+        qwenvl-chat --checkpoint runs/quickstart/stage3 --image dog.jpg \\
             --prompt 'What is this?'
-        qwenvl-chat --checkpoint runs/quickstart < questions.txt
+        qwenvl-chat --checkpoint runs/quickstart/stage3 < questions.txt
 
       While chatting, /help lists the commands.
     """),

@@ -70,11 +70,17 @@ class Tokenizer:
   'Hello world!'
   """
 
-  def __init__(self, path: str | os.PathLike | None = None):
+  def __init__(
+    self,
+    path: str | os.PathLike | None = None,
+    image_tokens: int = IMAGE_TOKENS,
+  ):
     """Reads a vocabulary; each file is read once per process.
 
     Args:
       path: a `.tiktoken` file; None for the released vocabulary.
+      image_tokens: what `encode` puts between `<img>` and `</img>` unless told
+        otherwise (the adapter's queries).
 
     Raises:
       DataError: the file is missing or is not a vocabulary.
@@ -88,6 +94,7 @@ class Tokenizer:
         '.tiktoken file, such as qwen.tiktoken of the released checkpoint'
       ) from error
     self._bpe = _load(path, stat.st_mtime_ns, stat.st_size)
+    self.image_tokens = image_tokens
 
   @classmethod
   def from_file(cls, path: str | os.PathLike) -> 'Tokenizer':
@@ -95,14 +102,17 @@ class Tokenizer:
     return cls(path)
 
   @classmethod
-  def from_ranks(cls, vocabulary: Sequence[bytes]) -> 'Tokenizer':
+  def from_ranks(
+    cls, vocabulary: Sequence[bytes], image_tokens: int = IMAGE_TOKENS
+  ) -> 'Tokenizer':
     """The tokenizer whose rank i is `vocabulary[i]`."""
     tokenizer = cls.__new__(cls)
     tokenizer._bpe = _build(vocabulary, 'the given vocabulary')
+    tokenizer.image_tokens = image_tokens
     return tokenizer
 
   def __reduce__(self):
-    return Tokenizer.from_ranks, (self.vocabulary,)
+    return Tokenizer.from_ranks, (self.vocabulary, self.image_tokens)
 
   def __eq__(self, other) -> bool:
     if not isinstance(other, Tokenizer):
@@ -185,20 +195,23 @@ class Tokenizer:
   def encode(
     self,
     text: str,
-    image_tokens: int = IMAGE_TOKENS,
+    image_tokens: int | None = None,
     allowed_special: str | Collection[str] = 'all',
   ) -> list[int]:
     """Token ids of `text` after NFC normalization.
 
     Args:
       text: any text; `<img>PATH</img>` spans become image spans.
-      image_tokens: ids between `<img>` and `</img>` (the adapter's queries).
+      image_tokens: ids between `<img>` and `</img>`; None for the tokenizer's
+        own number.
       allowed_special: special tokens to parse, 'all' or names as in
         `SPECIAL_TOKENS`; the others are encoded as the characters they are.
 
     Raises:
       DataError: an `<img>` that is parsed and never closed.
     """
+    if image_tokens is None:
+      image_tokens = self.image_tokens
     everything = allowed_special == 'all'
     allowed = set(SPECIAL_TOKENS if everything else allowed_special)
     text = unicodedata.normalize('NFC', text)

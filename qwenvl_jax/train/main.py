@@ -20,10 +20,11 @@ on from its newest checkpoint. SIGTERM and Ctrl-C save before they end it.
 """
 
 EXAMPLES = """
-qwenvl-train --gin_file=quickstart/stage1.gin --workdir=runs/1
-qwenvl-train --gin_file=quickstart/stage2.gin --workdir=runs/2 \\
-  --gin.INIT='"runs/1"'
-qwenvl-train --gin_file=runs/1/config.gin --workdir=runs/again --steps=20
+qwenvl-train --gin_file=stage1.gin --workdir=runs/stage1 \\
+  --gin.VISION='"start"' --gin.DECODER='"start"'
+qwenvl-train --gin_file=quickstart/stage2.gin --workdir=runs/again \\
+  --gin.DATA='"runs/quickstart/data"' --gin.INIT='"runs/quickstart/stage1"'
+qwenvl-train --gin_file=runs/again/config.gin --workdir=runs/third --steps=20
 """
 
 

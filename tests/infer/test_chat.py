@@ -170,3 +170,10 @@ def test_arrays_are_pictures(model):
 def test_settings_out_of_range(settings, message):
   with pytest.raises(ConfigError, match=message):
     ChatSettings(**settings)
+
+
+def test_the_vocabulary_knows_how_many_tokens_an_image_has(model):
+  tokens = model.tokenizer.encode('<img>dog.jpg</img>What?')
+  assert model.generate(
+    [tokens], images=model.preprocess(picture())[None], max_new_tokens=2
+  )[0]

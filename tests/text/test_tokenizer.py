@@ -242,3 +242,13 @@ def test_missing_vocabulary_is_refused_by_name(tmp_path):
     Tokenizer(tmp_path / 'nothing.tiktoken')
   with pytest.raises(DataError, match=r'\.tiktoken'):
     Tokenizer(tmp_path)
+
+
+def test_a_tokenizer_knows_its_models_number_of_queries():
+  tokenizer = Tokenizer(image_tokens=36)
+  spans = [
+    len(x.encode('<img>a.jpg</img>'))
+    for x in (tokenizer, pickle.loads(pickle.dumps(tokenizer)), Tokenizer())
+  ]
+  assert spans == [38, 38, 258]
+  assert len(tokenizer.encode('<img>a.jpg</img>', 64)) == 66
