@@ -211,8 +211,8 @@ class GrownSource:
   Attributes:
     source: of the stored rows.
     rows: how many those are.
-    seed: of the new ones, drawn from a normal distribution as a decoder's
-      first ones are.
+    seed: of the new ones, drawn from a normal distribution with the release's
+      deviation of 0.02.
   """
 
   source: Source
