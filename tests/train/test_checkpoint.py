@@ -221,8 +221,9 @@ def test_a_full_disk_is_said_and_spares_what_was_saved(small_disk):
   steps = [p.name for p in (folder / 'checkpoints').iterdir()]
   valid = sorted(int(name) for name in steps if name.isdigit())
   assert valid and str(valid) in message
-  # With fewer to keep there is room again: it goes on from there.
-  shutil.rmtree(folder / 'checkpoints' / str(valid[0]))
+  # Without the older ones there is room again: it goes on from the newest.
+  for step in valid[:-1]:
+    shutil.rmtree(folder / 'checkpoints' / str(step))
   done = run(valid[-1] + 2, 99, 1)
   assert not done.returncode, done.stderr
   assert f'resumed from step {valid[-1]}' in done.stderr
