@@ -1,69 +1,102 @@
 """The mesh, and the one table that maps logical axes to mesh axes.
 
 Model code names axes by what they mean ('embed', 'heads'); only this file knows
-which mesh axis splits them. One device is the mesh of 1 x 1 x 1 and needs
-no special case.
+which mesh axis splits them. One device is the mesh of ones and needs no special
+case.
+
+Parameters are split over 'fsdp' and 'inner' wherever a step keeps them, and
+gathered, a layer at a time and in the dtype of the computation, where a layer
+uses them (`gathered`); their gradients are scattered back at once.
 """
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.errors import ConfigError
 
-# 'data' repeats the parameters, 'fsdp' splits them, both split the batch;
-# 'tensor' splits each layer's work.
-MESH_AXES = ('data', 'fsdp', 'tensor')
+# 'data' repeats the parameters, 'fsdp' and 'inner' split them, all three split
+# the batch; 'tensor' splits each layer's work. There are two axes to split
+# parameters by, so that a width that does not divide by both together (1664 by
+# 256) may be split along two of its kernel's axes (by 16 and by 16).
+MESH_AXES = ('data', 'fsdp', 'inner', 'tensor')
 
-BATCH_AXES = ('data', 'fsdp')
+BATCH_AXES = ('data', 'fsdp', 'inner')
+FSDP_AXES = ('fsdp', 'inner')
 
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+# Logical axis -> what splits it. Of a kernel's axes with FSDP_AXES, those are
+# split that waste the least memory (`param_spec`).
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   # Parameters.
-  ('embed', 'fsdp'),
-  ('heads', 'tensor'),
-  ('mlp', 'tensor'),
-  ('vocab', 'tensor'),
-  # The embedding is split along its width: splitting its rows would gather
-  # the whole table for every look-up.
-  ('vocab_rows', None),
-  ('head_dim', None),
-  ('layers', None),
-  ('norm', None),
-  ('patch', None),
-  ('queries', None),
+  ('embed', FSDP_AXES),
+  ('heads', ('tensor', *FSDP_AXES)),
+  ('mlp', ('tensor', *FSDP_AXES)),
+  ('vocab', ('tensor', *FSDP_AXES)),
+  ('head_dim', FSDP_AXES),
+  ('vocab_rows', FSDP_AXES),
+  ('positions', FSDP_AXES),
+  ('queries', FSDP_AXES),
+  ('layers', ()),
+  ('norm', ()),
+  ('patch_rows', ()),
+  ('patch_columns', ()),
+  ('colours', ()),
   # Activations.
   ('batch', BATCH_AXES),
-  ('length', None),
-  ('patches', None),
-  ('embed_act', None),
+  ('length', ()),
+  ('patches', ()),
+  ('heads_act', ('tensor',)),
+  ('embed_act', ()),
 )
+
+# The name of gathered kernels among what a layer might keep for its backward
+# pass: kept, they would be the whole model on every chip.
+GATHERED = 'gathered'
+
+# A TPU keeps arrays in tiles of 8 rows of 128 lanes.
+_TILE = (8, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh axes; at most one is -1, "all devices that are left"."""
+  """How the devices are used; at most one size is -1, "all that are left".
+
+  Attributes:
+    data: copies of the parameters. With several slices (groups of chips with a
+      slow network between them), a multiple of their number.
+    fsdp: how many ways parameters and optimizer state are split.
+    tensor: how many ways each layer's work is split.
+    inner: the part of `fsdp` that may split another axis of a kernel. On a
+      torus, the size of one of its sides.
+  """
 
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
+  inner: int = 1
 
   def sizes(self, devices: int) -> tuple[int, int, int]:
-    """Resolves -1 for a number of devices.
+    """(data, fsdp, tensor) for a number of devices, with -1 resolved.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices; lists
+        meshes that do.
     """
     sizes = [self.data, self.fsdp, self.tensor]
-    written = ', '.join(
-      f'{a}={s}' for a, s in zip(MESH_AXES, sizes, strict=True)
-    )
+    names = ('data', 'fsdp', 'tensor')
+    written = ', '.join(f'{a}={s}' for a, s in zip(names, sizes, strict=True))
     if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
       raise ConfigError(
         f'MeshConfig({written}): sizes are positive, and at most one is -1'
@@ -75,39 +108,96 @@ class MeshConfig:
       divisors = [d for d in range(1, devices + 1) if devices % d == 0]
       raise ConfigError(
         f'MeshConfig({written}) does not fit {devices} device(s): the sizes '
-        f'must multiply to {devices}, so each is one of {divisors}'
+        f'must multiply to {devices}, so each is one of {divisors}, such as '
+        f'{_possible(self, devices)}'
+      )
+    if self.inner < 1 or sizes[1] % self.inner:
+      divisors = [d for d in range(1, sizes[1] + 1) if sizes[1] % d == 0]
+      raise ConfigError(
+        f'MeshConfig.inner={self.inner} is the part of fsdp={sizes[1]} that '
+        f'may split another axis, so it is one of {divisors}'
       )
     return tuple(sizes)
+
+
+def _possible(config: MeshConfig, devices: int) -> str:
+  """A few meshes for so many devices, those nearest to the one wanted first."""
+  wanted = (config.data, config.fsdp, config.tensor)
+  divisors = [d for d in range(1, devices + 1) if devices % d == 0]
+  meshes = [
+    (data, devices // data // tensor, tensor)
+    for data, tensor in itertools.product(divisors, divisors)
+    if devices % (data * tensor) == 0
+  ]
+
+  def distance(mesh):
+    return sum(
+      abs(math.log(size / w)) for size, w in zip(mesh, wanted) if w > 0
+    )
+
+  return ' or '.join(
+    '(data={}, fsdp={}, tensor={})'.format(*mesh)
+    for mesh in sorted(meshes, key=distance)[:3]
+  )
 
 
 def make_mesh(
   config: MeshConfig = MeshConfig(), devices: Sequence | None = None
 ) -> Mesh:
-  """A mesh over all devices (or those given) with the axes `MESH_AXES`."""
+  """A mesh over all devices (or those given) with the axes `MESH_AXES`.
+
+  Neighbours on an axis are neighbours on the chips' network. Between slices, if
+  there are several, only 'data' reaches.
+
+  Raises:
+    ConfigError: the sizes do not fit the devices; says which do.
+  """
   devices = jax.devices() if devices is None else list(devices)
-  return jax.make_mesh(
-    config.sizes(len(devices)),
-    MESH_AXES,
-    # The default, Explicit, would ask for a sharding in every einsum.
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
-  )
+  data, fsdp, tensor = config.sizes(len(devices))
+  shape = (data, fsdp // config.inner, config.inner, tensor)
+  slices = len({getattr(d, 'slice_index', None) or 0 for d in devices})
+  if data % slices:
+    raise ConfigError(
+      f'MeshConfig.data={data} does not split over {slices} slices: parameters '
+      'are gathered within a slice, so data must be a multiple of '
+      f'{slices} (and fsdp * tensor divide {len(devices) // slices})'
+    )
+  try:
+    if slices > 1:
+      arranged = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *shape[1:]), (slices, 1, 1, 1), devices
+      )
+    else:
+      arranged = mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError as error:
+    raise ConfigError(
+      f'the mesh {dict(zip(MESH_AXES, shape, strict=True))} cannot be laid out '
+      'on the network of these chips: each axis must be a product of whole '
+      'sides of the torus; choose MeshConfig.inner (or tensor, data) as the '
+      f'size of one of its sides ({error})'
+    ) from error
+  # The default, Explicit, would ask for a sharding in every einsum.
+  return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-  """Trace and run under this mesh.
+  """Trace and run under this mesh: the model's placements refer to it.
 
-  Without `jax.set_mesh` the logical constraints inside the model are dropped
-  silently.
+  Without it they would do nothing.
   """
-  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+  with jax.set_mesh(mesh):
     yield
 
 
 def data_shards(mesh: Mesh) -> int:
   """How many ways the batch is split."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def param_shards(mesh: Mesh) -> int:
+  """How many ways parameters are split."""
+  return math.prod(mesh.shape[axis] for axis in (*FSDP_AXES, 'tensor'))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -119,20 +209,85 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def _mesh_axes(name: str | None, size: int, mesh: Mesh):
-  table = dict(RULES)
+def _rule(name: str | None) -> tuple[str, ...]:
   if name is None:
-    return None
+    return ()
+  table = dict(RULES)
   if name not in table:
     raise KeyError(f'logical axis {name!r} is not in sharding.RULES')
-  axes = table[name]
-  if axes is None:
-    return None
-  count = math.prod(
-    mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes)
-  )
-  # A width that does not split evenly (1664 over 256) stays whole.
-  return axes if size % count == 0 else None
+  return table[name]
+
+
+def _padded(shape: Sequence[int]) -> int:
+  """Values that an array of this shape takes room for."""
+  tiled = [
+    math.ceil(size / tile) * tile
+    for size, tile in zip(shape[-2:], _TILE[-len(shape[-2:]) :])
+  ]
+  return math.prod([*shape[:-2], *tiled])
+
+
+def param_spec(
+  names: Sequence[str | None], shape: Sequence[int], mesh
+) -> PartitionSpec:
+  """How one parameter is split.
+
+  'tensor' splits what the table says. 'fsdp' and 'inner' split the axes of a
+  matrix that leave the smallest shards, padding to the tiles of a TPU included
+  (a width of 4096 split 256 ways as the last axis would be padded 8 times), the
+  fewest of them, the first where that is undecided. No axis is split unevenly;
+  vectors stay whole.
+
+  Args:
+    names: logical axes.
+    shape: sizes of these axes.
+    mesh: a mesh or abstract mesh with the axes `MESH_AXES`.
+
+  Raises:
+    KeyError: an axis is not in the table.
+  """
+  rules = [_rule(name) for name in names]
+  taken = [() for _ in names]
+  left = list(shape)
+  for axis, rule in enumerate(rules):
+    count = mesh.shape['tensor']
+    if 'tensor' in rule and count > 1 and shape[axis] % count == 0:
+      taken[axis] = ('tensor',)
+      left[axis] //= count
+  matrix = sum(name != 'layers' for name in names) > 1 and 'embed' in names
+  if matrix:
+    _split_least(rules, taken, left, mesh)
+  return PartitionSpec(*(axes or None for axes in taken))
+
+
+def _split_least(rules, taken, left, mesh) -> None:
+  """Adds to `taken` the axes for FSDP_AXES that leave the smallest shards."""
+  axes = [axis for axis in FSDP_AXES if mesh.shape[axis] > 1]
+  places = [
+    [None, *(i for i, rule in enumerate(rules) if axis in rule)]
+    for axis in axes
+  ]
+  best = None
+  for choice in itertools.product(*places):
+    sizes, even = list(left), True
+    for axis, place in zip(axes, choice):
+      if place is not None:
+        even &= sizes[place] % mesh.shape[axis] == 0
+        sizes[place] //= mesh.shape[axis]
+    if not even:
+      continue
+    split = [place for place in choice if place is not None]
+    cost = (
+      _padded(sizes),
+      len(set(split)),
+      len(rules) - 1 in split,
+      split,
+    )
+    if best is None or cost < best[0]:
+      best = cost, choice
+  for axis, place in zip(axes, best[1]):
+    if place is not None:
+      taken[place] = (*taken[place], axis)
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -150,15 +305,121 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
   def sharding(leaf):
     if not isinstance(leaf, nn.LogicallyPartitioned):
       return replicated(mesh)
-    axes = [
-      _mesh_axes(name, size, mesh)
-      for name, size in zip(leaf.names, leaf.value.shape, strict=True)
-    ]
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(mesh, param_spec(leaf.names, leaf.value.shape, mesh))
 
   return jax.tree.map(
     sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
   )
+
+
+def mesh_in_use() -> jax.sharding.AbstractMesh | None:
+  """The mesh of `use_mesh`, None without one or where it is not one of ours."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if mesh.axis_names == MESH_AXES else None
+
+
+def splits_params() -> bool:
+  """Whether the mesh in use splits parameters (without one, nothing does)."""
+  mesh = mesh_in_use()
+  return mesh is not None and any(mesh.shape[a] > 1 for a in FSDP_AXES)
+
+
+def spec(
+  names: Sequence[str | None], shape: Sequence[int], mesh
+) -> PartitionSpec:
+  """How an activation is split: by the table, whole where that is uneven."""
+
+  def axes(name, size):
+    rule = _rule(name)
+    even = size % math.prod(mesh.shape[a] for a in rule) == 0
+    return rule if rule and even else None
+
+  return PartitionSpec(*map(axes, names, shape))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Places an activation by its logical axes, under the mesh in use."""
+  mesh = mesh_in_use()
+  if mesh is None or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
+
+
+def gathered(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
+  """A kernel as a layer uses it: whole but for 'tensor'.
+
+  Saying so where it is used, for the value and for its gradient apart, makes
+  the gradient a reduce-scatter; left to propagation it may become an all-reduce
+  of the whole kernel.
+
+  Args:
+    kernel: a parameter, or one layer of it.
+    names: its logical axes.
+  """
+  if not splits_params():
+    return kernel
+  return _gathered(kernel, tuple(names), ('tensor',))
+
+
+def _names(axes) -> tuple[str, ...]:
+  """The mesh axes of one entry of a PartitionSpec."""
+  return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(kernel, names, kept):
+  """Gathers along all mesh axes but those kept."""
+  split = param_spec(names, kernel.shape, mesh_in_use())
+  whole = PartitionSpec(
+    *(tuple(a for a in _names(axes) if a in kept) for axes in split)
+  )
+  kernel = jax.lax.with_sharding_constraint(kernel, split)
+  return checkpoint_name(
+    jax.lax.with_sharding_constraint(kernel, whole), GATHERED
+  )
+
+
+def _gathered_forward(kernel, names, kept):
+  return _gathered(kernel, names, kept), None
+
+
+def _gathered_backward(names, kept, _, gradient):
+  del kept
+  split = param_spec(names, gradient.shape, mesh_in_use())
+  return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def take_rows(
+  table: jax.Array, names: Sequence[str], rows: jax.Array, dtype: Any
+) -> jax.Array:
+  """Looks rows up in a table that is split by rows, columns or both.
+
+  Columns stay where they are: the chips that share a batch's rows look up the
+  tokens of all of them in their own columns, and exchange columns for batch. A
+  whole table on every chip would be the largest gather of the step.
+
+  Args:
+    table: [V,D].
+    names: its logical axes.
+    rows: [B,T] int32.
+    dtype: of the result. Gradients of a row add up in float32.
+
+  Returns:
+    [B,T,D], placed as activations are.
+  """
+  if not splits_params():
+    return jnp.take(table, rows, axis=0).astype(dtype)
+  columns = _names(param_spec(names, table.shape, mesh_in_use())[1])
+  groups = tuple(a for a in BATCH_AXES if a not in columns)
+  place = jax.lax.with_sharding_constraint
+  table = _gathered(table.astype(dtype), tuple(names), columns)
+  rows = place(rows, PartitionSpec(groups, None))
+  x = jnp.take(table.astype('float32'), rows, axis=0).astype(dtype)
+  x = place(x, PartitionSpec(groups, None, columns))
+  return constrain(x, 'batch', 'length', 'embed_act')
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.initializers import ones
 
-from qwenvl_jax.model.attention import attend
+from qwenvl_jax.model.attention import attend, full_mask
 from qwenvl_jax.model.config import AdapterConfig
 from qwenvl_jax.model.layers import (
   LayerNorm,
@@ -19,6 +19,7 @@ from qwenvl_jax.model.layers import (
   default_init,
 )
 from qwenvl_jax.model.positions import resize_positions, sincos_positions
+from qwenvl_jax.sharding import constrain, gathered
 
 
 def _scaled_identity(scale: float):
@@ -52,6 +53,7 @@ class Adapter(nn.Module):
   config: AdapterConfig
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  attention: str = 'auto'
 
   @nn.compact
   def __call__(self, x, grid: tuple[int, int]):
@@ -84,6 +86,8 @@ class Adapter(nn.Module):
       (c.queries, c.dim),
       self.param_dtype,
     )
+    query = gathered(query, ('queries', 'embed'))
+    positions = gathered(positions, ('queries', 'embed'))
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
 
     def norm(name):
@@ -100,7 +104,7 @@ class Adapter(nn.Module):
     )(x)
     # Whole features between two split matrices: XLA's partitioner loses the sum
     # over the mesh's axes in the backward pass otherwise (openxla/xla#40034).
-    kv = nn.with_logical_constraint(kv, ('batch', 'patches', 'embed_act'))
+    kv = constrain(kv, 'batch', 'patches', 'embed_act')
     kv = norm('ln_kv')(kv)
     q = norm('ln_q')(query.astype(self.dtype))
     q = jnp.broadcast_to(
@@ -121,7 +125,8 @@ class Adapter(nn.Module):
         name=name,
       )(inputs)
 
-    out = attend(project('q', q), project('k', k), project('v', kv))
+    mask = full_mask(c.queries, x.shape[1], self.attention)
+    out = attend(project('q', q), project('k', k), project('v', kv), mask)
     out = Projection(
       'BQNH,NHD->BQD',
       (c.heads, c.head_dim, c.dim),
@@ -142,4 +147,6 @@ class Adapter(nn.Module):
       (c.dim, c.dim),
       self.param_dtype,
     )
-    return contract(out, proj.astype(self.dtype))
+    return contract(
+      out, gathered(proj.astype(self.dtype), ('embed', 'mlp'))
+    )

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.model import attention, remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +130,12 @@ class QwenVLConfig:
     image_start_id: id of `<img>`; `</img>` and `<imgpad>` follow it.
     dtype: of activations. Norms, softmax, rotary and loss are float32.
     param_dtype: of parameters.
-    remat: what a layer keeps for its backward pass: 'none' keeps everything,
-      'full' its input only, 'dots' the matrix products' results.
+    remat: what a decoder layer keeps for its backward pass, a name in
+      `remat.POLICIES`: from 'none', which keeps everything, to 'full', which
+      keeps its input only.
+    vision_remat: the same of a vision layer; None for that of the decoder.
+    attention: 'splash' (a TPU kernel), 'xla', or 'auto', which takes splash
+      attention on TPUs where it can.
     unroll: how many layers a step of the scan over them holds. More run faster
       on a CPU (a fifth at the quickstart's size) and compile longer.
   """
@@ -142,6 +147,8 @@ class QwenVLConfig:
   dtype: Any = jnp.bfloat16
   param_dtype: Any = jnp.float32
   remat: str = 'full'
+  vision_remat: str | None = None
+  attention: str = 'auto'
   unroll: int = 1
 
   def __post_init__(self):
@@ -153,10 +160,16 @@ class QwenVLConfig:
         f'DecoderConfig.dim={self.decoder.dim}: image features replace '
         'embeddings, so both must be equal'
       )
-    if self.remat not in ('none', 'full', 'dots'):
-      raise ConfigError(
-        f"QwenVLConfig.remat={self.remat!r} is not 'none', 'full' or 'dots'"
-      )
+    for name, known in (
+      ('remat', remat.POLICIES),
+      ('vision_remat', (None, *remat.POLICIES)),
+      ('attention', attention.KERNELS),
+    ):
+      if getattr(self, name) not in known:
+        raise ConfigError(
+          f'QwenVLConfig.{name}={getattr(self, name)!r} is none of '
+          f'{", ".join(map(repr, known))}'
+        )
 
   def replace(self, **changes) -> 'QwenVLConfig':
     return dataclasses.replace(self, **changes)

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.model import rope
-from qwenvl_jax.model.attention import attend, causal_bias
+from qwenvl_jax.model.attention import attend, cached_mask, causal_mask
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import DecoderConfig
-from qwenvl_jax.model.layers import Projection, RMSNorm, remat
+from qwenvl_jax.model.layers import Projection, RMSNorm
+from qwenvl_jax.model.remat import GATE, RESIDUAL, UP, keep, remat
+from qwenvl_jax.sharding import constrain, take_rows
 
 # A random decoder only ever stands in for the released one. With its 0.02 a
 # token's identity would drown in what the first blocks add to it.
@@ -51,7 +53,7 @@ class SelfAttention(nn.Module):
       q = (q * context['logn']).astype(self.dtype)
     if store is not None:
       store, k, v = _update(store, k, v, layer, context['used'])
-    out = attend(q, k, v, context['bias'])
+    out = attend(q, k, v, context['mask'])
     out = Projection(
       'BTNH,NHD->BTD',
       (c.heads, c.head_dim, c.dim),
@@ -97,7 +99,8 @@ class Mlp(nn.Module):
         name=name,
       )(x)
 
-    h = project('up') * jax.nn.silu(project('gate'))
+    up, gate = keep(project('up'), UP), keep(project('gate'), GATE)
+    h = up * jax.nn.silu(gate)
     return Projection(
       'BTF,FD->BTD', (c.mlp_dim, c.dim), ('mlp', 'embed'), **kinds, name='down'
     )(h)
@@ -117,11 +120,10 @@ class Block(nn.Module):
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
     h, store = SelfAttention(c, **kinds, name='attn')(h, store, layer, context)
-    x = x + h
+    x = keep(x + h, RESIDUAL)
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
     x = x + Mlp(c, **kinds, name='mlp')(h)
-    x = nn.with_logical_constraint(x, ('batch', 'length', 'embed_act'))
-    return (x, store), None
+    return (constrain(x, 'batch', 'length', 'embed_act'), store), None
 
 
 class Decoder(nn.Module):
@@ -132,11 +134,11 @@ class Decoder(nn.Module):
   param_dtype: Any = jnp.float32
   remat: str = 'none'
   unroll: int = 1
+  attention: str = 'auto'
 
   def setup(self):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    # Sharded on its width: a table sharded on the vocabulary is gathered whole.
     self.embed_table = self.param(
       'embed',
       nn.with_logical_partitioning(_embed_init, ('vocab_rows', 'embed')),
@@ -159,14 +161,16 @@ class Decoder(nn.Module):
 
   def embed_tokens(self, tokens):
     """[B,T] int32 to [B,T,D]."""
-    return jnp.take(self.embed_table, tokens, axis=0).astype(self.dtype)
+    return take_rows(
+      self.embed_table, ('vocab_rows', 'embed'), tokens, self.dtype
+    )
 
   def __call__(
     self,
     x,
     positions,
     segment_ids,
-    branch_ids,
+    branch_ids=None,
     *,
     inference: bool = False,
     cache: KVCache | None = None,
@@ -177,7 +181,7 @@ class Decoder(nn.Module):
       x: [B,T,D] embeddings.
       positions: [B,T] int32.
       segment_ids: [B,T] int32, 0 for padding.
-      branch_ids: [B,T] int32.
+      branch_ids: [B,T] int32, None if there are no branches.
       inference: dynamic NTK and LogN for rows past `seq_length`.
       cache: if given, the tokens are appended to it and attend to all of it.
 
@@ -194,16 +198,15 @@ class Decoder(nn.Module):
       )
       step = rope.ntk_step(lengths, c.seq_length)
     cos, sin = rope.rotary_angles(positions, c.head_dim, c.rope_base, step)
-    index = jnp.arange(x.shape[1])
     if cache is None:
-      store, used, keys = None, None, (segment_ids, branch_ids)
+      store, used = None, None
+      mask = causal_mask(segment_ids, branch_ids, self.attention)
     else:
       store, used = (cache.keys, cache.values), cache.used
-      index = index + used
       filled = jax.lax.dynamic_update_slice(
         cache.segment_ids, segment_ids, (0, used)
       )
-      keys = filled, jnp.zeros_like(filled)
+      mask = cached_mask(segment_ids, filled, used)
     context = {
       'cos': cos,
       'sin': sin,
@@ -212,7 +215,7 @@ class Decoder(nn.Module):
         if inference and c.logn
         else None
       ),
-      'bias': causal_bias(index, segment_ids, branch_ids, *keys),
+      'mask': mask,
       'used': used,
     }
     (x, store), _ = self.blocks((x, store), jnp.arange(c.layers), context)

@@ -1,4 +1,4 @@
-"""Norms, projections and remat policies shared by the towers.
+"""Norms and projections shared by the towers.
 
 Parameters carry logical axis names where they are born; `sharding.py` maps
 them to mesh axes. Matrix products run in `dtype`, norms in float32.
@@ -13,25 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.sharding import gathered
+
 # Of tables: tokens, positions, queries.
 default_init = nn.initializers.normal(0.02)
-
-_POLICIES = {
-  'full': None,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-def remat(module: Callable, policy: str, static_argnums=()) -> Callable:
-  """Rematerializes a layer's class under a named policy ('none' keeps all)."""
-  if policy == 'none':
-    return module
-  return nn.remat(
-    module,
-    policy=_POLICIES[policy],
-    prevent_cse=False,  # Layers run inside a scan, which already prevents it.
-    static_argnums=static_argnums,
-  )
 
 
 class LayerNorm(nn.Module):
@@ -135,7 +120,8 @@ class Projection(nn.Module):
       self.shape,
       self.param_dtype,
     )
-    y = contract(x.astype(self.dtype), kernel.astype(self.dtype), contracted)
+    kernel = gathered(kernel.astype(self.dtype), self.axes)
+    y = contract(x.astype(self.dtype), kernel, contracted)
     if self.bias_axes:
       bias = self.param(
         'bias',

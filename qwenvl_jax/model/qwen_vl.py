@@ -10,6 +10,7 @@ from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.decoder import Decoder
 from qwenvl_jax.model.vision import VisionTransformer
+from qwenvl_jax.sharding import constrain
 
 
 def place_features(embeddings, features, image_starts) -> jax.Array:
@@ -50,10 +51,12 @@ class QwenVL(nn.Module):
   def setup(self):
     c = self.config
     kinds = {'dtype': c.dtype, 'param_dtype': c.param_dtype}
-    layers = {'remat': c.remat, 'unroll': c.unroll}
-    self.vision = VisionTransformer(c.vision, **kinds, **layers)
-    self.adapter = Adapter(c.adapter, **kinds)
-    self.decoder = Decoder(c.decoder, **kinds, **layers)
+    how = {'unroll': c.unroll, 'attention': c.attention}
+    self.vision = VisionTransformer(
+      c.vision, **kinds, **how, remat=c.vision_remat or c.remat
+    )
+    self.adapter = Adapter(c.adapter, **kinds, attention=c.attention)
+    self.decoder = Decoder(c.decoder, **kinds, **how, remat=c.remat)
 
   def __call__(self, batch: Batch, *, inference: bool = False):
     """Logits of every position.
@@ -92,7 +95,6 @@ class QwenVL(nn.Module):
       self._embed(batch),
       batch.positions,
       batch.segment_ids,
-      jnp.zeros_like(batch.tokens),
       inference=True,
       cache=cache,
     )
@@ -125,4 +127,4 @@ class QwenVL(nn.Module):
       features = self.encode_images(pixels)
       if batch.image_starts.shape[1]:
         x = place_features(x, features, batch.image_starts)
-    return nn.with_logical_constraint(x, ('batch', 'length', 'embed_act'))
+    return constrain(x, 'batch', 'length', 'embed_act')

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.model.attention import attend
+from qwenvl_jax.model.attention import attend, full_mask
 from qwenvl_jax.model.config import VisionConfig
-from qwenvl_jax.model.layers import LayerNorm, Projection, remat
+from qwenvl_jax.model.layers import LayerNorm, Projection
 from qwenvl_jax.model.positions import resize_positions, sincos_positions
+from qwenvl_jax.model.remat import RESIDUAL, UP, keep, remat
+from qwenvl_jax.sharding import constrain, gathered
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -43,6 +45,7 @@ class SelfAttention(nn.Module):
   config: VisionConfig
   dtype: Any
   param_dtype: Any
+  attention: str
 
   @nn.compact
   def __call__(self, x, is_global, grid: tuple[int, int]):
@@ -55,14 +58,17 @@ class SelfAttention(nn.Module):
         'BPD,DNH->BPNH', heads, axes, 2, self.dtype, self.param_dtype, name=name
       )(x)
 
+    def all_to_all(q, k, v):
+      return attend(q, k, v, full_mask(q.shape[1], k.shape[1], self.attention))
+
     q, k, v = project('q'), project('k'), project('v')
     if c.window is None:
-      out = attend(q, k, v)
+      out = all_to_all(q, k, v)
     else:
       out = jax.lax.cond(
         is_global,
-        attend,
-        lambda *qkv: windowed(attend, *qkv, grid=grid, window=c.window),
+        all_to_all,
+        lambda *qkv: windowed(all_to_all, *qkv, grid=grid, window=c.window),
         q,
         k,
         v,
@@ -117,15 +123,18 @@ class Block(nn.Module):
   dtype: Any
   param_dtype: Any
   grid: tuple[int, int]
+  attention: str
 
   @nn.compact
   def __call__(self, x, is_global):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     h = LayerNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
-    x = x + SelfAttention(c, **kinds, name='attn')(h, is_global, self.grid)
+    attention = SelfAttention(c, **kinds, attention=self.attention, name='attn')
+    x = keep(x + attention(h, is_global, self.grid), RESIDUAL)
     h = LayerNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
-    return x + Mlp(c, **kinds, name='mlp')(h), None
+    x = x + Mlp(c, **kinds, name='mlp')(h)
+    return constrain(x, 'batch', 'patches', 'embed_act'), None
 
 
 class Mlp(nn.Module):
@@ -147,7 +156,7 @@ class Mlp(nn.Module):
       **kinds,
       name='up',
     )(x)
-    h = jax.nn.gelu(h, approximate=False)
+    h = jax.nn.gelu(keep(h, UP), approximate=False)
     return Projection(
       'BPF,FD->BPD',
       (c.mlp_dim, c.width),
@@ -174,7 +183,7 @@ class VisionTransformer(nn.Module):
     param_dtype: of parameters.
     remat: policy of the blocks.
     unroll: blocks in a step of their scan.
-    capture: also return the activations after `ln_pre`.
+    attention: kernel, see `QwenVLConfig`.
   """
 
   config: VisionConfig
@@ -182,6 +191,7 @@ class VisionTransformer(nn.Module):
   param_dtype: Any = jnp.float32
   remat: str = 'none'
   unroll: int = 1
+  attention: str = 'auto'
 
   @nn.compact
   def __call__(self, pixels):
@@ -214,21 +224,22 @@ class VisionTransformer(nn.Module):
     x = Projection(
       'BPijc,ijcD->BPD',
       (c.patch_size, c.patch_size, 3, c.width),
-      ('patch', 'patch', 'patch', 'embed'),
+      ('patch_rows', 'patch_columns', 'colours', 'embed'),
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       name='patch_embed',
     )(patches)
     positions = self.param(
       'pos_embed',
-      nn.with_logical_partitioning(_sincos, ('patch', 'embed')),
+      nn.with_logical_partitioning(_sincos, ('positions', 'embed')),
       (c.position_grid**2, c.width),
       self.param_dtype,
     )
+    positions = gathered(positions, ('positions', 'embed'))
     x = x + resize_positions(positions, grid).astype(self.dtype)
     x = LayerNorm(c.norm_eps, self.param_dtype, name='ln_pre')(x)
     self.sow('intermediates', 'after_ln_pre', x)
-    x = nn.with_logical_constraint(x, ('batch', 'patches', 'embed_act'))
+    x = constrain(x, 'batch', 'patches', 'embed_act')
     is_global = jnp.arange(c.layers) % c.global_every == c.global_every - 1
     blocks = nn.scan(
       remat(Block, self.remat),
@@ -237,6 +248,8 @@ class VisionTransformer(nn.Module):
       length=c.layers,
       unroll=self.unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(c, self.dtype, self.param_dtype, grid, name='blocks')
+    )(
+      c, self.dtype, self.param_dtype, grid, self.attention, name='blocks'
+    )
     x, _ = blocks(x, is_global)
     return x

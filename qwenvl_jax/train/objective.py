@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.batch import Batch, text_batch
+from qwenvl_jax.errors import DataError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.layers import default_init
 from qwenvl_jax.model.qwen_vl import QwenVL
@@ -50,9 +51,30 @@ class NextToken:
   """The Qwen-VL objective: the next token, of every stage.
 
   Batches hold the fields of `Batch`.
+
+  Attributes:
+    config: of the model.
+    branches: whether rows may have branches (`Batch.branch_ids`). Without,
+      attention may take the kernel that keeps segments apart and no more;
+      `check` sees to it that there are none.
   """
 
   config: QwenVLConfig
+  branches: bool = True
+
+  def check(self, batch: dict[str, np.ndarray]) -> None:
+    """Looks at a batch on the host, before it is sent to the devices.
+
+    Raises:
+      DataError: rows have branches that the model has been told not to expect.
+    """
+    if not self.branches and np.any(batch['branch_ids']):
+      row = int(np.argmax(np.any(batch['branch_ids'], axis=1)))
+      raise DataError(
+        f'row {row} of the batch has branches (questions that share a '
+        'picture), but NextToken.branches is 0: set BRANCHES to the number '
+        'that the formats have, or to 0 for all'
+      )
 
   def init(self, key: jax.Array) -> Any:
     batch = text_batch(np.zeros((1, 1), np.int32))
@@ -60,6 +82,8 @@ class NextToken:
 
   def loss(self, params, batch):
     batch = Batch(**batch)
+    if not self.branches:
+      batch = dataclasses.replace(batch, branch_ids=None)
     logits = QwenVL(self.config).apply({'params': params}, batch)
     loss, weight = next_token_loss(logits, batch.targets, batch.loss_weights)
     counts = {
@@ -145,7 +169,13 @@ class _PatchHead(nn.Module):
   def __call__(self, pixels):
     c = self.config
     x = VisionTransformer(
-      c.vision, c.dtype, c.param_dtype, c.remat, c.unroll, name='vision'
+      c.vision,
+      c.dtype,
+      c.param_dtype,
+      c.vision_remat or c.remat,
+      c.unroll,
+      c.attention,
+      name='vision',
     )(pixels)
     head = self.param(
       'head', default_init, (c.vision.width, self.outputs), c.param_dtype

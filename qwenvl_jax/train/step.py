@@ -72,6 +72,23 @@ def _microbatches(batch: Any, count: int, mesh: Mesh) -> Any:
   return jax.tree.map(deal, batch)
 
 
+def _working_copy(trained: Any, dtype: Any) -> Any:
+  """The matrices in the dtype that they are multiplied in.
+
+  Once a step rather than once a use, and before they are gathered: without the
+  barrier the compiler may gather float32 and convert what it got.
+  """
+
+  def cast(path, x):
+    return x.astype(dtype) if path[-1].key == 'kernel' else x
+
+  if all(x.dtype == dtype for x in jax.tree.leaves(trained)):
+    return trained
+  return jax.lax.optimization_barrier(
+    jax.tree_util.tree_map_with_path(cast, trained)
+  )
+
+
 def accumulate(
   objective: Objective,
   trained: Any,
@@ -82,6 +99,9 @@ def accumulate(
 ) -> tuple[Any, jax.Array, jax.Array, dict[str, jax.Array]]:
   """Sums of loss, gradient and counts over the microbatches of a batch.
 
+  The gradient of a microbatch has the dtype of the computation, the sum that of
+  the parameters.
+
   Returns:
     (gradient of the summed loss, summed loss, summed weight, other sums).
   """
@@ -90,10 +110,13 @@ def accumulate(
     total, weight, sums = objective.loss(merge(trained, frozen), rows)
     return total, (weight, sums)
 
+  working = _working_copy(trained, objective.config.dtype)
+
   def one(rows):
     (total, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
-      trained, rows
+      working, rows
     )
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, trained)
     return grads, total, weight, sums
 
   if accumulation == 1:
