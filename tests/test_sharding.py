@@ -1,3 +1,4 @@
+import math
 import pathlib
 
 import flax.linen as nn
@@ -5,7 +6,15 @@ import jax
 import pytest
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.sharding import MeshConfig, make_mesh, param_shardings
+from qwenvl_jax.model.config import qwen_vl_7b
+from qwenvl_jax.sharding import (
+  MESH_AXES,
+  MeshConfig,
+  make_mesh,
+  param_shardings,
+  param_spec,
+)
+from qwenvl_jax.train.objective import NextToken
 
 
 def test_sizes_of_a_mesh():
@@ -21,6 +30,8 @@ def test_sizes_of_a_mesh():
     (MeshConfig(data=2, fsdp=2, tensor=1), 8, 'must multiply to 8'),
     (MeshConfig(data=-1), 8, 'at most one is -1'),
     (MeshConfig(data=0), 8, 'sizes are positive'),
+    (MeshConfig(fsdp=3, tensor=2), 8, r'\(data=1, fsdp=4, tensor=2\)'),
+    (MeshConfig(inner=3), 8, r'fsdp=8 .* is one of \[1, 2, 4, 8\]'),
   ],
 )
 def test_meshes_that_do_not_fit_say_what_would(config, devices, said):
@@ -34,19 +45,83 @@ def test_an_axis_without_a_rule_is_a_bug():
     param_shardings({'a': leaf}, make_mesh())
 
 
+def spec(shape, names, mesh=(1, 16, 16, 1)):
+  mesh = jax.sharding.AbstractMesh(mesh, MESH_AXES)
+  return tuple(param_spec(names, shape, mesh))
+
+
+BOTH = ('fsdp', 'inner')
+
+
+def test_parameters_are_split_evenly_and_where_it_costs_no_padding():
+  project = ('layers', 'embed', 'heads', 'head_dim')
+  back = ('layers', 'heads', 'head_dim', 'embed')
+  # 4096 / 256 along one axis; the last one would be padded from 16 to 128.
+  assert spec((32, 4096, 32, 128), project) == (None, BOTH, None, None)
+  assert spec((32, 32, 128, 4096), back) == (
+    None,
+    ('fsdp',),
+    ('inner',),
+    None,
+  )
+  # 1664 does not divide by 256, but by 16, and so do 16 heads.
+  assert spec((48, 1664, 16, 104), project) == (
+    None,
+    ('fsdp',),
+    ('inner',),
+    None,
+  )
+  # Look-ups want whole rows of the columns that a chip has.
+  assert spec((151936, 4096), ('vocab_rows', 'embed')) == (
+    ('fsdp',),
+    ('inner',),
+  )
+  # Vectors are not worth a gather.
+  assert spec((32, 4096), ('layers', 'norm')) == (None, None)
+  assert spec((48, 1664), ('layers', 'embed')) == (None, None)
+  # What no axis divides stays whole.
+  assert spec((3, 5), ('embed', 'mlp')) == (None, None)
+
+
+def test_tensor_splits_work_first():
+  assert spec((32, 4096, 11008), ('layers', 'embed', 'mlp'), (1, 8, 1, 4)) == (
+    None,
+    ('fsdp',),
+    ('tensor',),
+  )
+
+
+def test_all_of_the_release_is_split():
+  """No chip of 256 holds more than 1.06 times its share."""
+  boxed = jax.eval_shape(NextToken(qwen_vl_7b()).init, jax.random.key(0))
+  mesh = jax.sharding.AbstractMesh((1, 16, 16, 1), MESH_AXES)
+  whole = share = 0
+  for leaf in jax.tree.leaves(
+    boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+  ):
+    parts = param_spec(leaf.names, leaf.value.shape, mesh)
+    ways = math.prod(mesh.shape[a] for axes in parts for a in axes or ())
+    whole += leaf.value.size
+    share += leaf.value.size / ways
+  assert share < 1.06 * whole / 256
+
+
 SHARDED = """
 import os, sys
 # Compiling is most of the time here.
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 sys.path.insert(0, {here!r})
 import jax, numpy as np, standin
-from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
+from qwenvl_jax.model.attention import attend, causal_mask
+from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch, use_mesh
 from qwenvl_jax.train import init, objective, optimizer, state, step
 
-model = objective.NextToken(standin.small_config())
-config = optimizer.OptimizerConfig(1e-3, 1e-4, 1, 10, vision_layer_decay=0.9)
-
-def run(mesh):
+def run(mesh, trainable, remat='none'):
+  model = objective.NextToken(standin.small_config(remat=remat))
+  decay = 0.9 if 'vision/.*' in trainable or '.*' in trainable else None
+  config = optimizer.OptimizerConfig(
+    1e-3, 1e-4, 1, 10, vision_layer_decay=decay, trainable=trainable
+  )
   target = state.abstract_params(model, config, mesh)
   params = init.initial_params(model, target, init.InitFrom(), 0)
   begun = jax.device_get(params)
@@ -58,20 +133,52 @@ def run(mesh):
     s, m = f(s, put_batch(standin.rows(k, 16), mesh))
     metrics.append((float(m['loss']), float(m['grad_norm'])))
   assert jax.tree.map(lambda x: x.sharding, s) == where
-  return begun, s, np.array(metrics)
+  for path, x in jax.tree_util.tree_leaves_with_path(s.trained):
+    if x.size >= 256 and x.ndim > 1:
+      assert not x.sharding.is_fully_replicated, path
+  for path, x in jax.tree_util.tree_leaves_with_path(s.opt_state[1].mu):
+    assert x.sharding == dict(
+      jax.tree_util.tree_leaves_with_path(where.trained)
+    )[path]
+  return begun, np.array(metrics), jax.device_get(s.params)
 
-alone = run(make_mesh(MeshConfig(), jax.devices()[:1]))
-for sizes in ((2, 2, 2), (1, 4, 2)):
-  together = run(make_mesh(MeshConfig(*sizes)))
-  for a, b in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(together[0])):
-    np.testing.assert_array_equal(a, b)  # Random numbers know no mesh.
-  np.testing.assert_allclose(
-    alone[2], together[2], rtol=1e-4, err_msg=str(sizes)
-  )
-  def kernel(tree):
-    return tree['decoder']['blocks']['mlp']['up']['kernel'].sharding
-  assert not kernel(together[1].trained).is_fully_replicated
-  assert kernel(together[1].opt_state[1].mu) == kernel(together[1].trained)
+def attention():
+  # Each device runs the kernel on its own rows and heads.
+  q, k, v = np.random.default_rng(0).normal(size=(3, 4, 128, 2, 8))
+  segments = np.repeat([[1, 2]], 64, axis=1).repeat(4, axis=0)
+  def out(kernel):
+    return attend(q, k, v, causal_mask(segments, None, kernel))
+  with use_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    np.testing.assert_allclose(
+      jax.jit(out, static_argnums=0)('splash'), out('xla'), atol=2e-5
+    )
+
+attention()
+STAGES = {{
+  1: ('vision/.*', 'adapter/.*'), 2: ('.*',), 3: ('adapter/.*', 'decoder/.*'),
+}}
+for stage, meshes in (
+  (2, ((2, 2, 2, 1), (1, 4, 2, 2), (1, 8, 1, 2))),
+  (1, ((2, 4, 1, 2),)),
+  (3, ((1, 4, 2, 2),)),
+):
+  alone = run(make_mesh(MeshConfig(), jax.devices()[:1]), STAGES[stage])
+  for sizes in meshes:
+    mesh = make_mesh(MeshConfig(*sizes))
+    remat = 'products' if sizes[1] == 4 else 'none'
+    together = run(mesh, STAGES[stage], remat)
+    for a, b in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(together[0])):
+      np.testing.assert_array_equal(a, b)  # Random numbers know no mesh.
+    np.testing.assert_allclose(
+      alone[1], together[1], rtol=1e-4, err_msg=str((stage, sizes))
+    )
+    for a, b in zip(jax.tree.leaves(alone[2]), jax.tree.leaves(together[2])):
+      # Adam's first steps are of the learning rate's size, 1e-3.
+      np.testing.assert_allclose(a, b, atol=2e-5, err_msg=str((stage, sizes)))
+    with use_mesh(mesh):
+      jax.eval_shape(
+        objective.NextToken(standin.small_config()).init, jax.random.key(0)
+      )
 """
 
 

@@ -1,6 +1,5 @@
 """Where parameters go when a mesh is in use."""
 
-import flax.linen as nn
 import jax
 
 from qwenvl_jax.batch import text_batch
@@ -18,9 +17,7 @@ def shardings_in_use(config: QwenVLConfig) -> dict | None:
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return None
-  # Only shapes and names are wanted: no axis is to be split while it traces.
-  with nn.logical_axis_rules(()):
-    boxed = jax.eval_shape(
-      QwenVL(config).init, jax.random.key(0), text_batch([[0]])
-    )
+  boxed = jax.eval_shape(
+    QwenVL(config).init, jax.random.key(0), text_batch([[0]])
+  )
   return param_shardings(boxed['params'], mesh)

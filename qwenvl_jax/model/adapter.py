@@ -147,6 +147,4 @@ class Adapter(nn.Module):
       (c.dim, c.dim),
       self.param_dtype,
     )
-    return contract(
-      out, gathered(proj.astype(self.dtype), ('embed', 'mlp'))
-    )
+    return contract(out, gathered(proj.astype(self.dtype), ('embed', 'mlp')))

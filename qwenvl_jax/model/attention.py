@@ -6,7 +6,6 @@ cannot do. Softmax is float32 in both.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp

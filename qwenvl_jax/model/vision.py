@@ -248,8 +248,6 @@ class VisionTransformer(nn.Module):
       length=c.layers,
       unroll=self.unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(
-      c, self.dtype, self.param_dtype, grid, self.attention, name='blocks'
-    )
+    )(c, self.dtype, self.param_dtype, grid, self.attention, name='blocks')
     x, _ = blocks(x, is_global)
     return x

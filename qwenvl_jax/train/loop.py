@@ -271,7 +271,7 @@ class _Run:
     while step_number < stop:
       self._stop_if_asked(step_number, state, iterator)
       began = time.perf_counter()
-      batch = put_batch(_next(iterator, step_number, stop), self._mesh)
+      batch = self._put(_next(iterator, step_number, stop))
       dispatched = time.perf_counter()
       self._window.waited += dispatched - began
       state, metrics = step(state, batch)
@@ -293,6 +293,12 @@ class _Run:
     self._settle(stop)
     self._checkpoints.finish()
     return state
+
+  def _put(self, batch: dict) -> dict:
+    check = getattr(self._config.objective, 'check', None)
+    if check is not None:
+      check(batch)
+    return put_batch(batch, self._mesh)
 
   def _settle(self, stop: int) -> None:
     """Reads the metrics of the last step that was sent off."""
@@ -329,7 +335,7 @@ class _Run:
       batch = next(iterator, None)
       if batch is None:
         break
-      sums = self._heldout_loss(params, put_batch(batch, self._mesh))
+      sums = self._heldout_loss(params, self._put(batch))
       loss, weight_here = jax.device_get(sums)
       total, weight = total + float(loss), weight + float(weight_here)
     loss = total / weight if weight else float('nan')

@@ -16,6 +16,7 @@ from qwenvl_jax.sharding import (
   replicated,
   use_mesh,
 )
+from qwenvl_jax.train.compiler import compiler_options
 from qwenvl_jax.train.objective import Objective
 from qwenvl_jax.train.optimizer import (
   OptimizerConfig,
@@ -239,6 +240,7 @@ def compile_step(
     in_shardings=(shardings, batch_sharding(mesh)),
     out_shardings=(shardings, replicated(mesh)),
     donate_argnums=0,
+    compiler_options=compiler_options(mesh),
   )
 
   def run(state, batch):

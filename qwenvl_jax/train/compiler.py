@@ -1,0 +1,41 @@
+"""Options of the TPU compiler for a training step, by generation of chip.
+
+What each of them gave is in docs/pods.md. Further ones, for an experiment, go
+into the environment: LIBTPU_INIT_ARGS=--xla_tpu_...
+"""
+
+from jax.sharding import Mesh
+
+# Lets collectives run beside the products that do not need their results.
+_OVERLAP = {
+  'xla_tpu_enable_async_collective_fusion': True,
+  'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
+  'xla_tpu_enable_async_collective_fusion_multiple_steps': True,
+  'xla_tpu_overlap_compute_collective_tc': True,
+  'xla_enable_async_all_gather': True,
+}
+_OPTIONS = {
+  # v5e and v6e
+  'lite': {
+    'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
+    'xla_enable_async_all_reduce': True,
+    'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': True,
+  },
+  # v4 and v5p
+  'full': {
+    **_OVERLAP,
+    'xla_tpu_enable_data_parallel_all_reduce_opt': True,
+    'xla_tpu_data_parallel_opt_different_sized_ops': True,
+    'xla_tpu_megacore_fusion_allow_ags': False,
+    'xla_enable_async_collective_permute': True,
+    'xla_tpu_enable_ag_backward_pipelining': True,
+  },
+}
+
+
+def compiler_options(mesh: Mesh) -> dict | None:
+  """Options for the chips of a mesh, None where there is nothing to say."""
+  device = mesh.devices.flat[0]
+  if device.platform != 'tpu' or mesh.size == 1:
+    return None
+  return _OPTIONS['lite' if 'lite' in device.device_kind else 'full']
