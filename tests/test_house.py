@@ -18,7 +18,7 @@ ROOMS = {
   'batch': (),
   'errors': (),
   'text': (),
-  'model': (),
+  'model': ('sharding',),
   'sharding': (),
   'entry': (),
   'conversion': ('model', 'text', 'sharding'),

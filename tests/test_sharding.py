@@ -1,3 +1,4 @@
+import itertools
 import math
 import pathlib
 
@@ -60,21 +61,21 @@ def test_parameters_are_split_evenly_and_where_it_costs_no_padding():
   assert spec((32, 4096, 32, 128), project) == (None, BOTH, None, None)
   assert spec((32, 32, 128, 4096), back) == (
     None,
-    ('fsdp',),
-    ('inner',),
+    'fsdp',
+    'inner',
     None,
   )
   # 1664 does not divide by 256, but by 16, and so do 16 heads.
   assert spec((48, 1664, 16, 104), project) == (
     None,
-    ('fsdp',),
-    ('inner',),
+    'fsdp',
+    'inner',
     None,
   )
   # Look-ups want whole rows of the columns that a chip has.
   assert spec((151936, 4096), ('vocab_rows', 'embed')) == (
-    ('fsdp',),
-    ('inner',),
+    'fsdp',
+    'inner',
   )
   # Vectors are not worth a gather.
   assert spec((32, 4096), ('layers', 'norm')) == (None, None)
@@ -86,8 +87,8 @@ def test_parameters_are_split_evenly_and_where_it_costs_no_padding():
 def test_tensor_splits_work_first():
   assert spec((32, 4096, 11008), ('layers', 'embed', 'mlp'), (1, 8, 1, 4)) == (
     None,
-    ('fsdp',),
-    ('tensor',),
+    'fsdp',
+    'tensor',
   )
 
 
@@ -100,7 +101,8 @@ def test_all_of_the_release_is_split():
     boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
   ):
     parts = param_spec(leaf.names, leaf.value.shape, mesh)
-    ways = math.prod(mesh.shape[a] for axes in parts for a in axes or ())
+    axes = [(a,) if isinstance(a, str) else a or () for a in parts]
+    ways = math.prod(mesh.shape[a] for a in itertools.chain(*axes))
     whole += leaf.value.size
     share += leaf.value.size / ways
   assert share < 1.06 * whole / 256
@@ -134,17 +136,16 @@ def run(mesh, trainable, remat='none'):
     metrics.append((float(m['loss']), float(m['grad_norm'])))
   assert jax.tree.map(lambda x: x.sharding, s) == where
   for path, x in jax.tree_util.tree_leaves_with_path(s.trained):
-    if x.size >= 256 and x.ndim > 1:
+    if 'blocks' in str(path) and path[-1].key == 'kernel' and mesh.size > 1:
       assert not x.sharding.is_fully_replicated, path
-  for path, x in jax.tree_util.tree_leaves_with_path(s.opt_state[1].mu):
-    assert x.sharding == dict(
-      jax.tree_util.tree_leaves_with_path(where.trained)
-    )[path]
+  places = jax.tree.leaves(where.trained)
+  assert jax.tree.leaves(where.opt_state[1].mu) == places
   return begun, np.array(metrics), jax.device_get(s.params)
 
 def attention():
   # Each device runs the kernel on its own rows and heads.
-  q, k, v = np.random.default_rng(0).normal(size=(3, 4, 128, 2, 8))
+  rng = np.random.default_rng(0)
+  q, k, v = rng.normal(size=(3, 4, 128, 2, 8)).astype(np.float32)
   segments = np.repeat([[1, 2]], 64, axis=1).repeat(4, axis=0)
   def out(kernel):
     return attend(q, k, v, causal_mask(segments, None, kernel))
@@ -158,9 +159,9 @@ STAGES = {{
   1: ('vision/.*', 'adapter/.*'), 2: ('.*',), 3: ('adapter/.*', 'decoder/.*'),
 }}
 for stage, meshes in (
-  (2, ((2, 2, 2, 1), (1, 4, 2, 2), (1, 8, 1, 2))),
+  (2, ((2, 2, 2, 1), (1, 4, 2, 2))),
   (1, ((2, 4, 1, 2),)),
-  (3, ((1, 4, 2, 2),)),
+  (3, ((1, 8, 1, 2),)),
 ):
   alone = run(make_mesh(MeshConfig(), jax.devices()[:1]), STAGES[stage])
   for sizes in meshes:

@@ -15,11 +15,10 @@ from qwenvl_jax.model.config import AdapterConfig
 from qwenvl_jax.model.layers import (
   LayerNorm,
   Projection,
-  contract,
   default_init,
 )
 from qwenvl_jax.model.positions import resize_positions, sincos_positions
-from qwenvl_jax.sharding import constrain, gathered
+from qwenvl_jax.sharding import constrain, gathered, multiply
 
 
 def _scaled_identity(scale: float):
@@ -147,4 +146,4 @@ class Adapter(nn.Module):
       (c.dim, c.dim),
       self.param_dtype,
     )
-    return contract(out, gathered(proj.astype(self.dtype), ('embed', 'mlp')))
+    return multiply(out, proj.astype(self.dtype), ('embed', 'mlp'), 1)
