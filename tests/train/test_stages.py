@@ -1,9 +1,12 @@
 """The stages' configs say what Table 8 of the paper says."""
 
+import jax
 import pytest
 
 from qwenvl_jax import entry
+from qwenvl_jax.sharding import MESH_AXES
 from qwenvl_jax.train.loop import TrainConfig
+from qwenvl_jax.train.step import check_batch
 
 # Stage: trained, resolution, length, peak, end, layer decay, steps, warm-up,
 # global batch, accumulation, model parallel.
@@ -23,11 +26,18 @@ TABLE_8 = {
 }
 
 
-def stage(name):
+TOPOLOGY_FILES = sorted(
+  path
+  for path in (entry.CONFIGS / 'topology').glob('*/*.gin')
+  if path.name != 'mesh.gin'
+)
+
+
+def stage(name, *more):
   given = ['INIT="i"']
   if name.startswith('stage1'):
     given = ['VISION="v"', 'DECODER="d"']
-  entry.load([f'{name}.gin'], ['STREAMS=[]', *given])
+  entry.load([f'{name}.gin', *more], ['STREAMS=[]', *given])
   return entry.build(TrainConfig)
 
 
@@ -73,6 +83,20 @@ def test_packing_changes_rows_only(packed, unpacked, samples_a_row):
   # As many images as a row has room for.
   length = packed.data.sequence_length
   assert packed.data.image_slots == length // (packed.data.image_tokens + 2)
+
+
+@pytest.mark.parametrize(
+  'file', TOPOLOGY_FILES, ids=lambda file: '/'.join(file.parts[-2:])
+)
+def test_batches_split_over_their_pods(file):
+  """configs/topology/GENERATION_CHIPS/STAGE.gin, after STAGE.gin."""
+  folder, name = file.parts[-2:]
+  c = stage(file.stem, f'topology/{folder}/{name}')
+  data, fsdp, tensor = c.mesh.sizes(int(folder.split('_')[1]))
+  inner = c.mesh.inner
+  sizes = (data, fsdp // inner, inner, tensor)
+  mesh = jax.sharding.AbstractMesh(sizes, MESH_AXES)
+  check_batch(c.data.batch_size, c.accumulation, mesh)
 
 
 def test_where_stages_start():
