@@ -195,11 +195,6 @@ def data_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def param_shards(mesh: Mesh) -> int:
-  """How many ways parameters are split."""
-  return math.prod(mesh.shape[axis] for axis in (*FSDP_AXES, 'tensor'))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
@@ -235,8 +230,8 @@ def param_spec(
   'tensor' splits what the table says. 'fsdp' and 'inner' split the axes of a
   matrix that leave the smallest shards, padding to the tiles of a TPU included
   (a width of 4096 split 256 ways as the last axis would be padded 8 times), the
-  fewest of them, the first where that is undecided. No axis is split unevenly;
-  vectors stay whole.
+  fewest of them, the first where that is undecided. No axis is split unevenly.
+  Vectors are split by layers, if they are stacked.
 
   Args:
     names: logical axes.
@@ -257,6 +252,13 @@ def param_spec(
   matrix = sum(name != 'layers' for name in names) > 1 and 'embed' in names
   if matrix:
     _split_least(rules, taken, left, mesh)
+  elif 'layers' in names:
+    axis = list(names).index('layers')
+    for candidate in (FSDP_AXES, *((a,) for a in FSDP_AXES)):
+      count = math.prod(mesh.shape[a] for a in candidate)
+      if count > 1 and shape[axis] % count == 0:
+        taken[axis] = candidate
+        break
   return PartitionSpec(*(axes or None for axes in taken))
 
 
@@ -485,6 +487,23 @@ def _multiply_backward(names, axes, saved, gradient):
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def whole_vectors(params: Any) -> Any:
+  """Gathers norms' scales and all biases, which layers use as they are.
+
+  Args:
+    params: nested dict.
+  """
+  if not splits_params():
+    return params
+
+  def place(path, x):
+    if path[-1].key not in ('bias', 'scale'):
+      return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(place, params)
 
 
 def take_rows(

@@ -77,9 +77,10 @@ def test_parameters_are_split_evenly_and_where_it_costs_no_padding():
     'fsdp',
     'inner',
   )
-  # Vectors are not worth a gather.
-  assert spec((32, 4096), ('layers', 'norm')) == (None, None)
-  assert spec((48, 1664), ('layers', 'embed')) == (None, None)
+  # Vectors by layers: the state of those of all layers is 5% of a chip's.
+  assert spec((32, 4096), ('layers', 'norm')) == ('fsdp', None)
+  assert spec((48, 1664), ('layers', 'embed')) == ('fsdp', None)
+  assert spec((4096,), ('norm',)) == (None,)
   # What no axis divides stays whole.
   assert spec((3, 5), ('embed', 'mlp')) == (None, None)
 
@@ -140,7 +141,7 @@ def run(mesh, trainable, remat='none'):
       assert not x.sharding.is_fully_replicated, path
   places = jax.tree.leaves(where.trained)
   assert jax.tree.leaves(where.opt_state[1].mu) == places
-  return begun, np.array(metrics), jax.device_get(s.params)
+  return begun, np.array(metrics), jax.device_get(s.opt_state[1].mu)
 
 def attention():
   # Each device runs the kernel on its own rows and heads.
@@ -159,9 +160,7 @@ STAGES = {{
   1: ('vision/.*', 'adapter/.*'), 2: ('.*',), 3: ('adapter/.*', 'decoder/.*'),
 }}
 for stage, meshes in (
-  (2, ((2, 2, 2, 1), (1, 4, 2, 2))),
-  (1, ((2, 4, 1, 2),)),
-  (3, ((1, 8, 1, 2),)),
+  (2, ((2, 2, 2, 1),)), (1, ((1, 8, 1, 2),)), (3, ((1, 4, 2, 2),))
 ):
   alone = run(make_mesh(MeshConfig(), jax.devices()[:1]), STAGES[stage])
   for sizes in meshes:
@@ -173,9 +172,13 @@ for stage, meshes in (
     np.testing.assert_allclose(
       alone[1], together[1], rtol=1e-4, err_msg=str((stage, sizes))
     )
-    for a, b in zip(jax.tree.leaves(alone[2]), jax.tree.leaves(together[2])):
-      # Adam's first steps are of the learning rate's size, 1e-3.
-      np.testing.assert_allclose(a, b, atol=2e-5, err_msg=str((stage, sizes)))
+    # The mean of the gradients. Some are zero but for rounding: a bias on all
+    # keys changes nothing.
+    leaves = [jax.tree.leaves(x) for x in (alone[2], together[2])]
+    floor = 1e-3 * max(np.abs(a).max() for a in leaves[0])
+    for a, b in zip(*leaves):
+      scale = max(np.abs(a).max(), floor)
+      assert np.abs(a - b).max() < 2e-4 * scale, (stage, sizes, a.shape)
     with use_mesh(mesh):
       jax.eval_shape(
         objective.NextToken(standin.small_config()).init, jax.random.key(0)

@@ -85,7 +85,7 @@ class Adapter(nn.Module):
       (c.queries, c.dim),
       self.param_dtype,
     )
-    query = gathered(query, ('queries', 'embed'))
+    query = gathered(query.astype(self.dtype), ('queries', 'embed'))
     positions = gathered(positions, ('queries', 'embed'))
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
 
@@ -105,7 +105,7 @@ class Adapter(nn.Module):
     # over the mesh's axes in the backward pass otherwise (openxla/xla#40034).
     kv = constrain(kv, 'batch', 'patches', 'embed_act')
     kv = norm('ln_kv')(kv)
-    q = norm('ln_q')(query.astype(self.dtype))
+    q = norm('ln_q')(query)
     q = jnp.broadcast_to(
       q + positions.astype(self.dtype), (x.shape[0], c.queries, c.dim)
     )

@@ -15,6 +15,7 @@ from qwenvl_jax.sharding import (
   data_shards,
   replicated,
   use_mesh,
+  whole_vectors,
 )
 from qwenvl_jax.train.compiler import compiler_options
 from qwenvl_jax.train.objective import Objective
@@ -112,6 +113,7 @@ def accumulate(
     return total, (weight, sums)
 
   working = _working_copy(trained, objective.config.dtype)
+  working, frozen = whole_vectors(working), whole_vectors(frozen)
 
   def one(rows):
     (total, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
