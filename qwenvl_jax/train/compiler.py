@@ -1,6 +1,6 @@
 """Options of the TPU compiler for a training step, by generation of chip.
 
-What each of them gave is in docs/pods.md. Further ones, for an experiment, go
+Others' measurements chose them. Further ones, for an experiment, go
 into the environment: LIBTPU_INIT_ARGS=--xla_tpu_...
 """
 
