@@ -385,16 +385,19 @@ def _whole(kernel, split, kept=('tensor',)):
 def _scattered(partial, split):
   """The inverse of `_whole` for gradients: sums over chips, each gets its part.
 
-  Within `shard_map` over BATCH_AXES, of which 'data' only sums.
+  Within `shard_map` over BATCH_AXES, of which 'data' only sums. One axis after
+  the other, each along a side of the torus: of both at once, a TPU makes an
+  all-reduce.
   """
   for i, entry in enumerate(split):
-    axes = tuple(a for a in _names(entry) if a in FSDP_AXES)
-    if axes:
-      partial = jax.lax.psum_scatter(
-        partial, axes, scatter_dimension=i, tiled=True
-      )
+    for axis in _names(entry):
+      if axis in FSDP_AXES:
+        partial = jax.lax.psum_scatter(
+          partial, axis, scatter_dimension=i, tiled=True
+        )
+  sizes = mesh_in_use().shape
   used = {a for entry in split for a in _names(entry)}
-  rest = tuple(a for a in BATCH_AXES if a not in used)
+  rest = tuple(a for a in BATCH_AXES if a not in used and sizes[a] > 1)
   return jax.lax.psum(partial, rest) if rest else partial
 
 
