@@ -3,8 +3,8 @@
 The compiler writes beside most operations how many cycles it expects them to
 take. Collectives carry no estimate: they take their bytes over the bandwidth of
 the links, which serve one after the other. Attention kernels carry none either:
-they take their FLOPs at half of the chip's peak. Nothing of this was measured on
-a chip; it is an estimate and named so.
+they take their FLOPs at half of the chip's peak. Nothing of this was measured
+on a chip; it is an estimate and named so.
 """
 
 import collections

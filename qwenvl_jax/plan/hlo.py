@@ -210,9 +210,9 @@ def trips(program: Program, loop: Instruction) -> int:
   """How often a loop's body runs.
 
   XLA notes it beside the loop, or it follows from the counter, which starts at
-  0: what the body adds to it and what the condition compares it with. A loop whose
-  length depends on values, as that of a decoder that may stop early, counts
-  once.
+  0: from what the body adds to it and what the condition compares it with. A
+  loop whose length depends on values, as that of a decoder that may stop early,
+  counts once.
   """
   known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
   if known:

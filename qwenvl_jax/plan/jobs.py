@@ -9,18 +9,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.batch import Batch
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.infer import generate
+from qwenvl_jax.infer.sampling import Chooser, Sampling
+from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.plan.model_flops import Work
 from qwenvl_jax.sharding import (
+  BATCH_AXES,
   batch_sharding,
   data_shards,
   make_mesh,
+  replicated,
   use_mesh,
 )
 from qwenvl_jax.train.loop import TrainConfig
@@ -62,13 +69,23 @@ class Job:
   ideal_argument_bytes: float
 
 
-def make(what: str, config: TrainConfig, devices: Sequence) -> Job:
+def make(
+  what: str,
+  config: TrainConfig,
+  devices: Sequence,
+  rows: int | None = None,
+  length: int | None = None,
+) -> Job:
   """The program of a configuration for these devices.
 
   Args:
     what: one of `WHATS`.
     config: of a training run; its data need not be there.
     devices: from `topology.devices`.
+    rows: of 'eval', 'prefill' and 'decode', all chips together; None for those
+      of a microbatch in 'eval', else one for each shard of the batch.
+    length: tokens of the prompts in 'prefill', slots of the cache in 'decode';
+      None for the length of a training row.
 
   Raises:
     ConfigError: a mesh or a batch that the devices do not allow, or a
@@ -81,12 +98,31 @@ def make(what: str, config: TrainConfig, devices: Sequence) -> Job:
       f'pipeline.Pipeline), not {type(objective).__name__} on '
       f'{type(data).__name__}'
     )
+  for name, value in (('rows', rows), ('length', length)):
+    if value is not None and (what == 'train' or value < 1):
+      raise ConfigError(
+        f'--{name}={value}: '
+        + (
+          'must be at least 1'
+          if value < 1
+          else f'the configuration says that of a training step '
+          f'(Pipeline.batch_size={data.batch_size}, '
+          f'sequence_length={data.sequence_length})'
+        )
+      )
   mesh = make_mesh(config.mesh, devices)
   if what == 'train':
     return _train(config, mesh)
   if what == 'eval':
-    return _eval(config, mesh)
-  raise ConfigError(f'--what={what}: there is {", ".join(WHATS)}')
+    rows = data.batch_size // config.accumulation if rows is None else rows
+    return _eval(config, mesh, rows)
+  make_inference = _prefill if what == 'prefill' else _decode
+  return make_inference(
+    config,
+    mesh,
+    rows or data_shards(mesh),
+    length or data.sequence_length,
+  )
 
 
 def abstract_batch(data: Pipeline, mesh: Mesh) -> dict[str, Any]:
@@ -138,11 +174,12 @@ def _train(config: TrainConfig, mesh: Mesh) -> Job:
   )
 
 
-def _eval(config: TrainConfig, mesh: Mesh) -> Job:
-  """The loss on held-out data, a whole batch at a time."""
-  check_batch(config.data.batch_size, 1, mesh)
+def _eval(config: TrainConfig, mesh: Mesh, rows: int) -> Job:
+  """The loss on held-out data."""
+  check_batch(rows, 1, mesh)
+  data = dataclasses.replace(config.data, batch_size=rows)
   params = abstract_params(config.objective, config.optimizer, mesh)
-  batch = abstract_batch(config.data, mesh)
+  batch = abstract_batch(data, mesh)
   loss = compile_loss(config.objective, mesh, params)
 
   def lower():
@@ -156,10 +193,111 @@ def _eval(config: TrainConfig, mesh: Mesh) -> Job:
     mesh,
     params,
     frozenset(),
-    _work(config.data),
+    _work(data),
     1,
     None,
     _ideal_bytes(params, batch, mesh),
+  )
+
+
+def _prefill(config: TrainConfig, mesh: Mesh, rows: int, length: int) -> Job:
+  """Reading prompts, with their images, into a new cache."""
+  check_batch(rows, 1, mesh)
+  data = dataclasses.replace(
+    config.data, batch_size=rows, sequence_length=length
+  )
+  model = QwenVL(config.objective.config)
+  params = _inference_params(config, mesh)
+  batch = abstract_batch(data, mesh)
+
+  def read(params, batch):
+    batch = Batch(**batch)
+    lengths = jnp.sum(batch.segment_ids, axis=1)
+    cache = KVCache.create(model.config, rows, length, lengths)
+    return model.apply({'params': params}, batch, cache, method='extend')
+
+  cache = _abstract_cache(model.config, rows, length, mesh)
+  places = jax.tree.map(lambda x: x.sharding, cache)
+  program = jax.jit(read, out_shardings=(batch_sharding(mesh), places))
+
+  def lower():
+    with use_mesh(mesh):
+      return program.lower(params, batch)
+
+  return Job(
+    'prefill',
+    model.config,
+    lower,
+    mesh,
+    params,
+    frozenset(),
+    dataclasses.replace(_work(data), logits=1),
+    1,
+    None,
+    _ideal_bytes(params, batch, mesh),
+  )
+
+
+def _decode(config: TrainConfig, mesh: Mesh, rows: int, length: int) -> Job:
+  """One more token in every row; the cache is given up and comes back."""
+  check_batch(rows, 1, mesh)
+  model = QwenVL(config.objective.config)
+  params = _inference_params(config, mesh)
+  cache = _abstract_cache(model.config, rows, length, mesh)
+  chooser = Chooser.create(Sampling(), stop_ids=())
+
+  def one(params, cache, tokens, numbers, step):
+    logits, cache = generate.extend(model, params, cache, tokens, step)
+    return chooser.choose(logits, numbers, step), cache
+
+  split = batch_sharding(mesh)
+  tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+  places = jax.tree.map(lambda x: x.sharding, cache)
+  program = jax.jit(one, donate_argnums=1, out_shardings=(split, places))
+
+  def lower():
+    with use_mesh(mesh):
+      return program.lower(params, cache, tokens, tokens, step)
+
+  return Job(
+    'decode',
+    model.config,
+    lower,
+    mesh,
+    params,
+    frozenset(),
+    Work(rows, 1, 0, config.data.image_size, keys=length),
+    1,
+    None,
+    _ideal_bytes(params, cache, mesh),
+  )
+
+
+def _inference_params(config: TrainConfig, mesh: Mesh) -> Any:
+  """Parameters in the dtype of the computation, as they are loaded to run."""
+  params = abstract_params(config.objective, config.optimizer, mesh)
+  dtype = config.objective.config.dtype
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params
+  )
+
+
+def _abstract_cache(config, rows: int, length: int, mesh: Mesh) -> KVCache:
+  """A cache split like the batch, and its heads like those of the layers."""
+  shapes = jax.eval_shape(
+    lambda lengths: KVCache.create(config, rows, length, lengths),
+    jax.ShapeDtypeStruct((rows,), jnp.int32),
+  )
+  stored = NamedSharding(
+    mesh, PartitionSpec(None, BATCH_AXES, None, 'tensor', None)
+  )
+  split = batch_sharding(mesh)
+  places = KVCache(stored, stored, split, replicated(mesh), split)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    shapes,
+    places,
   )
 
 

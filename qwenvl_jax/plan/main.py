@@ -32,6 +32,8 @@ qwenvl-plan --gin_file=stage2.gin --topology=v5e:16x16
 qwenvl-plan --gin_file=stage2.gin --topology=v5p:4x4x4 --json \\
   --gin.MeshConfig.tensor=1 --gin.TrainConfig.accumulation=4
 qwenvl-plan --gin_file=stage1.gin --topology=v5e:16x16 --slices=2
+qwenvl-plan --gin_file=stage3.gin --topology=v5e:4x4 --what=decode \
+  --gin.MeshConfig.tensor=4 --rows=16
 """
 
 # What a run reads and a plan does not: neither has to exist, nor to be named.
@@ -59,6 +61,18 @@ def command(argv: Sequence[str]) -> int:
     help='which program (default: the training step)',
   )
   arguments.add_argument(
+    '--rows',
+    type=int,
+    help='for eval, prefill and decode: rows at a time, all chips together '
+    '(default: a microbatch for eval, else one for each shard of the batch)',
+  )
+  arguments.add_argument(
+    '--length',
+    type=int,
+    help='for prefill: tokens of a prompt; for decode: of the cache (default: '
+    'those of a training row)',
+  )
+  arguments.add_argument(
     '--json', action='store_true', help='print one JSON object and nothing else'
   )
   arguments.add_argument(
@@ -79,7 +93,7 @@ def command(argv: Sequence[str]) -> int:
   devices = topology.devices(wanted)
   entry.load(flags.gin_file, [*bindings, *_UNREAD])
   config = entry.build(TrainConfig, whole=False)
-  job = jobs.make(flags.what, config, devices)
+  job = jobs.make(flags.what, config, devices, flags.rows, flags.length)
   with _working(f'compiling {flags.what} for {wanted.name}', flags.json):
     plan = make_plan(job, wanted, effort=-1.0 if flags.quick else 0.0)
   if flags.json:
