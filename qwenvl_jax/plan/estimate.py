@@ -124,7 +124,7 @@ def _play(program, name, times, chip, result) -> float:
   for instruction in computation:
     opcode = instruction.opcode
     if opcode == 'while':
-      trips = hlo.trips(program, instruction)
+      trips = hlo.trips(program, instruction, computation)
       body = instruction.attribute(r'body=%?([\w.\-]+)')
       play.now += trips * _play(program, body, times * trips, chip, result)
       continue

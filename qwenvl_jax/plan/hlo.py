@@ -206,13 +206,18 @@ def _closing(text: str, opening: int) -> int:
   raise ValueError(f'unbalanced parentheses: {text[:200]}')
 
 
-def trips(program: Program, loop: Instruction) -> int:
+def trips(program: Program, loop: Instruction, around: Computation) -> int:
   """How often a loop's body runs.
 
-  XLA notes it beside the loop, or it follows from the counter, which starts at
-  0: from what the body adds to it and what the condition compares it with. A
-  loop whose length depends on values, as that of a decoder that may stop early,
-  counts once.
+  XLA notes it beside the loop, or it follows from the counter: where it starts,
+  what the body adds to it and what the condition compares it with. A loop whose
+  length depends on values, as that of a decoder that may stop early, counts
+  once.
+
+  Args:
+    program: the whole.
+    loop: a `while`.
+    around: the computation that the loop stands in.
   """
   known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
   if known:
@@ -225,19 +230,31 @@ def trips(program: Program, loop: Instruction) -> int:
   if compare.opcode != 'compare' or 'direction=LT' not in compare.rest:
     return 1
   counter, limit = condition.operands(compare)
-  limit, index = _constant(limit), counter.attribute(r'index=(\d+)')
+  limit, index = _constant(limit, condition), counter.attribute(r'index=(\d+)')
   if limit is None or index is None:
     return 1
-  step = 1
-  after = body.instructions.get(body.root.operands[int(index)])
-  if after is not None and after.opcode == 'add':
-    steps = [_constant(operand) for operand in body.operands(after)]
-    step = next((n for n in steps if n), 1)
-  return -(-limit // step)
+  start = _element(loop.operands[0], int(index), around)
+  after = body.instructions[body.root.operands[int(index)]]
+  steps = [_constant(operand, body) for operand in body.operands(after)]
+  step = next((n for n in steps if n), 1) if after.opcode == 'add' else 1
+  return max(0, -(-(limit - (start or 0)) // step))
 
 
-def _constant(instruction: Instruction) -> int | None:
-  number = re.fullmatch(r'\d+', instruction.arguments)
+def _element(name: str, index: int, computation: Computation) -> int | None:
+  """A number that stands at a place of a tuple, if it is constant."""
+  made = computation.instructions[name]
+  if made.opcode != 'tuple':
+    return None
+  return _constant(computation.instructions[made.operands[index]], computation)
+
+
+def _constant(instruction: Instruction, computation: Computation) -> int | None:
+  while instruction.opcode in ('copy', 'bitcast'):
+    found = computation.operands(instruction)
+    if not found:
+      return None
+    instruction = found[0]
+  number = re.fullmatch(r'-?\d+', instruction.arguments)
   if instruction.opcode != 'constant' or not number:
     return None
   return int(number[0])
@@ -258,7 +275,7 @@ def _visit(program, name, times, fused) -> Iterator[Visit]:
     inner = times
     around = fused
     if instruction.opcode == 'while':
-      inner *= trips(program, instruction)
+      inner *= trips(program, instruction, computation)
     elif instruction.opcode == 'fusion' or instruction.opcode.startswith(
       'async-'
     ):

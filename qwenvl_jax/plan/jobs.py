@@ -21,7 +21,7 @@ from qwenvl_jax.infer.sampling import Chooser, Sampling
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.qwen_vl import QwenVL
-from qwenvl_jax.plan.model_flops import Work
+from qwenvl_jax.plan.model_flops import Work, work_of
 from qwenvl_jax.sharding import (
   BATCH_AXES,
   batch_sharding,
@@ -167,7 +167,7 @@ def _train(config: TrainConfig, mesh: Mesh) -> Job:
     mesh,
     params,
     frozenset(flatten(split(params, config.optimizer)[0])),
-    _work(config.data),
+    work_of(config.data),
     config.accumulation,
     config.optimizer.steps,
     _ideal_bytes(state, batch, mesh),
@@ -193,7 +193,7 @@ def _eval(config: TrainConfig, mesh: Mesh, rows: int) -> Job:
     mesh,
     params,
     frozenset(),
-    _work(data),
+    work_of(data),
     1,
     None,
     _ideal_bytes(params, batch, mesh),
@@ -231,7 +231,7 @@ def _prefill(config: TrainConfig, mesh: Mesh, rows: int, length: int) -> Job:
     mesh,
     params,
     frozenset(),
-    dataclasses.replace(_work(data), logits=1),
+    dataclasses.replace(work_of(data), logits=1),
     1,
     None,
     _ideal_bytes(params, batch, mesh),
@@ -298,12 +298,6 @@ def _abstract_cache(config, rows: int, length: int, mesh: Mesh) -> KVCache:
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     shapes,
     places,
-  )
-
-
-def _work(data: Pipeline) -> Work:
-  return Work(
-    data.batch_size, data.sequence_length, data.image_slots, data.image_size
   )
 
 

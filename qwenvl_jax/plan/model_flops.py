@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.model.config import QwenVLConfig
 
@@ -32,6 +33,13 @@ class Work:
   image_size: int
   keys: int | None = None
   logits: int | None = None
+
+
+def work_of(data: Pipeline) -> Work:
+  """A step on a whole batch of a pipeline."""
+  return Work(
+    data.batch_size, data.sequence_length, data.image_slots, data.image_size
+  )
 
 
 def model_flops(
