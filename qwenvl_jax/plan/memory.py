@@ -16,6 +16,9 @@ from qwenvl_jax.train.optimizer import flatten, split
 # Work of a step with each policy, in units of that which recomputes nothing.
 _RECOMPUTED = {'none': 1.0, 'dots': 1.1}
 _FULL = 4 / 3
+# What a layer keeps beside its input, in widths of the model and of the MLP's
+# hidden units, at least.
+_KEPT = {'none': (6, 3), 'dots': (5, 2)}
 # What large products reach of the peak, and what of the communication can not
 # be hidden behind them.
 _PRODUCTS = 0.65
@@ -53,8 +56,8 @@ class Sizes:
 def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
   """Bytes a chip that a training step takes in any case.
 
-  State, gradient, the inputs of all layers that have a backward pass, and one
-  copy of the logits: there when the backward pass begins.
+  State, gradient, what the layers that have a backward pass keep for it, and
+  one copy of the logits: all there when the backward pass begins.
   """
   model, data = config.objective.config, config.data
   copies, fsdp, tensor = _mesh(config.mesh, chips)
@@ -62,16 +65,19 @@ def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
   # Parameter and two moments; the gradient, summed up if in microbatches.
   summed = master if config.accumulation > 1 else compute
   state = sizes.trained * (3 * master + summed) + sizes.frozen * compute
-  rows = data.batch_size / config.accumulation / (copies * fsdp)
+  widths, hidden = _KEPT.get(model.remat, (0, 0))
   decoder, vision = model.decoder, model.vision
-  kept = data.sequence_length * decoder.layers * decoder.dim
-  if model.remat == 'none':
-    per_token = 4 * decoder.heads * decoder.head_dim + 2 * decoder.mlp_dim
-    kept += data.sequence_length * decoder.layers * per_token / tensor
+  inner = widths * decoder.dim + hidden * decoder.mlp_dim
+  kept = (
+    decoder.layers * data.sequence_length * (decoder.dim + inner / tensor)
+    + data.sequence_length * decoder.vocab_size / tensor
+  )
   if any(path.startswith('vision/') for path in sizes.trained_paths):
-    patches = (data.image_size // vision.patch_size) ** 2
-    kept += data.image_slots * patches * vision.layers * vision.width
-  kept += data.sequence_length * decoder.vocab_size / tensor
+    patches = data.image_slots * (data.image_size // vision.patch_size) ** 2
+    # Two matrices instead of three around the hidden units.
+    inner = widths * vision.width + max(0, hidden - 1) * vision.mlp_dim
+    kept += vision.layers * patches * (vision.width + inner / tensor)
+  rows = data.batch_size / config.accumulation / (copies * fsdp)
   return state / (fsdp * tensor) + rows * kept * compute
 
 

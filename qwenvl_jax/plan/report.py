@@ -1,10 +1,13 @@
 """The plan as a table for people."""
 
+from collections.abc import Sequence
+
 from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
 from qwenvl_jax.plan.plan import Plan
+from qwenvl_jax.plan.search import Candidate
 from qwenvl_jax.plan.topology import GIB
 
 
@@ -124,3 +127,52 @@ def _traffic(one: dict[str, float]) -> str:
 
 def _decimal(size: float) -> str:
   return filesize.decimal(int(size))
+
+
+def line(candidate: Candidate, plan: Plan | str) -> str:
+  """What came of one candidate of a search."""
+  if isinstance(plan, str):
+    return f'{candidate.text}: {plan}'
+  memory = f'{plan.peak_hbm_bytes / GIB:.2f} GiB'
+  if not plan.fits:
+    return f'{candidate.text}: needs {memory}'
+  return (
+    f'{candidate.text}: {memory}, estimated '
+    f'{plan.estimated_step_seconds:.3f} s, MFU {plan.estimated_mfu:.1%}'
+  )
+
+
+def show_ranking(
+  ranked: Sequence[tuple[Candidate, Plan]], tried: int, console: Console
+) -> None:
+  """Prints what a search found, fastest first, and how to take the first."""
+  if not ranked:
+    console.print(f'None of the {tried} programs tried fits.')
+    return
+  table = Table(
+    title=f'{ranked[0][1].topology}: {len(ranked)} of {tried} tried fit; times '
+    'are estimates',
+    title_justify='left',
+  )
+  for name in (
+    'data', 'fsdp', 'tensor', 'accumulation', 'rows a shard', 'remat',
+    'peak GiB', 'program/model', 'step s', 'MFU',
+  ):  # fmt: skip
+    table.add_column(name, justify='right')
+  for candidate, plan in ranked:
+    table.add_row(
+      str(candidate.data),
+      str(candidate.fsdp),
+      str(candidate.tensor),
+      str(candidate.accumulation),
+      f'{plan.rows_per_chip:g}',
+      candidate.remat,
+      f'{plan.peak_hbm_bytes / GIB:.2f}',
+      f'{plan.flops_ratio:.3f}',
+      f'{plan.estimated_step_seconds:.3f}',
+      f'{plan.estimated_mfu:.1%}',
+    )
+  console.print(table)
+  console.print(
+    'The first: ' + ' '.join(ranked[0][0].overrides), soft_wrap=True
+  )

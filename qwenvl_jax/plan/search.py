@@ -7,21 +7,14 @@ answer is kept in a file, so that an interrupted search goes on.
 """
 
 import dataclasses
-import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 
-import jax
-
-import qwenvl_jax
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.plan import jobs
+from qwenvl_jax.plan.kept import kept_plan
 from qwenvl_jax.plan.memory import Sizes, lower_bound, promise
-from qwenvl_jax.plan.plan import Plan, make_plan
+from qwenvl_jax.plan.plan import Plan
 from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.sharding import MeshConfig, make_mesh
 from qwenvl_jax.train.loop import TrainConfig
@@ -35,12 +28,22 @@ _TENSOR = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """What a search may change of a configuration."""
+  """What a search may change of a configuration.
+
+  Attributes:
+    data: see `MeshConfig`, as the two that follow.
+    fsdp: see there.
+    tensor: see there.
+    accumulation: microbatches a step.
+    rows: of a microbatch on each shard of the batch; follows from the others.
+    remat: see `QwenVLConfig`.
+  """
 
   data: int
   fsdp: int
   tensor: int
   accumulation: int
+  rows: int
   remat: str
 
   @property
@@ -77,11 +80,11 @@ class Candidate:
     )
 
   def needs_more_than(self, other: 'Candidate') -> bool:
-    """Whether it takes no less memory than another one on the same mesh."""
-    mesh = self.data, self.fsdp, self.tensor
+    """Whether it takes no less memory than another one."""
     return (
-      mesh == (other.data, other.fsdp, other.tensor)
-      and self.accumulation <= other.accumulation
+      self.tensor == other.tensor
+      and self.fsdp <= other.fsdp
+      and self.rows >= other.rows
       and POLICIES.index(self.remat) <= POLICIES.index(other.remat)
     )
 
@@ -106,7 +109,9 @@ def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
       if rows % (shards * per_shard):
         continue
       found += [
-        Candidate(data, fsdp, tensor, rows // shards // per_shard, remat)
+        Candidate(
+          data, fsdp, tensor, rows // shards // per_shard, per_shard, remat
+        )
         for remat in POLICIES
       ]
   return found
@@ -146,27 +151,39 @@ def search(
     needed = lower_bound(changed, sizes, topology.chips)
     if needed <= topology.chip.hbm_bytes:
       seconds = promise(changed, sizes, topology)
-      promising.append((seconds, len(promising), candidate))
+      promising.append((seconds, len(promising), candidate, needed))
   if not promising:
     raise ConfigError(
       f'no mesh and microbatch can hold the model on {topology.name}: the '
       'parameters with their optimizer state alone are too large, or the batch '
       f'of {config.data.batch_size} rows splits over no mesh; take more chips'
     )
-  folder.mkdir(parents=True, exist_ok=True)
-  total, tried, too_large = min(budget, len(promising)), 0, []
-  for _, _, candidate in sorted(promising):
-    if tried == budget:
+  queue = [(c, needed) for _, _, c, needed in sorted(promising)]
+  total, too_large = min(budget, len(queue)), []
+  # Per policy: the least that memory was above its lower bound so far.
+  above = dict.fromkeys(POLICIES, None)
+  for tried in range(total):
+    queue = [
+      (candidate, needed)
+      for candidate, needed in queue
+      if needed * (above[candidate.remat] or 1.0) <= topology.chip.hbm_bytes
+      and not any(candidate.needs_more_than(other) for other in too_large)
+    ]
+    if not queue:
       break
-    if any(candidate.needs_more_than(other) for other in too_large):
-      continue
+    candidate, needed = queue.pop(0)
     said(tried, total, candidate.text)
-    answer = _answer(candidate.apply(config), topology, devices, folder)
-    tried += 1
-    if isinstance(answer, Plan) and not answer.fits:
-      too_large.append(candidate)
+    try:
+      answer = kept_plan(candidate.apply(config), topology, devices, folder)
+    except ConfigError as error:
+      answer = str(error)
+    if isinstance(answer, Plan):
+      ratio = answer.peak_hbm_bytes / needed
+      above[candidate.remat] = min(ratio, above[candidate.remat] or ratio)
+      if not answer.fits:
+        too_large.append(candidate)
     yield candidate, answer
-  said(tried, tried, '')
+  said(total, total, 'done')
 
 
 def rank(found: Iterable[tuple[Candidate, Plan | str]]):
@@ -177,40 +194,3 @@ def rank(found: Iterable[tuple[Candidate, Plan | str]]):
     if isinstance(plan, Plan) and plan.fits
   ]
   return sorted(fitting, key=lambda pair: pair[1].estimated_step_seconds)
-
-
-def _answer(config, topology, devices, folder: Path) -> Plan | str:
-  """Compiles, unless the answer to the same question is in the folder."""
-  question = repr(config), topology.name, _versions()
-  name = hashlib.sha256(repr(question).encode()).hexdigest()[:24]
-  path = folder / f'{name}.json'
-  try:
-    kept = json.loads(path.read_text())
-    return Plan(**kept) if isinstance(kept, dict) else kept
-  except FileNotFoundError:
-    pass
-  except (ValueError, TypeError):
-    path.unlink()  # Cut short by an interruption.
-  try:
-    answer = make_plan(jobs.make('train', config, devices), topology)
-    text = json.dumps(dataclasses.asdict(answer))
-  except ConfigError as error:
-    answer = str(error)
-    text = json.dumps(answer)
-  # A search traces many programs, none of them twice.
-  jax.clear_caches()
-  partial = path.with_suffix('.partial')
-  partial.write_text(text)
-  partial.replace(path)
-  return answer
-
-
-@functools.cache
-def _versions() -> str:
-  """Of all that decides what is compiled: our sources, jax, the compiler."""
-  digest = hashlib.sha256()
-  for path in sorted(Path(qwenvl_jax.__file__).parent.rglob('*.py')):
-    digest.update(path.read_bytes())
-  packages = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
-  versions = [f'{name}={metadata.version(name)}' for name in packages]
-  return ' '.join([digest.hexdigest(), *versions])

@@ -6,9 +6,9 @@ v6e); usable memory and clock are what libtpu's compiler says and uses.
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,6 +172,11 @@ def devices(topology: Topology) -> Sequence:
   Raises:
     ConfigError: libtpu, which holds the compiler, is missing or refuses.
   """
+  if not importlib.util.find_spec('libtpu'):
+    raise ConfigError(
+      "libtpu, which holds the TPU's compiler, is not installed: pip install "
+      "'qwenvl_jax[tpu]' (there is one for Linux on x86-64)"
+    )
   _prepare_environment()
   options = dict(topology.chip.options)
   if topology.shape == (1, 1):
@@ -186,13 +191,8 @@ def devices(topology: Topology) -> Sequence:
     found = topologies.get_topology_desc(
       platform='tpu', topology_name=slice_name, **options
     )
-  except (RuntimeError, ValueError, ImportError) as error:
+  except (RuntimeError, ValueError) as error:
     text = ' '.join(str(error).split())
-    if re.search(r'libtpu|No module|not found|TPU backend', text):
-      raise ConfigError(
-        "libtpu, the TPU's compiler, cannot be loaded: pip install "
-        f"'qwenvl_jax[tpu]' (Linux on x86-64) [{text[:200]}]"
-      ) from error
     raise ConfigError(
       f'the compiler refuses topology {topology.name}: {text[:400]}'
     ) from error

@@ -49,7 +49,7 @@ def test_golden_products():
       'window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=fb0_0io->b0f',
       8 * 4 * 16 * 32,
     ),
-    # A real convolution of 3 with stride 2: 4 outputs of 3 taps, one on padding.
+    # A convolution of 3 with stride 2: 4 outputs of 3 taps, one on padding.
     (
       '1,8,2',
       '3,2,5',
