@@ -59,7 +59,7 @@ PY
 _qwenvl_install() {
   local root=$1 log=$1/.venv/install.log
   _qwenvl_say 'installing the packages of setup.cfg as pinned in' \
-    'constraints.txt (about 1 GB, a minute or two);' "log: $log"
+    'constraints.txt (about 2 GB, a minute or two);' "log: $log"
   if (
     cd "$root" &&
       .venv/bin/python -m pip install --no-input -c constraints.txt \

@@ -33,6 +33,11 @@ SMALL = (
 
 
 @pytest.fixture(scope='session')
+def small():
+  return SMALL
+
+
+@pytest.fixture(scope='session')
 def libtpu():
   """Skips where the TPU's compiler is not installed."""
   if not importlib.util.find_spec('libtpu'):
