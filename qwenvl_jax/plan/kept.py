@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-import qwenvl_jax
 from qwenvl_jax.plan import jobs
 from qwenvl_jax.plan.plan import Plan, make_plan
 from qwenvl_jax.plan.topology import Topology
@@ -49,7 +48,7 @@ def kept_plan(
 def _versions() -> str:
   """Of all that decides what is compiled: our sources, jax, the compiler."""
   digest = hashlib.sha256()
-  for path in sorted(Path(qwenvl_jax.__file__).parent.rglob('*.py')):
+  for path in sorted(Path(__file__).parents[1].rglob('*.py')):
     digest.update(path.read_bytes())
   packages = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
   versions = [f'{name}={metadata.version(name)}' for name in packages]
