@@ -118,9 +118,9 @@ ROWS = (
 
 def topology_files(row: Row) -> list[str]:
   """The config file that says how a stage uses a pod, if there is one."""
-  generation, shape = row.topology.split(':')
-  stage = row.stage.removesuffix('.gin').removesuffix('_unpacked')
-  name = f'topology/{stage}_{generation}_{shape}.gin'
+  chips = topology.parse(row.topology).chips
+  generation = row.topology.split(':')[0]
+  name = f'topology/{generation}_{chips}/{row.stage}'
   return [name] if (entry.CONFIGS / name).exists() else []
 
 

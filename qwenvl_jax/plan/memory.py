@@ -13,12 +13,19 @@ from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.loop import TrainConfig
 from qwenvl_jax.train.optimizer import flatten, split
 
-# Work of a step with each policy, in units of that which recomputes nothing.
-_RECOMPUTED = {'none': 1.0, 'dots': 1.1}
-_FULL = 4 / 3
-# What a layer keeps beside its input, in widths of the model and of the MLP's
-# hidden units, at least.
-_KEPT = {'none': (6, 3), 'dots': (5, 2)}
+# By remat policy, at least: what a decoder layer keeps beside its input, in
+# widths of the model and of the MLP's hidden units; the work of a step, in
+# units of one that recomputes nothing.
+_POLICIES = {
+  'none': (6, 3, 1.0),
+  'products': (5, 2, 1.02),
+  'dots': (5, 2, 1.05),
+  'qkv_attention_residual_up': (5, 1, 1.12),
+  'qkv_attention_up': (4, 1, 1.14),
+  'qkv_attention_residual': (5, 0, 1.2),
+  'qkv_attention': (4, 0, 1.22),
+  'full': (0, 0, 4 / 3),
+}
 # What large products reach of the peak, and what of the communication can not
 # be hidden behind them.
 _PRODUCTS = 0.65
@@ -65,7 +72,7 @@ def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
   # Parameter and two moments; the gradient, summed up if in microbatches.
   summed = master if config.accumulation > 1 else compute
   state = sizes.trained * (3 * master + summed) + sizes.frozen * compute
-  widths, hidden = _KEPT.get(model.remat, (0, 0))
+  widths, hidden, _ = _POLICIES[model.remat]
   decoder, vision = model.decoder, model.vision
   inner = widths * decoder.dim + hidden * decoder.mlp_dim
   kept = (
@@ -74,9 +81,7 @@ def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
   )
   if any(path.startswith('vision/') for path in sizes.trained_paths):
     patches = data.image_slots * (data.image_size // vision.patch_size) ** 2
-    # Two matrices instead of three around the hidden units.
-    inner = widths * vision.width + max(0, hidden - 1) * vision.mlp_dim
-    kept += vision.layers * patches * (vision.width + inner / tensor)
+    kept += vision.layers * patches * vision.width
   rows = data.batch_size / config.accumulation / (copies * fsdp)
   return state / (fsdp * tensor) + rows * kept * compute
 
@@ -88,7 +93,7 @@ def promise(config: TrainConfig, sizes: Sizes, topology: Topology) -> float:
   needed = model_flops(
     model, sizes.shapes, sizes.trained_paths, work_of(config.data)
   )
-  factor = _RECOMPUTED.get(model.remat, _FULL)
+  _, _, factor = _POLICIES[model.remat]
   computing = factor * needed / topology.chips / chip.peak_flops / _PRODUCTS
   # Gathered forward and backward, and the gradient scattered.
   sent = 2 * (sizes.trained + sizes.frozen) + sizes.trained

@@ -130,7 +130,7 @@ def make_plan(job: Job, topology: Topology, effort: float = 0.0) -> Plan:
     'collectives': {},
     'compile_seconds': seconds,
     'unknown_kernels': [],
-    'advice': [] if compiled.fits else advice(job, topology, compiled),
+    'advice': [] if compiled.fits else advice(job, topology),
   }
   if compiled.fits:
     figures |= _reading(compiled.text, job, topology, timed=effort >= 0)
@@ -228,7 +228,7 @@ def _reading(text, job, topology, timed) -> dict[str, Any]:
   return figures
 
 
-def advice(job: Job, topology: Topology, compiled) -> list[str]:
+def advice(job: Job, topology: Topology) -> list[str]:
   """What to change about a program that does not fit, cheapest first."""
   found = []
   shards = data_shards(job.mesh)
@@ -245,16 +245,18 @@ def advice(job: Job, topology: Topology, compiled) -> list[str]:
     found.append(
       f"recompute more: QwenVLConfig.remat='full' instead of {config.remat!r}"
     )
-  if job.mesh.shape['data'] > 1:
+  copies, tensor = job.mesh.shape['data'], job.mesh.shape['tensor']
+  if copies > topology.slices:
+    ways = job.mesh.size // tensor // topology.slices
     found.append(
-      f'split the parameters further: MeshConfig.fsdp={shards} and data=1 '
-      f'instead of {job.mesh.shape["fsdp"]} and {job.mesh.shape["data"]}'
+      f'split the parameters further: MeshConfig.data={topology.slices} and '
+      f'fsdp={ways} instead of data={copies}'
     )
-  if job.ideal_argument_bytes > topology.chip.hbm_bytes / 2:
-    found.append(
-      'more chips: the arguments alone fill '
-      f'{job.ideal_argument_bytes / topology.chip.hbm_bytes:.0%} of each'
-    )
-  if job.mesh.shape['tensor'] == 1:
-    found.append('split every layer: MeshConfig.tensor=2')
+  share = job.ideal_argument_bytes / topology.chip.hbm_bytes
+  if share > 0.5:
+    found.append(f'more chips: the arguments alone fill {share:.0%} of each')
+  if job.what in ('prefill', 'decode'):
+    found.append('fewer rows at a time: --rows, or a shorter --length')
+  if job.mesh.size >= 2 * tensor:
+    found.append(f'split every layer: MeshConfig.tensor={2 * tensor}')
   return found

@@ -20,8 +20,18 @@ from qwenvl_jax.sharding import MeshConfig, make_mesh
 from qwenvl_jax.train.loop import TrainConfig
 from qwenvl_jax.train.state import abstract_params
 
-# From the least to the most that a layer computes again.
-POLICIES = ('none', 'dots', 'full')
+# Remat policies of `QwenVLConfig`, from the most that a layer keeps to the
+# least. A search takes those that the model has.
+POLICIES = (
+  'none',
+  'products',
+  'dots',
+  'qkv_attention_residual_up',
+  'qkv_attention_up',
+  'qkv_attention_residual',
+  'qkv_attention',
+  'full',
+)
 # Splitting every layer's work pays on few neighbouring chips only.
 _TENSOR = (1, 2, 4, 8)
 
@@ -97,6 +107,7 @@ def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
     topology: copies of the parameters reach over slices, nothing else does.
   """
   found = []
+  policies = [name for name in POLICIES if _has_policy(config, name)]
   heads = config.objective.config.decoder.heads
   rows = config.data.batch_size
   chips = topology.chips
@@ -112,7 +123,7 @@ def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
         Candidate(
           data, fsdp, tensor, rows // shards // per_shard, per_shard, remat
         )
-        for remat in POLICIES
+        for remat in policies
       ]
   return found
 
@@ -159,14 +170,14 @@ def search(
       f'of {config.data.batch_size} rows splits over no mesh; take more chips'
     )
   queue = [(c, needed) for _, _, c, needed in sorted(promising)]
-  total, too_large = min(budget, len(queue)), []
+  total, tried, too_large = min(budget, len(queue)), 0, []
   # Per policy: the least that memory was above its lower bound so far.
-  above = dict.fromkeys(POLICIES, None)
-  for tried in range(total):
+  above = {}
+  while tried < total:
     queue = [
       (candidate, needed)
       for candidate, needed in queue
-      if needed * (above[candidate.remat] or 1.0) <= topology.chip.hbm_bytes
+      if needed * above.get(candidate.remat, 1.0) <= topology.chip.hbm_bytes
       and not any(candidate.needs_more_than(other) for other in too_large)
     ]
     if not queue:
@@ -174,16 +185,26 @@ def search(
     candidate, needed = queue.pop(0)
     said(tried, total, candidate.text)
     try:
-      answer = kept_plan(candidate.apply(config), topology, devices, folder)
+      plan = kept_plan(candidate.apply(config), topology, devices, folder)
     except ConfigError as error:
-      answer = str(error)
-    if isinstance(answer, Plan):
-      ratio = answer.peak_hbm_bytes / needed
-      above[candidate.remat] = min(ratio, above[candidate.remat] or ratio)
-      if not answer.fits:
-        too_large.append(candidate)
-    yield candidate, answer
+      # A mesh that the network does not allow: nothing was compiled.
+      yield candidate, str(error)
+      continue
+    tried += 1
+    ratio = plan.peak_hbm_bytes / needed
+    above[candidate.remat] = min(ratio, above.get(candidate.remat, ratio))
+    if not plan.fits:
+      too_large.append(candidate)
+    yield candidate, plan
   said(total, total, 'done')
+
+
+def _has_policy(config: TrainConfig, name: str) -> bool:
+  try:
+    config.objective.config.replace(remat=name)
+  except ConfigError:
+    return False
+  return True
 
 
 def rank(found: Iterable[tuple[Candidate, Plan | str]]):
