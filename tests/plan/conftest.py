@@ -48,9 +48,11 @@ def libtpu():
 def configured():
   """A stage as configured, small: (stage, *bindings) -> `TrainConfig`."""
 
-  def build(stage: str, *bindings: str, small: bool = True) -> TrainConfig:
+  def build(
+    stage: str, *bindings: str, small: bool = True, files=()
+  ) -> TrainConfig:
     changes = SMALL if small else ()
-    entry.load([stage], [*changes, *bindings, *UNREAD])
+    entry.load([stage, *files], [*changes, *bindings, *UNREAD])
     return entry.build(TrainConfig, whole=False)
 
   return build
