@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan.topology import GIB
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': GIB, 'T': 2**40}
@@ -24,15 +25,13 @@ class Compiled:
     text: the scheduled program; '' if it does not fit.
     fits: whether it can run at all.
     peak_bytes: memory at the fullest moment, or what it would need.
-    argument_bytes: of that, the arguments.
-    message: what the compiler says to one that does not fit.
+    argument_bytes: of that, the arguments; 0 if it does not fit.
   """
 
   text: str
   fits: bool
   peak_bytes: int
   argument_bytes: int
-  message: str = ''
 
 
 def compile_program(lowered: Any, effort: float = 0.0) -> Compiled:
@@ -42,17 +41,21 @@ def compile_program(lowered: Any, effort: float = 0.0) -> Compiled:
     lowered: a `jax.stages.Lowered` for devices of a topology.
     effort: -1 compiles several times faster, with a schedule that nobody
       would run: for memory and FLOPs only. 0 is the default.
+
+  Raises:
+    ConfigError: the compiler gave up for another reason.
   """
   with _effort(effort):
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
-        raise
       needed = needed_bytes(str(error))
       if needed is None:
-        raise
-      return Compiled('', False, needed, 0, str(error))
+        text = ' '.join(str(error).split())
+        raise ConfigError(
+          f'the compiler gave up on this program: {text[:600]}'
+        ) from error
+      return Compiled('', False, needed, 0)
   memory = compiled.memory_analysis()
   return Compiled(
     compiled.as_text(),

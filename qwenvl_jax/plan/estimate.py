@@ -45,7 +45,7 @@ class Estimate:
     traffic: by kind of collective.
     collectives: all of them, with how often each runs and whether beside
       computation.
-    by_operation: seconds by `op_name`, for a look at what costs.
+    by_operation: seconds by `op_name`.
   """
 
   compute_seconds: float = 0.0

@@ -14,6 +14,7 @@ from qwenvl_jax.train.optimizer import flatten
 
 # Bytes. Norms, biases and position tables are smaller, matrices larger.
 _LARGE = 2**23
+_COSTLIEST = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Plan:
     fits: whether the program can run.
     peak_hbm_bytes: memory at the fullest moment, or what it would need.
     hbm_limit_bytes: usable memory.
-    argument_bytes: state and batch.
+    argument_bytes: state and batch; the ideal where it does not fit.
     ideal_argument_bytes: of them if nothing were padded or kept whole.
     parameters: of the model.
     trained_parameters: of those.
@@ -62,6 +63,8 @@ class Plan:
     steps: of the stage.
     estimated_days: the stage takes.
     estimated_chip_hours: the stage costs.
+    costliest: the operations that take longest, by their place in the source,
+      with their estimated seconds.
     compile_seconds: that planning took.
     unknown_kernels: custom kernels that are not in the figures.
     advice: what to change where it does not fit.
@@ -103,6 +106,7 @@ class Plan:
   steps: int | None
   estimated_days: float | None
   estimated_chip_hours: float | None
+  costliest: dict[str, float]
   compile_seconds: float
   unknown_kernels: list[str]
   advice: list[str]
@@ -126,8 +130,10 @@ def make_plan(job: Job, topology: Topology, effort: float = 0.0) -> Plan:
     'fits': compiled.fits,
     'peak_hbm_bytes': compiled.peak_bytes,
     'hbm_limit_bytes': topology.chip.hbm_bytes,
-    'argument_bytes': compiled.argument_bytes,
+    'argument_bytes': compiled.argument_bytes
+    or round(job.ideal_argument_bytes),
     'collectives': {},
+    'costliest': {},
     'compile_seconds': seconds,
     'unknown_kernels': [],
     'advice': [] if compiled.fits else advice(job, topology),
@@ -209,6 +215,7 @@ def _reading(text, job, topology, timed) -> dict[str, Any]:
   for kind, traffic in played.traffic.items():
     figures['collectives'][kind]['exposed_seconds'] = traffic.exposed_seconds
   figures |= {
+    'costliest': dict(played.by_operation.most_common(_COSTLIEST)),
     'overlapped_share': played.overlapped_share,
     'gather_overlapped_share': (
       gathers.overlapped / gathers.bytes if gathers.bytes else 1.0
