@@ -202,9 +202,23 @@ def checks(row: Row, made: Plan) -> list[Check]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   names = [row.name for row in ROWS]
-  parser.add_argument('--row', action='append', choices=names, metavar='NAME')
-  parser.add_argument('--keep', type=Path, default=Path('runs/plan'))
-  parser.add_argument('--json', action='store_true')
+  parser.add_argument(
+    '--row',
+    action='append',
+    choices=names,
+    metavar='NAME',
+    help=f'only this one (may be repeated): {", ".join(names)}',
+  )
+  parser.add_argument(
+    '--keep',
+    type=Path,
+    default=Path('runs/plan'),
+    metavar='DIR',
+    help='where answers are kept (default: runs/plan)',
+  )
+  parser.add_argument(
+    '--json', action='store_true', help='print the whole plans instead'
+  )
   arguments = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
   console = Console()
