@@ -12,8 +12,10 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan.topology import GIB
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': GIB, 'T': 2**40}
-_USED = re.compile(
-  r'[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm'
+# Two passes of the compiler find out, in words of their own.
+_NEEDED = (
+  re.compile(r'[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm'),
+  re.compile(r'required for [\w ]+\(([\d.]+)([KMGT]?)\) exceeds available HBM'),
 )
 
 
@@ -82,5 +84,8 @@ def needed_bytes(message: str) -> int | None:
   >>> needed_bytes('Ran out of memory: Used 25.0G of 15.75G hbm.')
   26843545600
   """
-  match = _USED.search(message)
-  return int(float(match[1]) * _UNITS[match[2]]) if match else None
+  for pattern in _NEEDED:
+    match = pattern.search(message)
+    if match:
+      return int(float(match[1]) * _UNITS[match[2]])
+  return None

@@ -70,8 +70,8 @@ def test_memory_of_a_small_program(layers):
 
 
 def arguments(small, *more):
-  flags = ['--gin_file=stage2.gin', '--quick', '--json', *more]
-  return flags + [f'--gin.{binding}' for binding in small]
+  changes = [f'--gin.{binding}' for binding in small]
+  return ['--gin_file=stage2.gin', '--quick', '--json', *changes, *more]
 
 
 def test_the_command_prints_what_is_promised(libtpu, small, capsys):
@@ -100,21 +100,15 @@ def test_the_command_prints_what_is_promised(libtpu, small, capsys):
 
 
 def test_a_program_that_does_not_fit_is_an_answer(libtpu, small, capsys):
-  """256 images of 448 pixels on a chip, all of whose features are kept."""
+  """Keys and values of 2 layers of width 256, for 8 rows of 2**21 tokens."""
   flags = arguments(
-    small,
-    '--topology=v5e:1x1',
-    '--gin.Pipeline.batch_size=2048',
-    '--gin.QwenVLConfig.remat="none"',
-    '--gin.Pipeline.sequence_length=2048',
+    small, '--topology=v5e:1x1', '--what=decode', '--rows=8', '--length=2097152'
   )
   assert main.command(flags) == 1
   plan = json.loads(capsys.readouterr().out)
   assert not plan['fits']
-  assert plan['peak_hbm_bytes'] > plan['hbm_limit_bytes']
-  advice = ' '.join(plan['advice'])
-  assert 'TrainConfig.accumulation=4' in advice
-  assert "QwenVLConfig.remat='full'" in advice
+  assert plan['peak_hbm_bytes'] > 2 * 2 * 8 * 2**21 * 256 * 2
+  assert any('--rows' in line for line in plan['advice'])
 
 
 @pytest.mark.parametrize('what', ['eval', 'prefill', 'decode'])
@@ -126,7 +120,5 @@ def test_other_programs(libtpu, small, capsys, what):
   plan = json.loads(capsys.readouterr().out)
   assert plan['what'] == what and plan['trained_parameters'] == 0
   if what == 'decode':
-    # Keys and values of 2 layers: given up and made anew in place.
-    cache = 2 * 2 * 8 * 4096 * 256 * 2 / 4
-    assert cache < plan['argument_bytes']
-    assert plan['peak_hbm_bytes'] < plan['argument_bytes'] + cache
+    # Keys and values of 2 layers, a quarter of the rows on each chip.
+    assert plan['argument_bytes'] > 2 * 2 * 8 * 4096 * 256 * 2 / 4
