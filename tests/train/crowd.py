@@ -7,7 +7,8 @@ JAX has a backend.
 
 RUNS.json lists what `Run` says; they run one after another. Prints a JSON list
 with a dict for each: `statuses` and `said` of the processes, `seconds` from the
-signal (or start) to the end, the `step` of the log at the signal.
+signal (or start) to the end, the `step` of the log at the signal, whether a
+checkpoint was being saved then.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import sys
 import time
 import traceback
 
+import jax
 import numpy as np
 import standin
 
@@ -76,7 +78,7 @@ def work(run: Run, attempt: int) -> int:
     log_every=1,
     mesh=MeshConfig(**run.mesh),
   )
-  with joined(find_place(os.environ), 60) as peers:
+  with joined(find_place(os.environ), 30) as peers:
     try:
       state = train(config, run.workdir, run.stop_at, peers=peers)
     except Interrupted as stop:
@@ -97,10 +99,8 @@ def fork(run: Run, attempt: int, index: int, port: int, said: str) -> int:
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ |= {
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_NUM_CPU_DEVICES': str(run.devices),
-    }
+    # JAX has read its environment when it was imported.
+    jax.config.update('jax_num_cpu_devices', run.devices)
     if run.processes > 1:
       os.environ |= {
         'QWENVL_COORDINATOR': f'localhost:{port}',
@@ -146,12 +146,14 @@ def go(run: Run, attempt: int) -> dict:
     port = free.getsockname()[1]
   files = [f'{run.workdir}/said-{attempt}-{i}' for i in range(run.processes)]
   pids = [fork(run, attempt, i, port, file) for i, file in enumerate(files)]
-  began, step = time.monotonic(), None
+  began, step, saving = time.monotonic(), None, False
   if run.signum:
     while logged(run) < run.after and not _ended(pids[run.victim]):
       time.sleep(0.005)
     time.sleep(run.delay)
     step, began = logged(run), time.monotonic()
+    checkpoints = pathlib.Path(run.workdir, 'checkpoints')
+    saving = any(checkpoints.glob('*.orbax-checkpoint-tmp*'))
     os.kill(pids[run.victim], run.signum)
   statuses = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]
   return {
@@ -159,6 +161,7 @@ def go(run: Run, attempt: int) -> dict:
     'said': [pathlib.Path(file).read_text() for file in files],
     'seconds': time.monotonic() - began,
     'step': step,
+    'saving': saving,
   }
 
 
