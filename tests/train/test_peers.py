@@ -28,7 +28,13 @@ def quiet_afterwards(monkeypatch):
   )
   yield
   for loop in loops:
-    loop.call_soon_threadsafe(loop.stop)
+    loop.call_soon_threadsafe(stop, loop)
+
+
+def stop(loop):
+  for task in asyncio.all_tasks(loop):
+    task.cancel()
+  loop.call_soon(loop.stop)
 
 
 class Group:
