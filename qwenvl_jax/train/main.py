@@ -25,7 +25,8 @@ variables QWENVL_COORDINATOR (HOST:PORT of process 0), QWENVL_NUM_PROCESSES and
 QWENVL_PROCESS_ID (from 0), or on all workers of a TPU pod with --distributed.
 
 Exit status: 0 done; 2 an error that is said in a line; 75 another process was
-lost, start all again; 143 (130) stopped by SIGTERM (Ctrl-C) and saved.
+lost, start all again; 143 stopped by SIGTERM and saved (of several processes by
+Ctrl-C, too), 130 by Ctrl-C.
 """
 
 EXAMPLES = """

@@ -88,6 +88,7 @@ class Peers:
     self._heard = {}
     self._writers = {}
     self._left = set()
+    self._complete = asyncio.Event()
     # Of the hub: number of the round -> {process: message}.
     self._open = {}
     # Number of the round -> future of its values.
@@ -186,7 +187,6 @@ class Peers:
 
   async def _gather_members(self, host, port, timeout) -> None:
     del host  # Listens on all addresses, as JAX's coordinator does.
-    self._complete = asyncio.Event()
     try:
       server = await asyncio.start_server(
         self._welcome, None, port, limit=_LINE
@@ -329,6 +329,8 @@ class Peers:
       self._heard[index] = self._loop.time()
       await self._hear(index, json.loads(line))
     self._writers.pop(index).close()
+    if self.index == 0 and not self._complete.is_set():
+      return  # Somebody may start it again before all are there.
     if index not in self._left and not self._leaving:
       await self._lose(f'{self.name(index)} is gone: it was killed or crashed')
       if index == 0:

@@ -37,6 +37,24 @@ def stop(loop):
   loop.call_soon(loop.stop)
 
 
+def until(condition):
+  deadline = time.monotonic() + 10
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def connected(address):
+  """A connection to who may not listen yet."""
+  deadline = time.monotonic() + 10
+  while True:
+    try:
+      return socket.create_connection(address.split(':'))
+    except OSError:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+
+
 class Group:
   """Several `Peers` in one process, and what each of them meets."""
 
@@ -97,28 +115,35 @@ def test_strangers_are_ignored_and_wrong_numbers_refused():
     target=lambda: met.append(hub.call_the_roll(address, 20))
   )
   waiting.start()
-  port = int(address.split(':')[1])
-  deadline = time.monotonic() + 10
-  while time.monotonic() < deadline:
-    try:
-      stranger = socket.create_connection(('localhost', port))
-      break
-    except OSError:
-      time.sleep(0.01)
+  stranger = connected(address)
   stranger.sendall(b'GET / HTTP/1.1\n')
   with pytest.raises(LostProcessError, match='expects 2 processes'):
     Peers(1, 2, print).call_the_roll(address, 20)
   one, two = Peers(1, 3, print), Peers(2, 3, print)
   first = threading.Thread(target=one.call_the_roll, args=(address, 20))
   first.start()
-  while 1 not in hub._writers:
-    time.sleep(0.01)
+  until(lambda: 1 in hub._writers)
   with pytest.raises(LostProcessError, match='is there already, on'):
     Peers(1, 3, print).call_the_roll(address, 20)
   two.call_the_roll(address, 20)
   first.join()
   waiting.join()
   assert met == [None]
+
+
+def test_who_is_started_again_before_all_are_there_is_welcome():
+  address = f'localhost:{free_port()}'
+  hub, one, two = everyone = [Peers(x, 3, print) for x in range(3)]
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    met = [pool.submit(hub.call_the_roll, address, 20)]
+    with connected(address) as early:
+      early.sendall(b'{"hello": 1, "count": 3, "host": "first"}\n')
+      until(lambda: 1 in hub._writers)
+    until(lambda: 1 not in hub._writers)
+    met += [pool.submit(x.call_the_roll, address, 20) for x in (one, two)]
+    assert [x.result() for x in met] == [None] * 3
+    values = [pool.submit(x.gather, 'here', x.index) for x in everyone]
+    assert [x.result() for x in values] == [[0, 1, 2]] * 3
 
 
 @pytest.mark.parametrize('index', [0, 1])
@@ -134,9 +159,7 @@ def test_who_dies_is_named_to_all(index, monkeypatch):
   with pytest.raises(LostProcessError, match='is gone'):
     group.peers[2].check()
   # One that stands in a collective is ended.
-  deadline = time.monotonic() + 10
-  while len(group.ended) < 2 and time.monotonic() < deadline:
-    time.sleep(0.01)
+  until(lambda: len(group.ended) == 2)
   assert {x: group.ended[x] for x in rest} == dict.fromkeys(rest, LOST)
 
 
