@@ -65,6 +65,7 @@ def find_place(
   if not detect:
     return None
   try:
+    # JAX's own way to find a pod, which it does not export.
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
       None, None, None, None, None, int(ARRIVAL)
     )
