@@ -123,6 +123,11 @@ def joined(place: Place | None, timeout: float = ARRIVAL) -> Iterator[Peers]:
 
 
 def _initialize_jax(place: Place) -> None:
+  """Joins JAX's own coordinator.
+
+  If process 0 dies within this call, JAX aborts the others (SIGABRT, status
+  134) before they can say whom they lost.
+  """
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(
     place.coordinator,
