@@ -1,0 +1,167 @@
+# Part of tpu_pod.sh: from nothing to a TPU that is ready, and back.
+# shellcheck shell=bash disable=SC2034  # OUTCOME is read by supervise.sh
+
+# bring_up: returns when the TPU is ready. Fails with OUTCOME capacity or
+# preempted where trying again later may help; ends the script where not.
+bring_up() {
+  local state
+  state=$(queue_state ABSENT)
+  state=${state%%$'\t'*}
+  say "TPU $QWENVL_POD_TPU in $QWENVL_POD_ZONE: its queued resource is $state"
+  case $state in
+    ABSENT) _use_existing || _request || return 1 ;;
+    SUSPENDED | SUSPENDING | FAILED | DELETING)
+      say 'that request is over: it is removed and made anew'
+      remove_request
+      _request || return 1
+      ;;
+  esac
+  remember_settings
+  _wait_until_ready
+}
+
+# Whether there is a TPU of that name that was not requested through a queue.
+_use_existing() {
+  local state
+  state=$(tpu_state ABSENT)
+  case $state in
+    ABSENT) return 1 ;;
+    READY | CREATING | STARTING | RESTARTING | REPAIRING)
+      say "it was not requested through a queue; its state: $state"
+      ;;
+    UNKNOWN)
+      explain "$SCRATCH/describe" >/dev/null
+      die "what TPU $QWENVL_POD_TPU is doing cannot be found out"
+      ;;
+    *)
+      die "TPU $QWENVL_POD_TPU is $state, and was not requested through a \
+queue: it is not made anew by itself" \
+        'launch/tpu_pod.sh down deletes it; then up requests a new one'
+      ;;
+  esac
+}
+
+_request() {
+  local capacity=() kind
+  check_type
+  [ "$QWENVL_POD_CAPACITY" = on-demand ] ||
+    capacity=("--$QWENVL_POD_CAPACITY")
+  say "requesting $QWENVL_POD_TYPE ($QWENVL_POD_CAPACITY)," \
+    "software $QWENVL_POD_RUNTIME_VERSION"
+  if ! cloud compute tpus queued-resources create "$QWENVL_POD_TPU" \
+    "--node-id=$QWENVL_POD_TPU" "--accelerator-type=$QWENVL_POD_TYPE" \
+    "--runtime-version=$QWENVL_POD_RUNTIME_VERSION" "${capacity[@]}" \
+    "${CREATE_FLAGS[@]}" 2>"$SCRATCH/create"; then
+    kind=$(explain "$SCRATCH/create")
+    [ "$kind" = capacity ] ||
+      die "the request for TPU $QWENVL_POD_TPU was refused ($kind)"
+    OUTCOME=capacity
+    return 1
+  fi
+}
+
+_wait_until_ready() {
+  local answer state tpu before='' since blind=0 told kind
+  since=$(now) told=$since
+  while :; do
+    answer=$(queue_state)
+    state=${answer%%$'\t'*} tpu=''
+    case $state in
+      # ABSENT: a TPU that was not requested through a queue.
+      ACTIVE | ABSENT)
+        tpu=$(tpu_state)
+        if [ "$tpu" = READY ]; then
+          say "TPU $QWENVL_POD_TPU is ready"
+          return 0
+        elif is_lost "$tpu"; then
+          say "TPU $QWENVL_POD_TPU is $tpu"
+          OUTCOME=preempted
+          return 1
+        fi
+        ;;
+      FAILED)
+        printf '%s\n' "${answer#*$'\t'}" >"$SCRATCH/failed"
+        say 'the request failed:'
+        kind=$(explain "$SCRATCH/failed")
+        [ "$kind" = capacity ] ||
+          die "TPU $QWENVL_POD_TPU was not granted ($kind)"
+        OUTCOME=capacity
+        return 1
+        ;;
+      SUSPENDING | SUSPENDED)
+        say 'it was preempted before it was ready'
+        OUTCOME=preempted
+        return 1
+        ;;
+    esac
+    if [ "$state" = UNKNOWN ] || [ "$tpu" = UNKNOWN ]; then
+      blind=$((blind + 1))
+      if [ $blind -ge 20 ]; then
+        explain "$SCRATCH/describe" >/dev/null
+        die "the state of TPU $QWENVL_POD_TPU cannot be found out"
+      fi
+    else
+      blind=0
+    fi
+    state="$state${tpu:+, TPU $tpu}"
+    if [ "$state" != "$before" ] || [ $(($(now) - told)) -ge 300 ]; then
+      told=$(now)
+      say "$state after $(duration $((told - since)))$(_meaning "$state")"
+      before=$state
+    fi
+    pause 15
+  done
+}
+
+_meaning() {
+  case $1 in
+    WAITING_FOR_RESOURCES*) printf ': in the queue until chips are free' ;;
+    PROVISIONING*) printf ': the chips are there, machines are started' ;;
+  esac
+}
+
+# Deletes the queued resource with what it holds; it may still be changing.
+remove_request() {
+  local try
+  for try in 1 2 3 4 5 6 7 8 9 10; do
+    if cloud compute tpus queued-resources delete "$QWENVL_POD_TPU" \
+      --force 2>"$SCRATCH/delete"; then
+      return 0
+    fi
+    case $(queue_state ABSENT) in ABSENT*) return 0 ;; esac
+    [ "$try" -lt 10 ] || break
+    pause 30
+  done
+  explain "$SCRATCH/delete" >/dev/null
+  die "queued resource $QWENVL_POD_TPU cannot be deleted"
+}
+
+take_down() {
+  local state tpu
+  state=$(queue_state)
+  state=${state%%$'\t'*}
+  if [ "$state" = ABSENT ]; then
+    tpu=$(tpu_state)
+    if [ "$tpu" = ABSENT ]; then
+      say "there is no TPU $QWENVL_POD_TPU in $QWENVL_POD_ZONE"
+      return 0
+    fi
+    _confirm "delete TPU $QWENVL_POD_TPU ($tpu) and its disks?"
+    cloud compute tpus tpu-vm delete "$QWENVL_POD_TPU"
+  else
+    _confirm "delete TPU $QWENVL_POD_TPU ($state) and its disks?"
+    remove_request
+  fi
+  say "TPU $QWENVL_POD_TPU is deleted"
+}
+
+_confirm() {
+  local answer=''
+  { [ -n "${YES:-}" ] || dry; } && return 0
+  [ -t 0 ] || die "$1 Nobody to ask: pass --yes"
+  read -r -p "pod: $1 [y/N] " answer
+  case $answer in
+    y | Y | yes) ;;
+    *) die 'nothing was deleted' ;;
+  esac
+}
