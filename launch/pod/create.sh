@@ -5,7 +5,7 @@
 # preempted where trying again later may help; ends the script where not.
 bring_up() {
   local state
-  state=$(queue_state ABSENT)
+  state=$(_certain queue_state ABSENT) || exit 1
   state=${state%%$'\t'*}
   say "TPU $QWENVL_POD_TPU in $QWENVL_POD_ZONE: its queued resource is $state"
   case $state in
@@ -20,18 +20,29 @@ bring_up() {
   _wait_until_ready
 }
 
+# _certain COMMAND: a state as it tells, but not UNKNOWN.
+_certain() {
+  local answer
+  for _ in {1..20}; do
+    answer=$("$@")
+    if [ "$answer" != UNKNOWN ]; then
+      printf '%s\n' "$answer"
+      return
+    fi
+    pause 15
+  done
+  explain "$SCRATCH/describe" >/dev/null
+  die "the state of TPU $QWENVL_POD_TPU cannot be found out"
+}
+
 # Whether there is a TPU of that name that was not requested through a queue.
 _use_existing() {
   local state
-  state=$(tpu_state ABSENT)
+  state=$(_certain tpu_state ABSENT) || exit 1
   case $state in
     ABSENT) return 1 ;;
     READY | CREATING | STARTING | RESTARTING | REPAIRING)
       say "it was not requested through a queue; its state: $state"
-      ;;
-    UNKNOWN)
-      explain "$SCRATCH/describe" >/dev/null
-      die "what TPU $QWENVL_POD_TPU is doing cannot be found out"
       ;;
     *)
       die "TPU $QWENVL_POD_TPU is $state, and was not requested through a \
@@ -61,15 +72,15 @@ _request() {
 }
 
 _wait_until_ready() {
-  local answer state tpu before='' since blind=0 told kind
+  local answer state tpu before='' since told kind
   since=$(now) told=$since
   while :; do
-    answer=$(queue_state)
+    answer=$(_certain queue_state) || exit 1
     state=${answer%%$'\t'*} tpu=''
     case $state in
       # ABSENT: a TPU that was not requested through a queue.
       ACTIVE | ABSENT)
-        tpu=$(tpu_state)
+        tpu=$(_certain tpu_state) || exit 1
         if [ "$tpu" = READY ]; then
           say "TPU $QWENVL_POD_TPU is ready"
           return 0
@@ -94,15 +105,6 @@ _wait_until_ready() {
         return 1
         ;;
     esac
-    if [ "$state" = UNKNOWN ] || [ "$tpu" = UNKNOWN ]; then
-      blind=$((blind + 1))
-      if [ $blind -ge 20 ]; then
-        explain "$SCRATCH/describe" >/dev/null
-        die "the state of TPU $QWENVL_POD_TPU cannot be found out"
-      fi
-    else
-      blind=0
-    fi
     state="$state${tpu:+, TPU $tpu}"
     if [ "$state" != "$before" ] || [ $(($(now) - told)) -ge 300 ]; then
       told=$(now)
@@ -138,10 +140,10 @@ remove_request() {
 
 take_down() {
   local state tpu
-  state=$(queue_state)
+  state=$(_certain queue_state) || exit 1
   state=${state%%$'\t'*}
   if [ "$state" = ABSENT ]; then
-    tpu=$(tpu_state)
+    tpu=$(_certain tpu_state) || exit 1
     if [ "$tpu" = ABSENT ]; then
       say "there is no TPU $QWENVL_POD_TPU in $QWENVL_POD_ZONE"
       return 0

@@ -4,27 +4,29 @@
 # What TPU VMs install of the project.
 readonly EXTRAS=tpu
 
-# Writes the id of the tree of files as they are now, changed or not yet
-# committed ones included, without touching the repository.
-_tree() {
+# _git_aside ARGUMENTS...: git with an index and new objects outside the
+# repository, which stays as it is.
+_git_aside() {
   local objects
   objects=$(git -C "$ROOT" rev-parse --path-format=absolute \
     --git-path objects) || die "$ROOT is not a git checkout" \
     'git says which files belong to the project: clone it, or git init and add'
   mkdir -p "$SCRATCH/objects"
-  export GIT_INDEX_FILE=$SCRATCH/index GIT_OBJECT_DIRECTORY=$SCRATCH/objects \
-    GIT_ALTERNATE_OBJECT_DIRECTORIES=$objects
-  git -C "$ROOT" read-tree HEAD && git -C "$ROOT" add --all &&
-    git -C "$ROOT" write-tree
+  GIT_INDEX_FILE=$SCRATCH/index GIT_OBJECT_DIRECTORY=$SCRATCH/objects \
+    GIT_ALTERNATE_OBJECT_DIRECTORIES=$objects git -C "$ROOT" "$@"
+}
+
+# Prints the id of the tree of files as they are now, changed or not yet
+# committed ones included.
+_tree() {
+  _git_aside read-tree HEAD && _git_aside add --all && _git_aside write-tree
 }
 
 # _archive TREE FILE: without the tests, which are most of the bytes.
 _archive() {
   mkdir -p "${2%/*}"
-  GIT_OBJECT_DIRECTORY=$SCRATCH/objects GIT_ALTERNATE_OBJECT_DIRECTORIES=$(
-    git -C "$ROOT" rev-parse --path-format=absolute --git-path objects
-  ) git -C "$ROOT" archive --format=tar.gz "--output=$2" "$1" \
-    -- . ':(exclude)tests'
+  _git_aside archive --format=tar.gz "--output=$2" "$1" -- . \
+    ':(exclude)tests' || die "no archive of $ROOT could be made"
 }
 
 # install_everywhere: fails with OUTCOME preempted if the TPU went away.
