@@ -20,6 +20,7 @@ from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.objective import NextToken, Objective
 from qwenvl_jax.train.optimizer import OptimizerConfig
+from qwenvl_jax.train.peers import Peers
 from qwenvl_jax.train.reporting import Reporter, Window
 from qwenvl_jax.train.signals import Interrupted, caught_signals
 from qwenvl_jax.train.state import (
@@ -113,6 +114,7 @@ def train(
   workdir: str | Path,
   stop_at: int | None = None,
   resolved: str | None = None,
+  peers: Peers | None = None,
 ) -> TrainState:
   """Trains, resuming from the newest checkpoint in the folder if there is one.
 
@@ -122,6 +124,7 @@ def train(
     stop_at: end (and save) at this step instead of `config.optimizer.steps`;
       the schedule stays as it is, and a later call goes on.
     resolved: the configuration as a config file, to be kept as `config.gin`.
+    peers: the processes of this run, from `processes.joined`.
 
   Returns:
     The last state.
@@ -134,6 +137,12 @@ def train(
     Interrupted: SIGTERM or SIGINT came; the state has been saved.
   """
   workdir = Path(workdir)
+  peers = peers or Peers()
+  if peers.count != jax.process_count():
+    raise ConfigError(
+      f'this is one of {jax.process_count()} processes: join them with '
+      '`qwenvl_jax.train.processes.joined` and pass on what it gives'
+    )
   mesh = make_mesh(config.mesh)
   check_run(config, mesh)
   stop = config.optimizer.steps

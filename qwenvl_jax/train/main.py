@@ -1,13 +1,13 @@
 """`qwenvl-train`: one run of one stage."""
 
+import os
 import sys
 from collections.abc import Sequence
-
-import jax
 
 from qwenvl_jax import entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.loop import TrainConfig, train
+from qwenvl_jax.train.processes import ARRIVAL, find_place, joined
 from qwenvl_jax.train.signals import Interrupted
 
 DESCRIPTION = """
@@ -17,6 +17,13 @@ The run's folder (--workdir) receives checkpoints/, log.jsonl, tensorboard/,
 the resolved configuration (config.gin) and what opens the model again
 (config.json, qwen.tiktoken). Started again with the same --workdir, a run goes
 on from its newest checkpoint. SIGTERM and Ctrl-C save before they end it.
+
+Several processes train together when each is started with the environment
+variables QWENVL_COORDINATOR (HOST:PORT of process 0), QWENVL_NUM_PROCESSES and
+QWENVL_PROCESS_ID (from 0), or on all workers of a TPU pod with --distributed.
+
+Exit status: 0 done; 2 an error that is said in a line; 75 another process was
+lost, start all again; 143 (130) stopped by SIGTERM (Ctrl-C) and saved.
 """
 
 EXAMPLES = """
@@ -44,21 +51,28 @@ def command(argv: Sequence[str]) -> int:
     action='store_true',
     help='this is one of several processes of a pod: find the others',
   )
+  arguments.add_argument(
+    '--arrival_timeout',
+    type=float,
+    default=ARRIVAL,
+    metavar='SECONDS',
+    help='how long to wait for the other processes (default: %(default)g)',
+  )
   flags, bindings = entry.parse(arguments, argv)
   if not flags.gin_file:
     raise ConfigError(
       'no --gin_file given: name the config file of a stage, e.g. '
       '--gin_file=stage1.gin'
     )
-  if flags.distributed:
-    jax.distributed.initialize()
-  entry.load(flags.gin_file, bindings)
-  config = entry.build(TrainConfig)
-  try:
-    train(config, flags.workdir, flags.steps, entry.resolved())
-  except Interrupted as stop:
-    print(stop, file=sys.stderr, flush=True)
-    return 128 + stop.signum
+  place = find_place(os.environ, flags.distributed)
+  with joined(place, flags.arrival_timeout) as peers:
+    entry.load(flags.gin_file, bindings)
+    config = entry.build(TrainConfig)
+    try:
+      train(config, flags.workdir, flags.steps, entry.resolved(), peers)
+    except Interrupted as stop:
+      print(stop, file=sys.stderr, flush=True)
+      return 128 + stop.signum
   return 0
 
 

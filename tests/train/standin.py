@@ -143,7 +143,9 @@ class Points:
       time.sleep(self.pause)
       if self.bad_from is not None and self.bad_from <= index < self.bad_until:
         made['y'] = made['y'] * np.nan
-      return made
+      rows = self.batch_size // process_count
+      mine = slice(process_index * rows, (process_index + 1) * rows)
+      return {name: value[mine] for name, value in made.items()}
 
     dataset = grain.MapDataset.range(self.end).map_with_index(
       lambda step, value: (step, value)
