@@ -1,5 +1,5 @@
 # Part of tpu_pod.sh: from nothing to a TPU that is ready, and back.
-# shellcheck shell=bash disable=SC2034  # OUTCOME is read by supervise.sh
+# shellcheck shell=bash disable=SC2034,SC2153  # parts share variables
 
 # bring_up: returns when the TPU is ready. Fails with OUTCOME capacity or
 # preempted where trying again later may help; ends the script where not.
@@ -54,7 +54,8 @@ queue: it is not made anew by itself" \
 
 _request() {
   local capacity=() kind
-  check_type
+  [ -n "${QWENVL_POD_TYPE:-}" ] || usage_error \
+    '--type is missing: v5litepod-256, v5p-128, v6e-256, v4-512, ...'
   [ "$QWENVL_POD_CAPACITY" = on-demand ] ||
     capacity=("--$QWENVL_POD_CAPACITY")
   say "requesting $QWENVL_POD_TYPE ($QWENVL_POD_CAPACITY)," \

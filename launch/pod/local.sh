@@ -62,7 +62,7 @@ _each_local() {
 }
 
 _follow_local() {
-  local name=$1 count=$2 folder=$3 i running codes=() first='' began
+  local name=$1 count=$2 folder=$3 i running codes=() first='' began=''
   SIGNALS=0 SIGNAL=0
   trap '_forward 2' INT
   trap '_forward 15' TERM
@@ -83,15 +83,20 @@ _follow_local() {
       fi
       codes[i]=0
       wait "${PIDS[i]}" || codes[i]=$?
-      if [ "${codes[i]}" != 0 ] && [ -z "$first" ] && [ $SIGNALS = 0 ]; then
-        first=$i began=$SECONDS
+      if [ "${codes[i]}" = 0 ] || [ $SIGNALS -gt 0 ]; then
+        continue
+      fi
+      [ -n "$began" ] || began=$SECONDS
+      # 75 says that another was lost: that one comes to light, too.
+      if [ -z "$first" ] && [ "${codes[i]}" != 75 ]; then
+        first=$i
         _tell_dead "$i" "${codes[i]}" "$folder"
-        [ "$count" = 1 ] || say 'the others cannot go on without it: stopping them'
+        [ $running = 0 ] || say 'the others cannot go on without it'
         _signal_all TERM
       fi
     done
     [ $running -gt 0 ] || break
-    if [ $SIGNALS -gt 1 ] || { [ -n "$first" ] &&
+    if [ $SIGNALS -gt 1 ] || { [ -n "$began" ] &&
       [ $((SECONDS - began)) -ge $LOCAL_GRACE_SECONDS ]; }; then
       _signal_all KILL
     fi
@@ -100,6 +105,8 @@ _follow_local() {
   wait "$STREAMER" || true
   if [ -n "$first" ]; then
     exit "${codes[first]}"
+  elif [ -n "$began" ]; then
+    die 'a process was lost: see the logs'
   elif [ $SIGNALS -gt 0 ] && [[ " ${codes[*]} " == *' '[1-9]* ]]; then
     exit $((128 + SIGNAL))
   fi

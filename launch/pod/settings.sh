@@ -145,6 +145,11 @@ check_settings() {
     external | internal | iap) ;;
     *) usage_error "--ssh $QWENVL_POD_SSH: external, internal or iap" ;;
   esac
+  if [ -n "${QWENVL_POD_TYPE:-}" ] && ! [[ $QWENVL_POD_TYPE =~ \
+    ^(v2|v3|v4|v5p|v5litepod|v6e)-[1-9][0-9]*$ ]]; then
+    usage_error "--type $QWENVL_POD_TYPE: as v5litepod-256 (v5e), v5p-128, \
+v6e-256 or v4-512; gcloud compute tpus accelerator-types list --zone ZONE"
+  fi
   # As Cloud TPU wants it; it also names a folder.
   if ! [[ $QWENVL_POD_TPU =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]]; then
     usage_error "--tpu $QWENVL_POD_TPU: lower-case letters, digits and hyphens"
@@ -185,12 +190,4 @@ chips_of() {
     v6e-* | v5litepod-*) printf '%s\n' "${1##*-}" ;;
     *) printf '%s\n' $((${1##*-} / 2)) ;;
   esac
-}
-
-check_type() {
-  [ -n "${QWENVL_POD_TYPE:-}" ] || usage_error \
-    "--type is missing: v5litepod-256, v5p-128, v6e-256, v4-512, ..."
-  [[ $QWENVL_POD_TYPE =~ ^(v2|v3|v4|v5p|v5litepod|v6e)-[1-9][0-9]*$ ]] ||
-    usage_error "--type $QWENVL_POD_TYPE: as v5litepod-256 (v5e), v5p-128, \
-v6e-256 or v4-512; gcloud compute tpus accelerator-types list --zone ZONE"
 }

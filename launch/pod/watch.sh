@@ -41,9 +41,10 @@ verdict() {
       $3 == "running" { running++ }
       $3 == "stopped" { stopped++ }
       $3 == "rebooted" || $3 == "absent" { rebooted++ }
-      $3 == "exited" && ($5 == 143 || $5 == 130) { signalled++ }
-      $3 == "exited" && $5 != 0 && $5 != 143 && $5 != 130 { failed++ }
       $3 == "killed" { failed++ }
+      # Told to end, or (75) lost another worker: not the cause of anything.
+      $3 == "exited" && $5 ~ /^(130|143|75)$/ { signalled++; next }
+      $3 == "exited" && $5 != 0 { failed++ }
       END {
         if (stopped && !running) print "stopped"
         else if (failed) print "failed"
@@ -88,7 +89,7 @@ _stop_streaming() {
 # watch_stage NAME: streams until the stage is no longer running; OUTCOME is
 # finished, stopped, crashed, preempted, interrupted or budget.
 watch_stage() {
-  local name=$1 began copy checked looks=0 answer=running
+  local name=$1 began copy checked looks=0 answer=running complete=''
   # A preemption may come at any moment, this one too.
   if ! reports >"$SCRATCH/reports"; then
     answer=$(settle)
@@ -99,7 +100,7 @@ watch_stage() {
   while [ "$answer" = running ]; do
     if dry; then
       _stream "$copy" "$began"
-      answer=$(settle)
+      complete=yes answer=$(settle)
       break
     fi
     if [ -z "$STREAMER" ]; then
@@ -109,7 +110,8 @@ watch_stage() {
       STREAMER=$!
       set +m
     elif ! kill -0 "$STREAMER" 2>/dev/null; then
-      wait "$STREAMER" || true
+      complete=''
+      if wait "$STREAMER"; then complete=yes; fi
       STREAMER=''
       answer=$(settle)
       [ "$answer" != running ] || {
@@ -145,6 +147,10 @@ watch_stage() {
       ;;
     *) OUTCOME=$answer ;;
   esac
+  # What came after the connection broke; by now nothing runs.
+  case $complete:$OUTCOME in
+    :finished | :crashed | :stopped) _stream "$copy" "$began" || true ;;
+  esac
   dry || say "worker 0's log: $copy"
 }
 
@@ -156,7 +162,7 @@ _show_failures() {
     case $word:$code in
       killed:*) word='was killed without a word (out of memory?)' ;;
       exited:137) word='was killed (exit 137; out of memory?)' ;;
-      exited:0 | exited:143 | exited:130 | running:* | stopped:*) continue ;;
+      exited:0 | exited:143 | exited:130 | exited:75 | running:* | stopped:*) continue ;;
       *) word="ended with exit status $code" ;;
     esac
     say "worker $number $word"

@@ -7,8 +7,8 @@ that a mistake in quoting shows. All is in the folder $STANDIN:
   script.json    what to play, see below
   cloud.json     the state of the cloud
   tpu K/worker N   the home of worker N of the K-th TPU created
-  preempt, drop  made by the program on a worker: the TPU is taken away, or the
-                 connection that streams a log breaks
+  preempt, drop  made by the program on a worker: the connection that streams
+                 its log breaks, with `preempt` because the TPU is taken away
 
 script.json:
 
@@ -33,6 +33,9 @@ import time
 
 HERE = pathlib.Path(os.environ['STANDIN'])
 FAILED_SSH = 255
+
+# Seconds that a connection lives at least.
+LIFE = 0.5
 
 
 def main(arguments):
@@ -86,8 +89,6 @@ class Cloud:
       }
       if self.script.get('existing'):
         self._make_workers()
-    if (HERE / 'preempt').exists():
-      self._preempt()
     return self
 
   def __exit__(self, *error):
@@ -155,8 +156,7 @@ class Cloud:
     for home in self.homes():
       home.mkdir(parents=True)
 
-  def _preempt(self):
-    (HERE / 'preempt').unlink()
+  def preempt(self):
     self._kill()
     self.state['tpu'] = 'PREEMPTED'
     if self.state['queue']:
@@ -205,6 +205,7 @@ def ssh(workers, command):
   if not running:
     return fail('This TPU has terminal state "PREEMPTED"')
   statuses = {}
+  began = time.monotonic()
   while len(statuses) < len(running):
     for number, process in running.items():
       if number not in statuses and process.poll() is not None:
@@ -215,7 +216,7 @@ def ssh(workers, command):
             f'with exit status {process.returncode}. Continuing.',
             file=sys.stderr,
           )
-    if broken(command):
+    if time.monotonic() - began > LIFE and broken(command):
       for process in running.values():
         kill_group(process.pid)
       return fail('[/usr/bin/ssh] exited with return code [255].', FAILED_SSH)
@@ -224,11 +225,15 @@ def ssh(workers, command):
 
 
 def broken(command):
-  """Whether the connection breaks now."""
+  """Whether the connection breaks now, perhaps since the TPU is gone."""
+  if ' follow ' not in command:
+    return False
   if (HERE / 'preempt').exists():
-    with Cloud():
-      return True
-  if ' follow ' in command and (HERE / 'drop').exists():
+    (HERE / 'preempt').unlink()
+    with Cloud() as cloud:
+      cloud.preempt()
+    return True
+  if (HERE / 'drop').exists():
     (HERE / 'drop').unlink()
     return True
   return False
