@@ -1,5 +1,6 @@
 """`qwenvl-train`: one run of one stage."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from qwenvl_jax import entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.loop import TrainConfig, train
 from qwenvl_jax.train.processes import ARRIVAL, find_place, joined
+from qwenvl_jax.train.profile import parse_steps
 from qwenvl_jax.train.signals import Interrupted
 
 DESCRIPTION = """
@@ -47,6 +49,12 @@ def command(argv: Sequence[str]) -> int:
     'of the config, and the same command without it goes on',
   )
   arguments.add_argument(
+    '--profile_steps',
+    metavar='FIRST:LAST',
+    help='capture a profiler trace of these steps (counted from 1) in '
+    'WORKDIR/profile',
+  )
+  arguments.add_argument(
     '--distributed',
     action='store_true',
     help='this is one of several processes of a pod: find the others',
@@ -68,6 +76,9 @@ def command(argv: Sequence[str]) -> int:
   with joined(place, flags.arrival_timeout) as peers:
     entry.load(flags.gin_file, bindings)
     config = entry.build(TrainConfig)
+    if flags.profile_steps:
+      steps = parse_steps(flags.profile_steps)
+      config = dataclasses.replace(config, profile_steps=steps)
     try:
       train(config, flags.workdir, flags.steps, entry.resolved(), peers)
     except Interrupted as stop:

@@ -101,7 +101,7 @@ class Peers:
     arrive = self._gather_members if self.index == 0 else self._arrive
     self._wait(arrive(host.strip('[]'), int(port), timeout))
 
-  def gather(self, where: str, value: Any = None, timeout: float = 300) -> list:
+  def gather(self, where: str, value: Any = None, timeout: float = 600) -> list:
     """The values of all processes, in each of them; a barrier, too.
 
     Args:

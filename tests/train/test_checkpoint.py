@@ -16,6 +16,7 @@ import standin
 
 from qwenvl_jax.conversion.orbax_store import open_stores
 from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.train import manifest
 from qwenvl_jax.train.checkpoint import CheckpointConfig, save_args
 from qwenvl_jax.train.loop import train
 
@@ -136,6 +137,7 @@ def test_values_that_changed_on_disk_are_noticed(finished, tmp_path, capsys):
   params = jax.device_get(wanted.params)
   params['model']['kernel'] = np.nextafter(params['model']['kernel'], 9.0)
   # As whole as any other checkpoint, but with other values.
+  (folder / 'checkpoints' / '4' / manifest.FILE).unlink()
   with ocp.PyTreeCheckpointer() as checkpointer:
     place = folder / 'checkpoints' / '4' / 'params'
     checkpointer.save(place, params, force=True)
