@@ -19,7 +19,7 @@ run_local() {
     # shellcheck source=launch/env.sh
     source "$ROOT/launch/env.sh"
   fi
-  folder=$QWENVL_POD_STATE/local/$name
+  folder=$QWENVL_POD_STATE/local/$name-$(date -u +%Y%m%dT%H%M%S)-$$
   LOCAL_PORT=$(_free_port)
   PIDS=()
   _each_local "$name" "$count" "$devices" "$folder"

@@ -16,12 +16,37 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 
+# A real run of `qwenvl-train` that needs no data and compiles in a second.
+LINE = """
+from __gin__ import dynamic_registration
+
+from qwenvl_jax.train import checkpoint
+from qwenvl_jax.train import loop
+from qwenvl_jax.train import optimizer
+import standin
+
+loop.TrainConfig:
+  objective = @standin.Line()
+  data = @standin.Points()
+  optimizer = @optimizer.OptimizerConfig()
+  checkpoint = @checkpoint.CheckpointConfig()
+  log_every = 1
+standin.Points.pause = 0.03
+checkpoint.CheckpointConfig.every = 5
+optimizer.OptimizerConfig:
+  trainable = ('model/.*',)
+  peak = 0.1
+  end = 0.01
+  warmup = 2
+  steps = 2000
+"""
+
 # Its clock runs so many times faster.
 SPEEDUP = 200
 TYPE = '--type=v5litepod-16'
 # Values that a missing quote anywhere between here and a worker would break.
 AWKWARD = [
-  '''--gin.OptimizerConfig.trainable=('a b/.*', "it's (c)|d", '$HOME \\\\ *')''',
+  """--gin.OptimizerConfig.trainable=('a b/.*', "it's (c)|d", '$HOME \\\\ *')""",
   "--gin.NOTE='two  spaces; and & more'",
 ]
 
@@ -71,9 +96,7 @@ class Pod:
       remote / 'qwenvl-train', f'#!/bin/sh\nexec {python} {trainer} "$@"\n'
     )
     executable(remote / 'curl', '#!/bin/sh\necho "$WORKER"\n')
-    executable(
-      remote / 'python3.11', (HERE / 'python_standin.sh').read_text()
-    )
+    executable(remote / 'python3.11', (HERE / 'python_standin.sh').read_text())
     self._environment = {
       **{k: v for k, v in os.environ.items() if not k.startswith('QWENVL_')},
       'PATH': f'{folder / "bin"}:{os.environ["PATH"]}',
@@ -116,7 +139,11 @@ class Pod:
 
   def stage(self, *arguments, status=0, **environment):
     return self.run(
-      'stage2', TYPE, '--workdir=gs://b/runs', *arguments, status=status,
+      'stage2',
+      TYPE,
+      '--workdir=gs://b/runs',
+      *arguments,
+      status=status,
       **environment,
     )
 
@@ -131,6 +158,11 @@ class Pod:
     """How the program was started on a worker, each time."""
     path = self.folder / f'starts {worker}'
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+  def log(self, worker):
+    """The log of a process of the newest run with --local."""
+    runs = (self.state / 'local').glob(f'*/worker{worker}/job/log')
+    return max(runs, key=lambda path: path.stat().st_ctime_ns, default=None)
 
   def wait_for(self, condition):
     deadline = time.monotonic() + 60
@@ -340,7 +372,9 @@ def test_a_worker_that_fails_to_install_is_named(pod):
   assert 'worker 1: ERROR: Could not install packages: No space' in done.err
   assert 'the installation failed on worker(s) 1, see above' in done.err
   assert 'worker 0: ready' in done.err
-  assert len(pod.calls('create')) == 1 and not (pod.folder / 'starts 0').exists()
+  assert (
+    len(pod.calls('create')) == 1 and not (pod.folder / 'starts 0').exists()
+  )
   # Mended, the same command goes on with the TPU that is there.
   (pod.folder / 'no_space').unlink()
   pod.stage()
@@ -401,7 +435,9 @@ def test_detached_looked_at_and_stopped(pod):
   assert running.returncode == 130
   status = pod.run('status').out
   assert 'TPU pod1 in us-west4-a: READY (queued resource: ACTIVE' in status
-  assert re.search(r'^worker 1: stage2 running since \S+  step 3/9', status, re.M)
+  assert re.search(
+    r'^worker 1: stage2 running since \S+  step 3/9', status, re.M
+  )
   assert steps(pod.run('logs', '--worker=1', '--lines=2').out) == [2, 3]
   # The same command takes up where it was; another is refused.
   assert 'started otherwise' in pod.stage('--steps=5', status=1).err
@@ -453,7 +489,9 @@ def test_ways_to_the_workers(pod):
     ('v6e-256', 'v2-alpha-tpuv6e', 'v6e_256'),
   ],
 )
-def test_a_type_decides_software_and_config(pod, tmp_path, kind, runtime, topology):
+def test_a_type_decides_software_and_config(
+  pod, tmp_path, kind, runtime, topology
+):
   pod.checkout = shutil.copytree(pod.checkout, tmp_path / 'with topologies')
   file = pod.checkout / f'configs/topology/{topology}.gin'
   file.parent.mkdir(exist_ok=True)
@@ -464,9 +502,10 @@ def test_a_type_decides_software_and_config(pod, tmp_path, kind, runtime, topolo
   files = f'stage3.gin --gin_file=configs/topology/{topology}.gin --workdir'
   assert files in done.out
   assert 'topology/' not in pod.run('stage3', '--topology=none', *arguments).out
-  assert '--gin_file=my.gin --workdir' in pod.run(
-    'stage3', '--topology=my.gin', *arguments
-  ).out
+  assert (
+    '--gin_file=my.gin --workdir'
+    in pod.run('stage3', '--topology=my.gin', *arguments).out
+  )
 
 
 def test_settings_come_from_options_environment_and_file(pod, tmp_path):
@@ -540,8 +579,7 @@ def test_local_processes_find_each_other(pod):
   ]
   assert steps(done.out) == [1, 2, 3, 4]
   for worker in range(3):
-    log = pod.state / f'local/stage1/worker{worker}/job/log'
-    assert steps(log.read_text()) == [1, 2, 3, 4]
+    assert steps(pod.log(worker).read_text()) == [1, 2, 3, 4]
   assert 'finished on all 3 processes' in done.err
   printed = pod.run(*arguments, '--dry-run', **environment)
   del printed
@@ -560,8 +598,7 @@ def test_local_one_death_ends_all(pod, code, status, said):
   assert 'worker 1: Traceback: the cause stands here' in done.err
   assert 'worker 2 died' not in done.err
   for worker in 0, 2:
-    log = pod.state / f'local/stage1/worker{worker}/job/log'
-    assert 'saved by SIGTERM' in log.read_text()
+    assert 'saved by SIGTERM' in pod.log(worker).read_text()
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
@@ -569,14 +606,47 @@ def test_local_signals_are_passed_on_and_waited_for(pod, signum):
   pod.train(steps=9, wait=5)
   arguments, environment = local(pod, '--local=2')
   running = pod.popen(*arguments, **environment)
-  logs = [
-    pod.state / f'local/stage1/worker{worker}/job/log' for worker in (0, 1)
-  ]
-  pod.wait_for(
-    lambda: all(log.exists() and 'step 5' in log.read_text() for log in logs)
-  )
+  for worker in (0, 1):
+    pod.wait_for(lambda worker=worker: pod.log(worker))
+    log = pod.log(worker)
+    pod.wait_for(lambda log=log: 'step 5' in log.read_text())
   running.send_signal(signum)
   err = running.communicate(timeout=60)[1]
   assert running.returncode == 128 + signum, err
-  for log in logs:
-    assert log.read_text().count('saved by SIGTERM') == 1
+  for worker in (0, 1):
+    assert pod.log(worker).read_text().count('saved by SIGTERM') == 1
+
+
+@pytest.mark.slow
+def test_local_trains_for_real_and_survives(pod, tmp_path):
+  config = tmp_path / 'line.gin'
+  config.write_text(LINE)
+  arguments = ['stage1', '--local=2', '--devices-per-process=2']
+  arguments += [f'--config={config}', f'--workdir={tmp_path / "my runs"}']
+  environment = {
+    'QWENVL_POD_PYTHON': sys.executable,
+    'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests/train"}',
+  }
+
+  def until(start):
+    running = pod.popen(*arguments, **environment)
+    for line in running.stdout:
+      if line.startswith(start):
+        return running
+    raise AssertionError(running.stderr.read())
+
+  running = until('step 7/')
+  running.send_signal(signal.SIGTERM)
+  err = running.communicate(timeout=120)[1]
+  assert running.returncode == 128 + signal.SIGTERM, err
+  said = r'stopped by SIGTERM at step (\d+), which is saved'
+  (saved,) = re.findall(said, pod.log(0).read_text())
+  # The same command goes on from there; then one process dies.
+  running = until(f'resumed from step {saved} of')
+  child = pod.log(1).with_name('pid').read_text().strip()
+  children = pathlib.Path(f'/proc/{child}/task/{child}/children').read_text()
+  os.kill(int(children.split()[0]), signal.SIGKILL)
+  err = running.communicate(timeout=120)[1]
+  assert running.returncode == 128 + signal.SIGKILL, err
+  assert 'worker 1 died (signal KILL)' in err
+  assert 'process 1 of 2' in pod.log(0).read_text().splitlines()[-1]
