@@ -22,7 +22,7 @@ from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.data.image import pixels as decode_pixels
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
 from qwenvl_jax.infer import chat as chatting
 from qwenvl_jax.infer import generate as generation
 from qwenvl_jax.infer import prompts
@@ -50,7 +50,15 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
 
   Raises:
     CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged.
+    ConfigError: no such dtype.
   """
+  try:
+    dtype = dtype and jnp.dtype(dtype)
+  except TypeError as error:
+    raise ConfigError(
+      f"dtype={dtype!r} is no number format; 'bfloat16', 'float16' and "
+      "'float32' are"
+    ) from error
   folder = Path(folder).expanduser()
   config = folders.read_config(folder)
   if shardings is None:
@@ -181,8 +189,18 @@ class Handle:
 
     Returns:
       New ids of each row.
+
+    Raises:
+      DataError: `tokens` is one prompt, not a list of them, or the images do
+        not match the spans.
     """
-    rows = [list(row) for row in tokens]
+    try:
+      rows = [list(row) for row in tokens]
+    except TypeError as error:
+      raise DataError(
+        'tokens must be a list of prompts, each a list of ids; for one prompt, '
+        'generate([ids])'
+      ) from error
     starts, images = self._spans(rows, images)
     counts = np.cumsum([0] + [len(row) for row in starts])
     return generation.generate(

@@ -6,7 +6,7 @@ import pytest
 
 import qwenvl_jax
 from qwenvl_jax.conversion import convert
-from qwenvl_jax.errors import CheckpointError, DataError
+from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
 
 
 @pytest.fixture(scope='module')
@@ -78,6 +78,16 @@ def test_without_vocabulary(handle):
   assert handle.tokenizer is None
   with pytest.raises(CheckpointError, match='no vocabulary'):
     handle.chat('hello')
+
+
+def test_one_prompt_is_no_list_of_them(handle):
+  with pytest.raises(DataError, match=r'generate\(\[ids\]\)'):
+    handle.generate([1, 2, 3])
+
+
+def test_a_dtype_that_is_none(tmp_path):
+  with pytest.raises(ConfigError, match="'bf16' is no number.*'bfloat16'"):
+    qwenvl_jax.load(tmp_path, dtype='bf16')
 
 
 def test_folder_that_is_none(tmp_path):

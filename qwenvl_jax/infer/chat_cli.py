@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from qwenvl_jax import api
 from qwenvl_jax.errors import CheckpointError, DataError, QwenVLError
 from qwenvl_jax.infer.chat import Chat, ChatSettings
-from qwenvl_jax.infer.terminal import Session, open_picture, spinner
+from qwenvl_jax.infer.terminal import (
+  Session,
+  check_writable,
+  open_picture,
+  spinner,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,6 +154,10 @@ def _run(args: argparse.Namespace) -> int:
   )
   if args.save and args.prompt is None:
     raise DataError('--save needs --prompt; in a conversation, type /save')
+  if args.save and not args.image:
+    raise DataError('--save needs --image: there is no picture to draw on')
+  if args.save:
+    check_writable(args.save)
   # Before the model, which takes longer to open.
   pictures = [open_picture(path) for path in args.image]
   with spinner(f'opening {args.checkpoint}'):

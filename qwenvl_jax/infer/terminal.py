@@ -177,10 +177,7 @@ class Session:
       drawn.save(file)
     except (OSError, ValueError, KeyError) as error:
       reason = getattr(error, 'strerror', None) or error
-      raise DataError(
-        f'cannot write {file} ({reason}); name a .png or .jpg in a folder that '
-        'exists'
-      ) from error
+      raise _unwritable(file, reason) from error
     shapes = _count_shapes(text) or 'no boxes'
     write_note(f'Picture {number} with {shapes} is saved as {file}')
     if lacking:
@@ -223,6 +220,22 @@ class Session:
 
 def open_picture(path: str) -> Image.Image:
   return pictures_lib.load(os.path.expanduser(path))
+
+
+def check_writable(path: str) -> None:
+  """Raises DataError if no picture can be written there."""
+  file = pathlib.Path(path).expanduser()
+  if not file.parent.is_dir():
+    raise _unwritable(file, 'the folder does not exist')
+  if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+    raise _unwritable(file, f'no picture format has the suffix {file.suffix!r}')
+
+
+def _unwritable(file: pathlib.Path, reason: object) -> DataError:
+  return DataError(
+    f'cannot write {file} ({reason}); name a .png or .jpg in a folder that '
+    'exists'
+  )
 
 
 def _count_shapes(answer: str) -> str:

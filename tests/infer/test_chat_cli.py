@@ -64,6 +64,9 @@ def test_one_shot(chat_checkpoint, tmp_path, capsys, recited):
   assert (tmp_path / 'drawn.png').exists()
 
 
+ASK = ('--checkpoint', 'x', '--prompt', 'what')
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [
@@ -71,10 +74,14 @@ def test_one_shot(chat_checkpoint, tmp_path, capsys, recited):
     (['--checkpoint', 'x', '--image', 'no.png'], 'no.png: no such file'),
     (['--checkpoint', 'x', '--temperature', '-1'], 'temperature=-1'),
     (['--checkpoint', 'x', '--save', 'y.png'], '--save needs --prompt'),
+    ([*ASK, '--save', 'y.png'], '--save needs --image'),
+    ([*ASK, '--image', 'a.png', '--save', 'no/y.png'], 'cannot write no/y.png'),
+    ([*ASK, '--image', 'a.png', '--save', 'y.doc'], 'cannot write y.doc'),
   ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  Image.new('RGB', (50, 40)).save('a.png')
   assert chat_cli.main(arguments) == 2
   error = capsys.readouterr().err
   assert error.startswith('error: ')
