@@ -30,7 +30,9 @@ the TPU:
   --create-flag=FLAG      a flag more for gcloud's create; may be repeated:
                           --create-flag=--network=NET
   --ssh WAY               external (default), internal (from inside the same
-                          network), iap (through the Identity-Aware Proxy)
+                          network), iap (through the Identity-Aware Proxy).
+                          For several workers gcloud wants its key in an agent:
+                          ssh-add ~/.ssh/google_compute_engine
 
 the stage:
   --workdir DIR     the runs of all stages, e.g. gs://bucket/qwen-vl: stage2
@@ -101,10 +103,11 @@ if [ "${BASH_VERSINFO[0]}" -lt 5 ]; then
 fi
 
 # What the parts share: a folder for what gcloud says, the process that
-# streams, how an attempt went, the stage's command, since when TPU time is not
-# yet counted. Commands of a dry run go to descriptor 3.
+# streams, whether a stage runs, how an attempt went, the stage's command, since
+# when TPU time is not yet counted. Commands of a dry run go to descriptor 3.
 SCRATCH=$(mktemp -d)
 STREAMER=''
+RUNNING=''
 OUTCOME=''
 COMMAND=()
 CHARGED=0

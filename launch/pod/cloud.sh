@@ -1,6 +1,6 @@
 # Part of tpu_pod.sh: asking Cloud TPU, and running on its workers. With
 # --dry-run, commands are printed and answered as if all went well.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2153  # parts share variables
 
 # cloud ARGUMENTS...: gcloud, about this TPU's zone and project.
 cloud() {
@@ -58,16 +58,21 @@ is_lost() {
   return 1
 }
 
-# _connect VERB ARGUMENTS...: gcloud's ssh and scp, as --ssh says.
+# _connect VERB ARGUMENTS...: gcloud's ssh and scp, as --ssh says. Only the
+# alpha commands go through the Identity-Aware Proxy, and know groups of workers:
+# more than a hundred connections at once are prone to fail.
 _connect() {
-  local verb=$1
+  local verb=$1 alpha=() how=()
   shift
   case $QWENVL_POD_SSH in
-    external) cloud compute tpus tpu-vm "$verb" "$@" ;;
-    internal) cloud compute tpus tpu-vm "$verb" "$@" --internal-ip ;;
-    # Only the alpha commands go through the Identity-Aware Proxy.
-    iap) cloud alpha compute tpus tpu-vm "$verb" "$@" --tunnel-through-iap ;;
+    internal) how=(--internal-ip) ;;
+    iap) alpha=(alpha) how=(--tunnel-through-iap) ;;
   esac
+  if [ -n "${QWENVL_POD_TYPE:-}" ] &&
+    [ "$(chips_of "$QWENVL_POD_TYPE")" -gt 400 ]; then
+    alpha=(alpha) how+=(--batch-size=100)
+  fi
+  cloud "${alpha[@]}" compute tpus tpu-vm "$verb" "$@" "${how[@]}"
 }
 
 # on_workers WHICH COMMAND: runs a command line on worker(s) WHICH; a

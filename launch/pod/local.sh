@@ -10,6 +10,7 @@ run_local() {
   local name=$1 count=$QWENVL_POD_LOCAL folder
   local devices=${QWENVL_POD_DEVICES_PER_PROCESS:-1}
   [ "$count" -ge 1 ] || usage_error '--local needs one process or more'
+  command -v setsid >/dev/null || die '--local needs setsid (Linux has it)'
   [ "$devices" -ge 1 ] || usage_error '--devices-per-process: one or more'
   COMMAND+=("${EXTRA[@]}")
   # Tests name the interpreter that they run in.

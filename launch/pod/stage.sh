@@ -13,7 +13,7 @@ stage_command() {
     return
   fi
   COMMAND=(qwenvl-train "--gin_file=${QWENVL_POD_CONFIG:-configs/$stage.gin}")
-  _add_topology
+  _add_topology "$stage"
   COMMAND+=("--workdir=$runs/$stage")
   case $stage in
     stage1)
@@ -46,18 +46,27 @@ _eval_command() {
   )
 }
 
-# The config of how this kind of pod is used, if the project has one.
+# The config of how a stage uses this kind of pod, if the project has one: of
+# that stage, or of all.
 _add_topology() {
-  local file=${QWENVL_POD_TOPOLOGY:-}
-  case $file in
+  local file folder
+  case ${QWENVL_POD_TOPOLOGY:-} in
     none) return ;;
-    '')
-      [ -n "${QWENVL_POD_TYPE:-}" ] || return 0
-      file=configs/topology/$(topology_of "$QWENVL_POD_TYPE").gin
-      [ -f "$ROOT/$file" ] || return 0
+    ?*)
+      COMMAND+=("--gin_file=$QWENVL_POD_TOPOLOGY")
+      return
       ;;
   esac
-  COMMAND+=("--gin_file=$file")
+  # Processes of --local are no pod.
+  [ -z "${QWENVL_POD_LOCAL:-}" ] && [ -n "${QWENVL_POD_TYPE:-}" ] || return 0
+  folder=configs/topology/$(topology_of "$QWENVL_POD_TYPE")
+  for file in "$folder/$1.gin" "$folder/mesh.gin"; do
+    if [ -f "$ROOT/$file" ]; then
+      COMMAND+=("--gin_file=$file")
+      return
+    fi
+  done
+  say "there is no $folder: the mesh is that of configs/train.gin"
 }
 
 # topology_of v5litepod-256 -> v5e_256: generation and chips.

@@ -39,14 +39,19 @@ _lock() {
 
 _detach() {
   _stop_streaming
-  say "detached: $1 goes on, but nobody re-creates the TPU if it is preempted."
-  say 'The same command attaches again; stop ends the stage, down the TPU.'
+  if [ -n "$RUNNING" ]; then
+    say "detached: $1 goes on, but nobody re-creates the TPU if it is preempted"
+    say 'the same command attaches again; stop ends the stage, down the TPU'
+  else
+    say "left: the TPU, or the request for it, stays; $1 is not running"
+    say 'the same command goes on from here; down deletes the TPU'
+  fi
   exit "$2"
 }
 
 # run_stage NAME: exit status 0 when it is finished.
 run_stage() {
-  local name=$1 restarts=0 streak=0 delay
+  local name=$1 restarts=0 streak=0 delay began
   need_zone
   check_gcloud
   COMMAND+=(--distributed "${EXTRA[@]}")
@@ -71,9 +76,11 @@ run_stage() {
     if bring_up; then
       CHARGED=$(now)
       if install_everywhere && start_everywhere "$name"; then
-        CYCLE_BEGAN=$(now)
+        began=$(now)
+        RUNNING=yes
         watch_stage "$name"
-        [ $(($(now) - CYCLE_BEGAN)) -lt 3600 ] || streak=0
+        RUNNING=''
+        [ $(($(now) - began)) -lt 3600 ] || streak=0
       elif ! dry; then
         charge "$name"
       fi

@@ -168,11 +168,11 @@ report() {
   fi
   if alive; then
     state=running
+  elif [ -f "$job/stopped" ] && [ "$(field exit)" != 0 ]; then
+    state=stopped
   elif [ ! -f "$job/exit" ]; then
     state=killed
     [ "$(boot)" = "$(field boot)" ] || state=rebooted
-  elif [ -f "$job/stopped" ] && [ "$(field exit)" != 0 ]; then
-    state=stopped
   else
     state=exited
   fi

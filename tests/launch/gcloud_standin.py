@@ -21,6 +21,7 @@ script.json:
   blind          so many descriptions fail at first
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -171,14 +172,12 @@ class Cloud:
 
 
 def kill_group(pid):
-  try:
+  with contextlib.suppress(ProcessLookupError):
     os.killpg(pid, signal.SIGKILL)
-  except ProcessLookupError:
-    pass
 
 
 def chosen(workers):
-  """(number, home) of the workers meant by --worker, none if there is no TPU."""
+  """(number, home) of the workers that --worker names; none without a TPU."""
   with Cloud() as cloud:
     homes = cloud.homes() or []
   numbered = list(enumerate(homes))
