@@ -142,9 +142,10 @@ run() {
 # a finished job and a killed one would look alike.
 supervise() {
   local child='' code=0 signalled='' again
-  trap 'signalled=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'signalled=yes; [ -z "$child" ] || kill -TERM "$child" || true' TERM
   "$@" >>"$job/log" 2>&1 </dev/null &
   child=$!
+  [ -z "$signalled" ] || kill -TERM "$child"
   wait "$child" || code=$?
   # A signal ends `wait` before the command has ended.
   while [ -n "$signalled" ]; do

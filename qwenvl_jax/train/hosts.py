@@ -9,6 +9,9 @@ from qwenvl_jax.train.reporting import Window
 # share of the step.
 _MATTERS = 0.1
 
+# And so many seconds: steps of milliseconds are no matter.
+_SECONDS = 0.05
+
 
 def times(window: Window, now: float) -> dict[str, float]:
   """What this process did with its time since the last record.
@@ -68,7 +71,8 @@ def remark(compared: dict[str, float], all_times, name) -> str:
   lead = (
     compared['hosts/own_seconds_max'] - compared['hosts/own_seconds_median']
   )
-  if lead < _MATTERS * compared['hosts/step_seconds_median']:
+  step = compared['hosts/step_seconds_median']
+  if lead < max(_MATTERS * step, _SECONDS):
     return ''
   slowest = compared['hosts/slowest']
   waiting = all_times[slowest]['waiting_for_data']

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from qwenvl_jax.errors import QwenVLError
@@ -58,8 +58,20 @@ class Peers:
     hosts: where each of them runs.
   """
 
-  def __init__(self, index: int = 0, count: int = 1):
-    """Nobody is asked yet: see `call_the_roll`."""
+  def __init__(
+    self,
+    index: int = 0,
+    count: int = 1,
+    end: Callable[[int], None] = os._exit,
+  ):
+    """Nobody is asked yet: see `call_the_roll`.
+
+    Args:
+      index: of this process.
+      count: of processes.
+      end: ends this process, which may stand in a collective, with a status.
+    """
+    self._end = end
     self.index = index
     self.count = count
     self.hosts = [socket.gethostname()] * count
@@ -377,7 +389,7 @@ class Peers:
   def _give_up(self) -> None:
     """Ends a process that may stand in a collective without end."""
     print(f'error: {self._lost}', file=sys.stderr, flush=True)
-    os._exit(self._lost.status)
+    self._end(self._lost.status)
 
   async def _post(self, message: dict) -> None:
     """Gives a message to process 0."""

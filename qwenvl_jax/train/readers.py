@@ -5,6 +5,7 @@ be split over them) must read the same ones, and no two others may share any.
 """
 
 import dataclasses
+from collections.abc import Mapping, Set
 
 import jax
 from jax.sharding import Mesh
@@ -29,30 +30,43 @@ class Reader:
   first: bool = True
 
 
-def find_reader(mesh: Mesh, rows: int, process: int | None = None) -> Reader:
-  """What a process reads.
+def find_reader(mesh: Mesh, rows: int) -> Reader:
+  """What this process reads.
 
   Args:
     mesh: see `make_mesh`.
     rows: of the global batch, divided by the mesh.
-    process: index; None is this one.
 
   Raises:
     ConfigError: the mesh lets processes share some of their rows.
   """
-  process = jax.process_index() if process is None else process
   held = {}
   places = batch_sharding(mesh).devices_indices_map((rows,))
   for device, (part,) in places.items():
     held.setdefault(device.process_index, set()).add(part.start or 0)
+  try:
+    return reader_of(jax.process_index(), held)
+  except ValueError as error:
+    raise ConfigError(
+      f'the mesh {dict(mesh.shape)} splits the batch so that {error}: let '
+      f'data * fsdp be a multiple or a divisor of the {len(held)} processes'
+    ) from None
+
+
+def reader_of(process: int, held: Mapping[int, Set[int]]) -> Reader:
+  """What a process reads.
+
+  Args:
+    process: index.
+    held: the first rows of the pieces of a batch that each process holds.
+
+  Raises:
+    ValueError: processes share some of their rows, but not all.
+  """
   parts = sorted({tuple(sorted(starts)) for starts in held.values()})
   starts = [start for part in parts for start in part]
   if len(set(starts)) < len(starts) or len({len(x) for x in parts}) > 1:
-    raise ConfigError(
-      f'the mesh {dict(mesh.shape)} splits the batch so that processes share '
-      'some of their rows and not others: let data * fsdp be a multiple of the '
-      f'{len(held)} processes, or a divisor of them'
-    )
+    raise ValueError('processes share some of their rows and not others')
   mine = tuple(sorted(held[process]))
   same = [p for p, x in held.items() if tuple(sorted(x)) == mine]
   return Reader(parts.index(mine), len(parts), process == min(same))

@@ -42,7 +42,7 @@ optimizer.OptimizerConfig:
 """
 
 # Its clock runs so many times faster.
-SPEEDUP = 200
+SPEEDUP = 100
 TYPE = '--type=v5litepod-16'
 # Values that a missing quote anywhere between here and a worker would break.
 AWKWARD = [
@@ -469,12 +469,12 @@ def test_evaluation_needs_its_command(pod, tmp_path):
 
 def test_a_budget_ends_it_after_saving(pod):
   pod.train(steps=3, wait=2)
-  done = pod.stage('--budget=0.2', '--delete-after', status=3)
-  assert 'the budget of 0.2 TPU hours is used up' in done.err
+  done = pod.stage('--budget=0.05', '--delete-after', status=3)
+  assert 'the budget of 0.05 TPU hours is used up' in done.err
   assert 'worker 1: stage2 stopped (exit 143)' in done.err
   assert len(pod.calls('delete')) == 1
   # It counts over calls, until more is given.
-  done = pod.stage('--budget=0.2', status=3)
+  done = pod.stage('--budget=0.05', status=3)
   assert len(pod.calls('create')) == 1
   pod.train(steps=3)
   assert 'resumed from step 2' in pod.stage('--budget=9').out

@@ -50,6 +50,10 @@ def main():
     checkpoint.write_text(str(step))
     last, status = script.get('exit', {}).get(worker, (None, 0))
     if step == last:
+      # Not before the others are there.
+      for other in range(int(os.environ.get('QWENVL_NUM_PROCESSES', 2))):
+        while not (here / f'checkpoint {other}').exists():
+          time.sleep(0.01)
       say('Traceback: the cause stands here')
       if status < 0:
         os.kill(os.getpid(), -status)
