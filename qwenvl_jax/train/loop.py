@@ -149,6 +149,12 @@ def train(
     DivergedError: see `TrainConfig.max_skipped`.
     Interrupted: SIGTERM or SIGINT came; the state has been saved.
   """
+  if '://' in str(workdir):
+    raise ConfigError(
+      f'--workdir {workdir}: a run needs a folder of a file system, shared by '
+      'all hosts. A bucket can be mounted as one: gcsfuse, with a hierarchical '
+      'namespace, so that folders can be renamed'
+    )
   workdir = Path(workdir)
   peers = peers or Peers()
   if peers.count != jax.process_count():
@@ -315,6 +321,7 @@ class _Run:
     compiled = False
     while step_number < stop:
       self.peers.check()
+      self.peers.at(turn)
       self._stop_if_asked(turn, step_number, state)
       with self.profiler.step(step_number + 1):
         began = time.perf_counter()

@@ -27,6 +27,10 @@ LOST = 75
 PULSE = 5.0
 SILENCE = 60.0
 
+# Seconds that one process may stand where the others have gone on from: longer
+# than anything takes that they do not do together.
+STALL = 1200.0
+
 # Seconds that a process has to stop by itself once another is lost. It may
 # stand in a collective that never returns.
 GRACE = 5.0
@@ -76,6 +80,9 @@ class Peers:
     self.count = count
     self.hosts = [socket.gethostname()] * count
     self._rounds = 0
+    self._at = 0
+    # Of the hub: {process: (how far it is, since when)}.
+    self._progress = {}
     self._lost = None
     self._leaving = False
     self._heard = {}
@@ -132,6 +139,10 @@ class Peers:
       return [value]
     self._rounds += 1
     return self._wait(self._ask(self._rounds, where, value, timeout))
+
+  def at(self, place: int) -> None:
+    """Notes how far this process is; it grows, and equally in all of them."""
+    self._at = place
 
   def check(self) -> None:
     """Raises LostProcessError if another process is lost."""
@@ -280,13 +291,31 @@ class Peers:
     """Gives signs of life, and looks for those of the others."""
     while self._lost is None and not self._leaving:
       for index in list(self._writers):
-        self._send(index, {'alive': self.index})
+        self._send(index, {'alive': self.index, 'at': self._at})
         if self._loop.time() - self._heard[index] > SILENCE:
           await self._lose(
             f'{self.name(index)} has not been heard of for {SILENCE:g} s'
           )
           return
+      if self.index == 0:
+        self._progressed(0, self._at)
+        await self._find_stall()
       await asyncio.sleep(PULSE)
+
+  def _progressed(self, index: int, place: int) -> None:
+    if self._progress.get(index, (None,))[0] != place:
+      self._progress[index] = place, self._loop.time()
+
+  async def _find_stall(self) -> None:
+    """Finds a process that lives but does not go on, while the others wait."""
+    most = max(place for place, _ in self._progress.values())
+    for index, (place, since) in sorted(self._progress.items()):
+      seconds = self._loop.time() - since
+      if place < most and seconds > STALL:
+        await self._lose(
+          f'{self.name(index)} has stood before step {place + 1} for '
+          f'{seconds:.0f} s while others are further'
+        )
 
   async def _listen(self, index: int, reader) -> None:
     """Hears one other process until its connection ends."""
@@ -318,6 +347,8 @@ class Peers:
       )
     elif 'lost' in message:
       await self._lose(message['lost'], message['status'])
+    elif 'alive' in message:
+      self._progressed(index, message['at'])
     elif 'bye' in message:
       self._left.add(index)
 

@@ -28,7 +28,13 @@ def quiet_afterwards(monkeypatch):
   )
   yield
   for loop in loops:
-    loop.call_soon_threadsafe(loop.stop)
+    loop.call_soon_threadsafe(stop, loop)
+
+
+def stop(loop):
+  for task in asyncio.all_tasks(loop):
+    task.cancel()
+  loop.call_soon(loop.stop)
 
 
 class Group:
@@ -170,6 +176,18 @@ def test_silence_counts_as_loss(monkeypatch):
   met = group.all(lambda p: p.gather('next'), [0])
   assert 'process 1 of 2' in str(met[0])
   assert 'has not been heard of for 0.5 s' in str(met[0])
+
+
+def test_who_lives_but_does_not_go_on_is_named(monkeypatch):
+  monkeypatch.setattr(peers_module, 'PULSE', 0.05)
+  monkeypatch.setattr(peers_module, 'STALL', 0.5)
+  group = Group(3)
+  for index, peers in group.peers.items():
+    peers.at(41 if index == 2 else 42)
+  met = group.all(lambda p: p.gather('next'), [0, 1])
+  for error in met.values():
+    assert str(error).startswith('process 2 of 3')
+    assert 'has stood before step 42 for' in str(error)
 
 
 def test_one_process_needs_nobody():
