@@ -59,7 +59,7 @@ run_stage() {
   case $QWENVL_POD_WORKDIR in
     *://*) ;;
     *)
-      say "--workdir $QWENVL_POD_WORKDIR is not in a bucket: all workers must" \
+      say "note: --workdir $QWENVL_POD_WORKDIR is not in a bucket: all workers must" \
         'see the same folder there, and it must outlive the TPU (NFS does)'
       ;;
   esac

@@ -5,16 +5,20 @@ set -euo pipefail
 
 here=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 checkout=${here%/launch/pod}
-# Holds the checkout, its `installed` mark and `job/`.
+# Holds the checkout, its `installed` mark, `job/`, and buckets as folders.
 home=${QWENVL_POD_HOME:-${checkout%/*}}
 job=$home/job
+
+# shellcheck source=launch/pod/buckets.sh
+source "$here/buckets.sh"
 
 usage() {
   cat <<'TEXT'
 Usage: worker.sh VERB (called by launch/tpu_pod.sh)
 
   install TREE EXTRAS         make this code the checkout, and its environment
-  start NAME COMMAND...       run a command that outlives the connection
+  start NAME COMMAND...       run a command that outlives the connection, on
+                              folders where it says gs://BUCKET
   run NAME COMMAND...         run it here: log, pid and exit status in job/
   report                      a line of tab-separated fields about the job
   follow BEGAN OFFSET         its log from a byte on until it ends
@@ -109,9 +113,19 @@ prepare() {
 }
 
 start() {
-  local me name=$1
+  local me name=$1 bucket
   me=$(number)
   shift
+  for bucket in $(buckets_of "$@"); do
+    if ! mount_bucket "$bucket" "$home/buckets/$bucket" \
+      >"$home/mount.log" 2>&1; then
+      tail -n 5 "$home/mount.log" | sed "s/^/worker $me: /"
+      printf 'worker %s: FAILED: bucket %s cannot be mounted: %s\n' "$me" \
+        "$bucket" 'does it exist, and may the service account use it?'
+      return 1
+    fi
+  done
+  set -- "${@//gs:\/\//$home/buckets/}"
   if alive; then
     if [ "$(field name)" = "$name" ] && [ "$(field command)" = "$*" ]; then
       printf 'worker %s: %s is running since %s\n' "$me" "$name" \

@@ -95,6 +95,7 @@ class Pod:
     executable(
       remote / 'qwenvl-train', f'#!/bin/sh\nexec {python} {trainer} "$@"\n'
     )
+    executable(remote / 'gcsfuse', (HERE / 'gcsfuse_standin.sh').read_text())
     executable(remote / 'curl', '#!/bin/sh\necho "$WORKER"\n')
     executable(remote / 'python3.11', (HERE / 'python_standin.sh').read_text())
     self._environment = {
@@ -196,7 +197,7 @@ def test_from_nothing_to_done_and_again(pod):
   pod.play(
     {'states': ['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']}, workers=3
   )
-  options = ['--spot', '--data=gs://b/my data', '--create-flag=--network=n']
+  options = ['--spot', '--data=gs://other-b.1/my data', '--create-flag=--network=n']
   done = pod.stage(*options, '--', *AWKWARD)
   (create,) = pod.calls('create')
   assert create[3:] == [
@@ -214,16 +215,19 @@ def test_from_nothing_to_done_and_again(pod):
   assert 'installed on 3 worker(s)' in done.err
   for worker in range(3):
     (start,) = pod.starts(worker)
+    assert start['cwd'].endswith('/qwenvl_jax/checkout')
+    home = pathlib.Path(start['cwd']).parents[1]
+    # Buckets are folders there.
+    buckets = home / 'qwenvl_jax/buckets'
     assert start['argv'] == [
       '--gin_file=configs/stage2.gin',
-      '--workdir=gs://b/runs/stage2',
-      '--gin.INIT="gs://b/runs/stage1"',
-      '--gin.DATA="gs://b/my data"',
+      f'--workdir={buckets}/b/runs/stage2',
+      f'--gin.INIT="{buckets}/b/runs/stage1"',
+      f'--gin.DATA="{buckets}/other-b.1/my data"',
       '--distributed',
       *AWKWARD,
     ]
-    assert start['cwd'].endswith('/qwenvl_jax/checkout')
-    home = pathlib.Path(start['cwd']).parents[1]
+    assert {path.name for path in buckets.iterdir()} == {'b', 'other-b.1'}
     assert '.[tpu]' in (home / 'pip').read_text()
     assert not (home / 'qwenvl_jax/checkout/tests').exists()
   assert steps(done.out) == [1, 2, 3, 4]
@@ -377,6 +381,13 @@ def test_a_worker_that_fails_to_install_is_named(pod):
   (pod.folder / 'no_space').unlink()
   pod.stage()
   assert len(pod.calls('create')) == 1
+
+
+def test_a_bucket_that_cannot_be_mounted_is_named(pod):
+  done = pod.stage('--data=gs://missing/data', status=1)
+  assert 'worker 1: Error: bucket missing does not exist' in done.err
+  assert 'worker 0: FAILED: bucket missing cannot be mounted' in done.err
+  assert not (pod.folder / 'starts 0').exists()
 
 
 def test_a_connection_that_breaks_costs_no_line(pod):
