@@ -79,7 +79,14 @@ class SceneTasks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Questions(SceneTasks):
-  """Stages 1 and 2: `<img>..</img>PROMPT ANSWER<|endoftext|>`."""
+  """Stages 1 and 2: `<img>..</img>PROMPT ANSWER<|endoftext|>`.
+
+  Attributes:
+    spaceless: share of answers without the space before them, as a text may
+      have them: 'yes' and ' yes' are different tokens that mean the same.
+  """
+
+  spaceless: float = 0.0
 
   def __call__(
     self, record: Scene, rng: random.Random, another: Callable[[], Scene]
@@ -93,6 +100,13 @@ class Questions(SceneTasks):
       classes=self.classes,
       chinese=self.chinese,
     )
+    if self.spaceless:
+      asked = [
+        dataclasses.replace(x, answer=x.answer.removeprefix(' '))
+        if rng.random() < self.spaceless
+        else x
+        for x in asked
+      ]
     samples = []
     seen = [x.pieces() for x in asked if x.image]
     if seen:

@@ -80,13 +80,18 @@ def inventory(
   """What a picture shows, for a reader without eyes: one line.
 
   Things in any order, words, the colour: '<ref>the cat</ref><box>..</box>red';
-  or, without places, 'the cat,red'.
+  or, without places and each thing in both languages, 'the cat猫,red'.
   """
   objects = list(scene.objects)
   rng.shuffle(objects)
   names = [the(x.thing, 1, language) for x in objects]
   colour = scene.colour_name(language)
   if not places:
+    other = 'zh' if language == 'en' else 'en'
+    names = [
+      name + the(x.thing, 1, other)
+      for name, x in zip(names, objects, strict=True)
+    ]
     return (',' if language == 'en' else '，').join([*names, colour]) + '\n'
   parts = [
     f'<ref>{name}</ref>{box_text(scene, [x])}'
@@ -185,7 +190,7 @@ CHAT = {
   'en': {
     'caption': 'Describe the picture in English.',
     'grounded_caption': 'Describe the picture with boxes.',
-    'exist': 'Is there {} in the picture?',
+    'exist': 'Is there {}?',
     'count': 'How many {} are there?',
     'count_all': 'How many things are there?',
     'count_both': 'How many {} and {} are there in total?',

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from qwenvl_jax.data import questions, records, things
+from qwenvl_jax.data import questions, records, tasks, things
 from qwenvl_jax.text import grounding
 
 
@@ -200,3 +200,20 @@ def test_as_many_yes_as_no_however_many_are_asked(two_apples_and_a_cat):
   )
   # Two classes of sixteen are there: left alone, 'no' would be two of three.
   assert 0.4 < answers[True] / answers.total() < 0.6
+
+
+def test_a_share_of_the_answers_lacks_the_space(two_apples_and_a_cat):
+  def answers(spaceless):
+    made = tasks.Questions(
+      kinds={'exist': 1}, chinese=0, branches=1, spaceless=spaceless
+    )
+    for seed in range(40):
+      (sample,) = made(two_apples_and_a_cat, random.Random(seed), None)
+      yield ''.join(x.text for x in sample.branches[0]).split('Answer:')[1]
+
+  def spaced(spaceless):
+    return sum(answer.startswith(' ') for answer in answers(spaceless))
+
+  assert spaced(0.0) == 40
+  assert 0 < spaced(0.5) < 40
+  assert spaced(1.0) == 0

@@ -16,14 +16,16 @@ def test_inventory_names_and_places_everything(two_apples_and_a_cat):
     assert line.endswith('red\n')
 
 
-def test_inventory_without_places_is_names_and_colour(two_apples_and_a_cat):
+def test_inventory_without_places_is_names_and_colour(
+  two_apples_and_a_cat,
+):
   def line(language):
     rng = random.Random(0)
     return wording.inventory(two_apples_and_a_cat, language, rng, places=False)
 
   assert sorted(line('en').strip().split(',')) == [
-    'red', 'the apple', 'the apple', 'the cat',
+    'red', 'the apple苹果', 'the apple苹果', 'the cat猫',
   ]  # fmt: skip
   assert sorted(line('zh').strip().split('，')) == sorted(
-    ['苹果', '苹果', '猫', '红色']
+    ['苹果the apple', '苹果the apple', '猫the cat', '红色']
   )
