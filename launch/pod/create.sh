@@ -20,15 +20,22 @@ bring_up() {
   _wait_until_ready
 }
 
-# _certain COMMAND: a state as it tells, but not UNKNOWN.
+# What no waiting mends.
+REFUSED='PERMISSION_DENIED|SERVICE_DISABLED|INVALID_ARGUMENT|has not been used'
+readonly REFUSED+='|gcloud auth|credentials|required property'
+
+# _certain COMMAND: a state as it tells, but not UNKNOWN; tries for half an hour.
 _certain() {
-  local answer
-  for _ in {1..20}; do
+  local answer try
+  for try in {1..120}; do
     answer=$("$@")
     if [ "$answer" != UNKNOWN ]; then
       printf '%s\n' "$answer"
       return
     fi
+    ! grep -qiE "$REFUSED" "$SCRATCH/describe" || break
+    [ "$try" -gt 1 ] ||
+      say "no answer, trying again: $(tail -n 1 "$SCRATCH/describe")"
     pause 15
   done
   explain "$SCRATCH/describe" >/dev/null

@@ -46,10 +46,10 @@ _eval_command() {
   )
 }
 
-# The config of how a stage uses this kind of pod, if the project has one: of
-# that stage, or of all.
+# The config of how a stage uses this kind of pod, if the project has one: of the
+# stage's config, or of all.
 _add_topology() {
-  local file folder
+  local file folder config=${QWENVL_POD_CONFIG:-$1}
   case ${QWENVL_POD_TOPOLOGY:-} in
     none) return ;;
     ?*)
@@ -60,7 +60,8 @@ _add_topology() {
   # Processes of --local are no pod.
   [ -z "${QWENVL_POD_LOCAL:-}" ] && [ -n "${QWENVL_POD_TYPE:-}" ] || return 0
   folder=configs/topology/$(topology_of "$QWENVL_POD_TYPE")
-  for file in "$folder/$1.gin" "$folder/mesh.gin"; do
+  config=${config##*/}
+  for file in "$folder/${config%.gin}.gin" "$folder/mesh.gin"; do
     if [ -f "$ROOT/$file" ]; then
       COMMAND+=("--gin_file=$file")
       return

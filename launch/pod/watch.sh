@@ -5,6 +5,10 @@
 # time after its processes died: until then, a failure is not taken for one.
 readonly SETTLE_SECONDS=90
 
+# How long nobody may answer, here or there, before the stage is given up for
+# interrupted.
+readonly BLIND_SECONDS=1800
+
 start_everywhere() {
   say "starting $1 on all workers"
   if ! on_workers all "$(worker_sh start "$1" "${COMMAND[@]}")" \
@@ -58,14 +62,16 @@ verdict() {
 
 # settle: asks until the answer is one to act on.
 settle() {
-  local deadline answer
-  deadline=$(($(now) + SETTLE_SECONDS))
+  local since answer patience
+  since=$(now)
   while :; do
     answer=$(verdict)
     case $answer in
       lost | running | finished | stopped) break ;;
     esac
-    [ "$(now)" -lt "$deadline" ] || break
+    patience=$SETTLE_SECONDS
+    [ "$answer" != blind ] || patience=$BLIND_SECONDS
+    [ $(($(now) - since)) -lt $patience ] || break
     pause 10
   done
   printf '%s\n' "$answer"
@@ -162,7 +168,8 @@ _show_failures() {
     case $word:$code in
       killed:*) word='was killed without a word (out of memory?)' ;;
       exited:137) word='was killed (exit 137; out of memory?)' ;;
-      exited:0 | exited:143 | exited:130 | exited:75 | running:* | stopped:*) continue ;;
+      exited:0 | exited:130 | exited:143 | exited:75) continue ;;
+      running:* | stopped:*) continue ;;
       *) word="ended with exit status $code" ;;
     esac
     say "worker $number $word"

@@ -18,7 +18,8 @@ script.json:
                    error    create fails and says this
                    states   what describe tells, one after the other
                    failed   the reason told with a state FAILED
-  blind          so many descriptions fail at first
+  blind          so many descriptions fail at first, and
+  says           what then
 """
 
 import contextlib
@@ -119,7 +120,7 @@ class Cloud:
   def describe_queue(self):
     if self.state['blind']:
       self.state['blind'] -= 1
-      return fail('Unable to connect to the server')
+      return fail(self.script.get('says', 'Unable to connect to the server'))
     if not self.state['queue']:
       return fail('NOT_FOUND: Resource was not found')
     reason = ''

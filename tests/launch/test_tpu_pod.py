@@ -197,7 +197,11 @@ def test_from_nothing_to_done_and_again(pod):
   pod.play(
     {'states': ['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']}, workers=3
   )
-  options = ['--spot', '--data=gs://other-b.1/my data', '--create-flag=--network=n']
+  options = [
+    '--spot',
+    '--data=gs://other-b.1/my data',
+    '--create-flag=--network=n',
+  ]
   done = pod.stage(*options, '--', *AWKWARD)
   (create,) = pod.calls('create')
   assert create[3:] == [
@@ -323,6 +327,13 @@ def test_a_refused_request_says_what_helps(pod, error, said):
   assert len(pod.calls('create')) == 1 and not pod.calls('ssh')
 
 
+def test_who_may_not_ask_is_told_at_once(pod):
+  pod.play(blind=99, says='You do not have credentials: gcloud auth login')
+  done = pod.stage(status=1)
+  assert 'have the roles TPU Admin' in done.err
+  assert len(pod.calls()) == 1
+
+
 def test_a_request_that_fails_in_the_queue_for_quota_ends_it(pod):
   pod.play({'states': ['PROVISIONING', 'FAILED'], 'failed': 'Quota exceeded'})
   done = pod.stage(status=1)
@@ -356,8 +367,11 @@ def test_without_capacity_and_preempted_it_goes_on_until_done(pod):
   assert all('--force' in call for call in pod.calls('delete'))
   assert steps(done.out) == [1, 2, 3, 4, 5]
   assert done.out.count('resumed from step 3') == 1
-  before, after = pod.starts(0)
-  assert before['argv'] == after['argv']
+  before, after = (
+    [word.replace(f'tpu {number}/', '') for word in start['argv']]
+    for number, start in zip((3, 4), pod.starts(0), strict=True)
+  )
+  assert before == after
   assert len(list(pod.state.glob('pod1/stage2-*.log'))) <= 2
 
 
@@ -576,6 +590,8 @@ def test_a_type_decides_software_and_config(
   files = f'stage3.gin --gin_file=configs/topology/{topology}/mesh.gin --w'
   assert files in done.out
   assert f'topology/{topology}/stage2.gin' in pod.run('stage2', *arguments).out
+  arguments.append('--config=configs/stage2_unpacked.gin')
+  assert f'topology/{topology}/mesh.gin' in pod.run('stage2', *arguments).out
   assert 'topology/' not in pod.run('stage3', '--topology=none', *arguments).out
   assert (
     '--gin_file=my.gin --workdir'
