@@ -51,7 +51,9 @@ class Data(Protocol):
   batch_size: int
 
   def iterator(self, process_index: int, process_count: int) -> Any:
-    """This process's rows of every batch: dict name -> NumPy [b,...].
+    """One part of every batch, in rows: dict name -> NumPy [b,...].
+
+    Which part a process reads, and of how many, is `readers.find_reader`'s.
 
     The iterator has `get_state` and `set_state` (a Grain `DatasetIterator`, or
     one whose state is bytes).
