@@ -70,7 +70,8 @@ qwenvl_jax/new/launch/pod/worker.sh install $tree $EXTRAS"
     ), see above"
     return 1
   fi
-  dry || say "installed on $(grep -c ': ready$' "$SCRATCH/install" || true) worker(s)"
+  dry ||
+    say "installed on $(grep -c ': ready$' "$SCRATCH/install" || true) worker(s)"
 }
 
 # _not_reached MESSAGE: the TPU's fault, or ours?
