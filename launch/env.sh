@@ -6,7 +6,8 @@
 #
 # Everything goes into `.venv` at the repository's root: nothing is installed
 # system-wide and root is not needed. PYTHON=/path/to/python picks the
-# interpreter (3.11 or newer) for a new environment.
+# interpreter (3.11 or newer) for a new environment, EXTRAS=tpu,torch what
+# setup.cfg calls extras (without it: dev).
 
 # A sourced script must leave the caller's shell options alone, so that every
 # step here says what happens when it fails.
@@ -45,25 +46,25 @@ _qwenvl_find_python() {
 
 # Prints what the installation depends on.
 _qwenvl_stamp() {
-  "$1/.venv/bin/python" - "$1" <<'PY'
+  "$1/.venv/bin/python" - "$1" "${EXTRAS:-dev}" <<'PY'
 import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256()
 for name in ('setup.cfg', 'pyproject.toml', 'constraints.txt'):
   digest.update((root / name).read_bytes())
-print(sys.version.split()[0], digest.hexdigest())
+print(sys.version.split()[0], digest.hexdigest(), sys.argv[2])
 PY
 }
 
 _qwenvl_install() {
   local root=$1 log=$1/.venv/install.log
   _qwenvl_say 'installing the packages of setup.cfg as pinned in' \
-    'constraints.txt (about 1 GB, a minute or two);' "log: $log"
+    'constraints.txt (about 2 GB, a minute or two);' "log: $log"
   if (
     cd "$root" &&
       .venv/bin/python -m pip install --no-input -c constraints.txt \
-        -e '.[dev]'
+        -e ".[${EXTRAS:-dev}]"
   ) >"$log" 2>&1; then
     return 0
   fi

@@ -24,6 +24,7 @@ ROOMS = {
   'conversion': ('model', 'text', 'sharding'),
   'data': ('text',),
   'train': ('model', 'data', 'sharding', 'conversion', 'text'),
+  'plan': ('train', 'infer', 'model', 'data', 'sharding'),
   'infer': ('model', 'text', 'data.image', 'conversion'),
   'eval': ('infer', 'data', 'text', 'model'),
   'api': (

@@ -128,15 +128,26 @@ class Batches(grain.DatasetIterator):
     """What happened to the records of this process."""
     return self._counts
 
-  def metrics(self) -> dict[str, float]:
-    """Numbers for the log of a run: utilization, and bad records by reason."""
-    found = {}
-    used, total = self._tokens
+  def sums(self) -> State:
+    """What `describe` takes of each process; JSON holds it."""
+    return {'counts': self._counts.as_dict(), 'tokens': list(self._tokens)}
+
+  @staticmethod
+  def describe(all_sums: Iterable[State]) -> dict[str, float]:
+    """Numbers for the log of a run: utilization, and bad records by reason.
+
+    Args:
+      all_sums: from `sums`, of each process that reads a part of its own.
+    """
+    found, counts, used, total = {}, Counts(), 0, 0
+    for sums in all_sums:
+      counts.add(sums['counts'])
+      used, total = used + sums['tokens'][0], total + sums['tokens'][1]
     if total:
       found['data/utilization'] = used / total
-    for source in self._counts.sources():
+    for source in counts.sources():
       for kind in ('dropped', 'repaired'):
-        for reason, count in self._counts.of(source, kind).items():
+        for reason, count in counts.of(source, kind).items():
           found[f'data/{kind}/{source}/{reason}'] = count
     return found
 

@@ -1,10 +1,11 @@
 """Checkpoints of a run: saved asynchronously, resumed exactly.
 
-`checkpoints/STEP/` holds three items: `params` (the whole tree, so that
-inference restores it alone), `optimizer` (moments and counters) and `data`
-(the state of the input iterator). Orbax writes a step under another name and
-renames it when it is complete, so that a kill leaves no half step behind.
-Checksums of all arrays tell what a disk changed later.
+`checkpoints/STEP/` holds the items `params` (the whole tree, so that inference
+restores it alone), `optimizer` (moments and counters), `data` (the state of the
+input iterator) and, of a run with a guard, `guard`. Orbax writes a step under
+another name and renames it when it is complete, so that a kill leaves no half
+step behind. Checksums of all arrays and a manifest of all files tell what a
+disk changed later. The processes of a run agree on what they restore.
 """
 
 import contextlib
@@ -21,14 +22,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.train import manifest
 from qwenvl_jax.train.data_state import (
   DataStateHandler,
   RestoreDataState,
   SaveDataState,
 )
+from qwenvl_jax.train.guard import Watch
 from qwenvl_jax.train.optimizer import flatten, unflatten
+from qwenvl_jax.train.peers import Peers
+from qwenvl_jax.train.readers import Reader
 from qwenvl_jax.train.state import TrainState, run_once_options
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,6 +44,9 @@ _NO_SPACE_WORDS = ('No space left', 'Disk quota exceeded', 'File too large')
 _CHUNK_BYTES = 32 * 2**20
 
 _COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
+
+# Seconds that one process may read a checkpoint longer than another.
+_READING = 1800.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +73,25 @@ class CheckpointConfig:
 class Checkpoints:
   """The checkpoints of one run's folder."""
 
-  def __init__(self, workdir: Path, config: CheckpointConfig):
-    """Opens the folder and clears away what a kill left half written."""
+  def __init__(
+    self,
+    workdir: Path,
+    config: CheckpointConfig,
+    peers: Peers | None = None,
+    reader: Reader | None = None,
+  ):
+    """Opens the folder and clears away what a kill left half written.
+
+    Args:
+      workdir: the run's folder.
+      config: see `CheckpointConfig`.
+      peers: the processes of the run.
+      reader: the part of the data that this process reads.
+    """
     self._config = config
+    self._peers = peers or Peers()
+    self._reader = reader or Reader()
+    self._unsealed = None
     self.folder = Path(workdir).absolute() / 'checkpoints'
     self._quiet = _NoLateCallbacks()
     with self._explained(f'opening {self.folder}'):
@@ -81,6 +106,7 @@ class Checkpoints:
           'params': ocp.StandardCheckpointHandler(),
           'optimizer': ocp.StandardCheckpointHandler(),
           'data': DataStateHandler(),
+          'guard': ocp.JsonCheckpointHandler(),
         },
       )
     self._newest = self._manager.latest_step()
@@ -93,12 +119,28 @@ class Checkpoints:
   def due(self, step: int) -> bool:
     return step % self._config.every == 0
 
-  def preempted(self, step: int) -> bool:
-    """Whether the machines of a multi-process run are about to go away."""
-    return self._manager.reached_preemption(step)
+  def preempted(self, turn: int) -> bool:
+    """Whether all processes of a run stop here because one got SIGTERM.
 
-  def save(self, step: int, state: TrainState, iterator: Any) -> None:
+    Args:
+      turn: of the loop, one more each time in every process.
+    """
+    return self._manager.reached_preemption(turn)
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    iterator: Any,
+    watch: Watch | None = None,
+  ) -> None:
     """Starts saving; returns when the state may change again.
+
+    Args:
+      step: its name.
+      state: see `TrainState`.
+      iterator: of the data, its state is saved.
+      watch: of a run with a guard, its state is saved.
 
     Raises:
       CheckpointError: this save or the one before it failed, e.g. for lack of
@@ -108,18 +150,18 @@ class Checkpoints:
       return
     self.finish()
     optimizer = _optimizer_item(state) | {'checksums': checksums(state)}
+    items = {
+      'params': ocp.args.StandardSave(
+        state.params, save_args=save_args(state.params)
+      ),
+      'optimizer': ocp.args.StandardSave(optimizer),
+      'data': SaveDataState(iterator, self._reader),
+    }
+    if watch is not None:
+      items['guard'] = ocp.args.JsonSave(watch.get_state())
     with self._explained(f'saving step {step}'):
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardSave(
-            state.params, save_args=save_args(state.params)
-          ),
-          optimizer=ocp.args.StandardSave(optimizer),
-          data=SaveDataState(iterator),
-        ),
-      )
-    self._newest = step
+      self._manager.save(step, args=ocp.args.Composite(**items))
+    self._newest = self._unsealed = step
 
   def check(self) -> None:
     """Raises CheckpointError if saving failed in the background."""
@@ -131,6 +173,9 @@ class Checkpoints:
     with self._explained(f'saving step {self._newest}'):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
+      if self._unsealed is not None and self._peers.index == 0:
+        manifest.seal(self.folder / str(self._unsealed))
+      self._unsealed = None
 
   def close(self) -> None:
     # A save that failed has been reported, or hides behind a worse error.
@@ -143,16 +188,20 @@ class Checkpoints:
     target: TrainState,
     iterator: Any,
     warn: Callable[[str], None] = print,
+    watch: Watch | None = None,
+    until: int | None = None,
   ) -> TrainState | None:
-    """Restores the newest step that can be restored.
+    """Restores the newest step that can be restored, the same everywhere.
 
     A damaged step is named through `warn`, moved to `checkpoints-damaged/`, and
     the one before it is used.
 
     Args:
       target: `ShapeDtypeStruct`s with shardings.
-      iterator: set to the state that was saved with the step.
+      iterator: set to the state that was saved with the step; None for none.
       warn: told what was skipped.
+      watch: as `iterator`; stays as it is if the step was saved without.
+      until: the newest step to consider.
 
     Returns:
       The state, or None if nothing has been saved yet.
@@ -161,17 +210,17 @@ class Checkpoints:
       CheckpointError: no step can be restored, or the run was started with
         another configuration.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
+    steps = [
+      step
+      for step in self._agreed('the list of checkpoints', self._steps())
+      if until is None or step <= until
+    ]
     damaged = {}
-    for step in steps:
-      try:
-        self._check_same_run(step, target)
-        state = self._restore_step(step, target, iterator)
-      except CheckpointError:
-        raise
-      except Exception as error:  # Orbax raises whatever it stumbled over.
+    for step in sorted(steps, reverse=True):
+      state, reason = self._attempt(step, target, iterator, watch)
+      if reason is not None:
         self._quiet.failed = True
-        damaged[step] = _first_line(error)
+        damaged[step] = reason
         continue
       self._set_aside(damaged, warn, step)
       self._newest = step
@@ -184,29 +233,101 @@ class Checkpoints:
       )
     return None
 
-  def _restore_step(self, step, target, iterator):
+  def go_back(
+    self,
+    good: int,
+    target: TrainState,
+    warn: Callable[[str], None],
+    watch: Watch | None,
+  ) -> TrainState | None:
+    """Restores the newest step up to a good one, but for the data.
+
+    Later steps are deleted: they will be made again, otherwise.
+
+    Args:
+      good: the last step that may be used.
+      target: as in `restore`.
+      warn: as in `restore`.
+      watch: as in `restore`.
+
+    Returns:
+      The state, or None if there is no such step.
+    """
+    self.finish()
+    state = self.restore(target, None, warn, watch, until=good)
+    if state is not None:
+      for step in self._agreed('the list of checkpoints', self._steps()):
+        if step > self._newest:
+          self._manager.delete(step)
+    return state
+
+  def _steps(self) -> list[int]:
+    return list(self._manager.all_steps())
+
+  def _agreed(self, where: str, value: Any) -> Any:
+    """What process 0 says; others may see an older state of the folder."""
+    return self._peers.gather(where, value, _READING)[0]
+
+  def _attempt(self, step, target, iterator, watch):
+    """(state, None), or (None, what is wrong with the step)."""
+    reason = None
+    if self._peers.index == 0:
+      reason = manifest.damage(self.folder / str(step))
+    reason = self._agreed(f'the files of step {step}', reason)
+    if reason is not None:
+      return None, reason
+    state = None
+    try:
+      self._check_same_run(step, target)
+      state, saved = self._read(step, target, iterator, watch)
+    except CheckpointError:
+      raise
+    except Exception as error:  # Orbax raises whatever it stumbled over.
+      reason = _first_line(error)
+    # One process may have met damage that the others do not read.
+    reasons = self._peers.gather(f'reading step {step}', reason, _READING)
+    found = [x for x in reasons if x is not None]
+    if found:
+      return None, found[0]
+    saved, now = jax.device_get((saved, checksums(state)))
+    if (saved != now).any():
+      changed = [k for k, s, n in zip(_names(state), saved, now) if s != n]
+      return None, f'contents changed on disk: {", ".join(changed[:3])}'
+    return state, None
+
+  def _read(self, step, target, iterator, watch):
+    """(state, checksums that were saved with it).
+
+    Not through the manager, whose processes wait for each other even when one
+    of them has failed.
+    """
+    folder = epath.Path(self.folder) / str(step)
     optimizer = _optimizer_item(target)
     optimizer['checksums'] = _abstract_checksums(target)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(target.params),
-        optimizer=ocp.args.StandardRestore(optimizer),
-        data=RestoreDataState(iterator),
-      ),
+    read = ocp.StandardCheckpointHandler().restore
+    params = read(
+      folder / 'params', args=ocp.args.StandardRestore(target.params)
     )
-    params, optimizer = flatten(restored['params']), restored['optimizer']
+    optimizer = read(
+      folder / 'optimizer', args=ocp.args.StandardRestore(optimizer)
+    )
+    if iterator is not None:
+      args = RestoreDataState(iterator, self._reader)
+      DataStateHandler().restore(folder / 'data', args=args)
+    if watch is not None and (folder / 'guard').exists():
+      watch.set_state(
+        ocp.JsonCheckpointHandler().restore(
+          folder / 'guard', args=ocp.args.JsonRestore()
+        )
+      )
+    params = flatten(params)
     state = TrainState(
       trained=_like(target.trained, params),
       frozen=_like(target.frozen, params),
       opt_state=_unnested(optimizer['opt_state'], target.opt_state),
       **{name: optimizer[name] for name in _COUNTERS},
     )
-    saved, now = jax.device_get((optimizer['checksums'], checksums(state)))
-    if (saved != now).any():
-      changed = [k for k, s, n in zip(_names(state), saved, now) if s != n]
-      raise ValueError(f'contents changed on disk: {", ".join(changed[:3])}')
-    return state
+    return state, optimizer['checksums']
 
   def _check_same_run(self, step: int, target: TrainState) -> None:
     """Tells a changed configuration from a damaged checkpoint."""
@@ -237,7 +358,7 @@ class Checkpoints:
     """Moves damaged steps out of the way, so that they can be saved again."""
     place = self.folder.parent / 'checkpoints-damaged'
     for step, reason in damaged.items():
-      if jax.process_index() == 0:
+      if self._peers.index == 0:
         place.mkdir(exist_ok=True)
         shutil.rmtree(place / str(step), ignore_errors=True)
         (self.folder / str(step)).rename(place / str(step))
@@ -246,6 +367,7 @@ class Checkpoints:
         f'{place}, going on from step {used}'
       )
     if damaged:
+      self._peers.gather('moving damaged checkpoints')
       self._manager.reload()
 
   @contextlib.contextmanager

@@ -1,62 +1,86 @@
-"""Saves the state of the data with a step, for any number of processes.
+"""Saves the state of the data with a step, for any number of readers.
 
-Each process writes what its part of the run has read. A run that goes on with
-as many processes reads its own file; with another number, every process reads
-all files and the iterator merges them (`Batches.merge`).
+Each reader (`readers.Reader`; as many as processes, or fewer) writes what its
+part of the run has read. A run that goes on with as many reads its own file;
+with another number, every process reads all files and the iterator merges them
+(`Batches.merge`).
 """
 
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any
 
-import grain
-import jax
 import orbax.checkpoint as ocp
+
+from qwenvl_jax.train.readers import Reader
 
 _FILE = re.compile(r'process_(\d+)-of-(\d+)\.json')
 
 
-class DataStateHandler(grain.checkpoint.CheckpointHandler):
-  """As Grain's, and restores with another number of processes."""
+class DataStateHandler(ocp.CheckpointHandler):
+  """Writes and reads the states of iterators."""
 
-  def restore(self, directory, item: Any = None, args: Any = None) -> Any:
+  def save(self, directory: Path, args: 'SaveDataState') -> None:
+    """Writes this reader's state."""
+    if not args.reader.first:
+      return
+    state = args.item.get_state()
+    text = state.decode() if isinstance(state, bytes) else json.dumps(state)
+    _file(directory, args.reader).write_text(text)
+
+  def restore(self, directory: Path, args: 'RestoreDataState') -> Any:
     """Sets the iterator to the state saved in a folder.
 
     Raises:
-      ValueError: files of some processes are missing.
+      ValueError: files of some readers are missing.
     """
-    item = item or args.item
     files = sorted(
       (int(match[1]), int(match[2]), path)
       for path in directory.iterdir()
       if (match := _FILE.fullmatch(path.name))
     )
+    item, reader = args.item, args.reader
     counts = {count for _, count, _ in files}
-    same = counts == {jax.process_count()}
-    if same or not hasattr(item, 'merge'):
-      return super().restore(directory, item)
     if len(counts) != 1 or len(files) != counts.pop():
       raise ValueError(
         f'{directory} holds the states of processes {[x[0] for x in files]}, '
         'some are missing'
       )
+    if len(files) == reader.count or not hasattr(item, 'merge'):
+      text = _file(directory, reader).read_text()
+      one = json.loads(text)
+      item.set_state(one if hasattr(item, 'merge') else _as_saved(item, text))
+      return item
     states = [json.loads(path.read_text()) for _, _, path in files]
-    item.set_state(item.merge(states, jax.process_index()))
+    item.set_state(item.merge(states, reader.index))
     return item
+
+
+def _file(directory: Path, reader: Reader) -> Path:
+  return directory / f'process_{reader.index}-of-{reader.count}.json'
+
+
+def _as_saved(item: Any, text: str) -> Any:
+  """The state as the iterator gives it: bytes, or what JSON holds."""
+  is_bytes = isinstance(item.get_state(), bytes)
+  return text.encode() if is_bytes else json.loads(text)
 
 
 @ocp.args.register_with_handler(DataStateHandler, for_save=True)
 @dataclasses.dataclass
 class SaveDataState(ocp.args.CheckpointArgs):
-  """What to save: the iterator."""
+  """What to save: the iterator, and which part it reads."""
 
   item: Any
+  reader: Reader = Reader()
 
 
 @ocp.args.register_with_handler(DataStateHandler, for_restore=True)
 @dataclasses.dataclass
 class RestoreDataState(ocp.args.CheckpointArgs):
-  """What to restore: the iterator."""
+  """What to restore: the iterator, and which part it reads."""
 
   item: Any
+  reader: Reader = Reader()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -17,11 +18,17 @@ from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
 from qwenvl_jax.text.tokenizer import Tokenizer
 from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
+from qwenvl_jax.train.guard import Guard, Spike, Watch
+from qwenvl_jax.train.hosts import compare, remark, times
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.objective import NextToken, Objective
 from qwenvl_jax.train.optimizer import OptimizerConfig
+from qwenvl_jax.train.peers import Peers
+from qwenvl_jax.train.profile import FOLDER as PROFILE
+from qwenvl_jax.train.profile import Profiler, check_steps
+from qwenvl_jax.train.readers import Reader, find_reader
 from qwenvl_jax.train.reporting import Reporter, Window
-from qwenvl_jax.train.signals import Interrupted, caught_signals
+from qwenvl_jax.train.signals import Caught, Interrupted, caught_signals
 from qwenvl_jax.train.state import (
   TrainState,
   abstract_params,
@@ -44,7 +51,9 @@ class Data(Protocol):
   batch_size: int
 
   def iterator(self, process_index: int, process_count: int) -> Any:
-    """This process's rows of every batch: dict name -> NumPy [b,...].
+    """One part of every batch, in rows: dict name -> NumPy [b,...].
+
+    Which part a process reads, and of how many, is `readers.find_reader`'s.
 
     The iterator has `get_state` and `set_state` (a Grain `DatasetIterator`, or
     one whose state is bytes).
@@ -52,7 +61,7 @@ class Data(Protocol):
 
 
 class DivergedError(QwenVLError):
-  """Loss or gradient stayed not finite."""
+  """The run cannot find back to a finite loss that stays where it was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +93,11 @@ class TrainConfig:
     accumulation: microbatches a step.
     seed: of what starts random.
     log_every: steps a record.
-    max_skipped: consecutive steps without a finite loss that end the run.
+    max_skipped: consecutive steps without a finite loss that end the run, or
+      with a guard, send it back to a checkpoint from before them.
     heldout: see `HeldOut`.
+    guard: when to go back to the last good checkpoint; None is never.
+    profile_steps: first and last step, counted from 1, of a profiler trace.
   """
 
   objective: Objective
@@ -99,8 +111,12 @@ class TrainConfig:
   log_every: int = 10
   max_skipped: int = 20
   heldout: HeldOut | None = None
+  guard: Guard | None = None
+  profile_steps: tuple[int, int] | None = None
 
   def __post_init__(self):
+    if self.profile_steps is not None:
+      check_steps(self.profile_steps)
     for name in ('accumulation', 'log_every', 'max_skipped'):
       if getattr(self, name) < 1:
         raise ConfigError(
@@ -113,6 +129,7 @@ def train(
   workdir: str | Path,
   stop_at: int | None = None,
   resolved: str | None = None,
+  peers: Peers | None = None,
 ) -> TrainState:
   """Trains, resuming from the newest checkpoint in the folder if there is one.
 
@@ -122,6 +139,7 @@ def train(
     stop_at: end (and save) at this step instead of `config.optimizer.steps`;
       the schedule stays as it is, and a later call goes on.
     resolved: the configuration as a config file, to be kept as `config.gin`.
+    peers: the processes of this run, from `processes.joined`.
 
   Returns:
     The last state.
@@ -133,20 +151,36 @@ def train(
     DivergedError: see `TrainConfig.max_skipped`.
     Interrupted: SIGTERM or SIGINT came; the state has been saved.
   """
+  if '://' in str(workdir):
+    raise ConfigError(
+      f'--workdir {workdir}: a run needs a folder of a file system, shared by '
+      'all hosts. A bucket can be mounted as one: gcsfuse, with a hierarchical '
+      'namespace, so that folders can be renamed'
+    )
   workdir = Path(workdir)
+  peers = peers or Peers()
+  if peers.count != jax.process_count():
+    raise ConfigError(
+      f'this is one of {jax.process_count()} processes: join them with '
+      '`qwenvl_jax.train.processes.joined` and pass on what it gives'
+    )
   mesh = make_mesh(config.mesh)
   check_run(config, mesh)
   stop = config.optimizer.steps
   if stop_at is not None and stop_at < 1:
     raise ConfigError(f'--steps {stop_at}: at least one step must be taken')
   stop = stop if stop_at is None else min(stop_at, stop)
-  first = jax.process_index() == 0
+  first = peers.index == 0
+  reader = find_reader(mesh, config.data.batch_size)
   with _writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-  iterator = config.data.iterator(jax.process_index(), jax.process_count())
-  checkpoints = Checkpoints(workdir, config.checkpoint)
+  iterator = config.data.iterator(reader.index, reader.count)
+  # Opening data may take one host long, and collectives know no time-outs.
+  peers.gather('the data being open')
+  checkpoints = Checkpoints(workdir, config.checkpoint, peers, reader)
+  watch = Watch(config.guard) if config.guard else None
   with caught_signals() as caught, contextlib.closing(checkpoints):
-    state = _start(config, mesh, checkpoints, iterator, first)
+    state = _start(config, mesh, checkpoints, iterator, watch, first)
     if first:
       # Not before: a configuration that does not fit the run that is there
       # must leave its files alone.
@@ -159,8 +193,22 @@ def train(
         reporter.say(f'resumed from step {start} of {workdir}')
       if start >= stop:
         reporter.say(f'nothing left to do: the run ends at step {stop}')
-      run = _Run(config, mesh, checkpoints, reporter, caught)
-      return run(state, iterator, stop)
+      profiler = Profiler(
+        workdir / PROFILE, config.profile_steps if first else None, reporter.say
+      )
+      run = _Run(
+        config=config,
+        mesh=mesh,
+        peers=peers,
+        reader=reader,
+        checkpoints=checkpoints,
+        watch=watch,
+        reporter=reporter,
+        profiler=profiler,
+        caught=caught,
+      )
+      with contextlib.closing(profiler):
+        return run(state, iterator, stop)
 
 
 @contextlib.contextmanager
@@ -221,7 +269,7 @@ def check_run(config: TrainConfig, mesh: Mesh) -> None:
     )
 
 
-def _start(config, mesh, checkpoints, iterator, first) -> TrainState:
+def _start(config, mesh, checkpoints, iterator, watch, first) -> TrainState:
   """The state to go on from."""
 
   def warn(message):
@@ -230,13 +278,14 @@ def _start(config, mesh, checkpoints, iterator, first) -> TrainState:
 
   target = abstract_params(config.objective, config.optimizer, mesh)
   abstract = abstract_state(target, config.optimizer, mesh)
-  state = checkpoints.restore(abstract, iterator, warn)
+  state = checkpoints.restore(abstract, iterator, warn, watch)
   if state is not None:
     return state
   params = initial_params(config.objective, target, config.init, config.seed)
   return create_state(params, config.optimizer, mesh)
 
 
+@dataclasses.dataclass
 class _Run:
   """The loop over steps.
 
@@ -244,90 +293,167 @@ class _Run:
   prepares batch k+1: nothing here waits for the newest metrics but saving.
   """
 
-  def __init__(self, config, mesh, checkpoints, reporter, caught):
-    self._config = config
-    self._mesh = mesh
-    self._checkpoints = checkpoints
-    self._reporter = reporter
-    self._caught = caught
-    self._pending = None
-    self._window = None
-    self._data_metrics = dict
+  config: TrainConfig
+  mesh: Mesh
+  peers: Peers
+  reader: Reader
+  checkpoints: Checkpoints
+  watch: Watch | None
+  reporter: Reporter
+  profiler: Profiler
+  caught: Caught
 
   def __call__(self, state: TrainState, iterator, stop: int) -> TrainState:
-    config = self._config
-    self._data_metrics = getattr(iterator, 'metrics', dict)
-    step_number = int(state.step)
+    config = self.config
+    self._iterator = iterator
+    self._pending = None
+    self._spike = None
+    self._stop = stop
+    # Counts on where the number of the step goes back.
+    turn = step_number = int(state.step)
     step = compile_step(
-      config.objective, config.optimizer, config.accumulation, self._mesh, state
+      config.objective, config.optimizer, config.accumulation, self.mesh, state
     )
     self._heldout_loss = None
     if config.heldout:
       self._heldout_loss = compile_loss(
-        config.objective, self._mesh, state.params
+        config.objective, self.mesh, state.params
       )
     self._window = Window(time.perf_counter())
     compiled = False
     while step_number < stop:
-      self._stop_if_asked(step_number, state, iterator)
-      began = time.perf_counter()
-      batch = self._put(_next(iterator, step_number, stop))
-      dispatched = time.perf_counter()
-      self._window.waited += dispatched - began
-      state, metrics = step(state, batch)
+      self.peers.check()
+      self.peers.at(turn)
+      self._stop_if_asked(turn, step_number, state)
+      with self.profiler.step(step_number + 1):
+        began = time.perf_counter()
+        batch = self._put(_next(iterator, step_number, stop))
+        dispatched = time.perf_counter()
+        self._window.waited += dispatched - began
+        state, metrics = step(state, batch)
       step_number += 1
+      turn += 1
       if not compiled:
         compiled = True
         seconds = time.perf_counter() - dispatched
-        self._reporter.compiled(seconds)
+        self.reporter.compiled(seconds)
         self._window.began += seconds
-      self._settle(stop)
+      self._settle()
       self._pending = step_number, metrics
-      self._checkpoints.check()
-      if config.heldout and step_number % config.heldout.every == 0:
-        self._settle(stop)
+      self.profiler.after(step_number, metrics)
+      self.checkpoints.check()
+      heldout = config.heldout and step_number % config.heldout.every == 0
+      saving = self.checkpoints.due(step_number) or step_number == stop
+      if heldout or saving:
+        self._settle()
+      if self._spike is not None:
+        state = self._go_back(state)
+        step_number = int(state.step)
+        continue
+      if heldout:
         self._report_heldout(step_number, state)
-      if self._checkpoints.due(step_number) or step_number == stop:
-        self._settle(stop)
-        self._checkpoints.save(step_number, state, iterator)
-    self._settle(stop)
-    self._checkpoints.finish()
+      if saving:
+        self._save(step_number, state)
+    self.checkpoints.finish()
     return state
 
   def _put(self, batch: dict) -> dict:
-    check = getattr(self._config.objective, 'check', None)
+    check = getattr(self.config.objective, 'check', None)
     if check is not None:
       check(batch)
-    return put_batch(batch, self._mesh)
+    return put_batch(batch, self.mesh)
 
-  def _settle(self, stop: int) -> None:
+  def _save(self, step_number: int, state: TrainState) -> None:
+    self.checkpoints.save(step_number, state, self._iterator, self.watch)
+
+  def _settle(self) -> None:
     """Reads the metrics of the last step that was sent off."""
     if self._pending is None:
       return
     step_number, metrics = self._pending
     self._pending = None
+    began = time.perf_counter()
     metrics = jax.device_get(metrics)
+    self._window.settled += time.perf_counter() - began
     self._window.add(metrics)
-    if metrics['skipped_in_a_row'] >= self._config.max_skipped:
+    self._judge(step_number, metrics)
+    if step_number % self.config.log_every == 0 or step_number == self._stop:
+      self._report(step_number)
+    else:
+      self.reporter.step(step_number)
+
+  def _report(self, step_number: int) -> None:
+    """Writes a record: of all processes what is theirs, summed or compared."""
+    mine = {'times': times(self._window, time.perf_counter())}
+    if self.reader.first and hasattr(self._iterator, 'sums'):
+      mine['data'] = self._iterator.sums()
+    everyone = self.peers.gather(f'the record of step {step_number}', mine)
+    all_times = [x['times'] for x in everyone]
+    record = self._window.record(step_number)
+    if hasattr(self._iterator, 'sums'):
+      sums = [x['data'] for x in everyone if 'data' in x]
+      record |= self._iterator.describe(sums)
+    compared = compare(all_times)
+    self.reporter.record(
+      record | compared, remark(compared, all_times, self.peers.name)
+    )
+    self._window = Window(time.perf_counter())
+
+  def _judge(self, step_number: int, metrics: dict) -> None:
+    """Finds out whether the run is still on its course."""
+    loss = float(metrics['loss'])
+    finite = math.isfinite(loss) and math.isfinite(metrics['grad_norm'])
+    if self.watch is not None and self._spike is None:
+      self._spike = self.watch.see(step_number, loss if finite else math.nan)
+    skipped = int(metrics['skipped_in_a_row'])
+    if skipped < self.config.max_skipped:
+      return
+    said = (
+      f'loss or gradient was not finite in the last {skipped} steps, up to '
+      f'step {step_number} (TrainConfig.max_skipped={self.config.max_skipped})'
+    )
+    if self.watch is None:
       raise DivergedError(
-        f'loss or gradient was not finite in the last '
-        f'{int(metrics["skipped_in_a_row"])} steps, up to step {step_number} '
-        f'(TrainConfig.max_skipped={self._config.max_skipped}); the last '
-        f'checkpoint is of step {self._checkpoints.newest}. Lower '
-        'OptimizerConfig.peak, look at the data of these steps, or raise '
+        f'{said}; the last checkpoint is of step {self.checkpoints.newest}. '
+        'Lower OptimizerConfig.peak, look at the data of these steps, or raise '
         'TrainConfig.max_skipped'
       )
-    if step_number % self._config.log_every == 0 or step_number == stop:
-      self._reporter.record(
-        self._window.record(step_number) | self._data_metrics()
+    self._spike = Spike(step_number, step_number - skipped, said)
+
+  def _go_back(self, state: TrainState) -> TrainState:
+    """The state of the last good checkpoint; the data stay where they are.
+
+    So what was read since that checkpoint is left out.
+    """
+    spike, self._spike, self._pending = self._spike, None, None
+    limit, rollbacks = self.config.guard.limit, self.watch.rollbacks
+    if rollbacks >= limit:
+      raise DivergedError(
+        f'{spike.said}, after {rollbacks} roll-backs (Guard.limit={limit}). '
+        'Lower OptimizerConfig.peak or look at the data; Guard.sigmas, '
+        'Guard.rise and Guard.steps say what counts as a spike'
       )
-      self._window = Window(time.perf_counter())
-    else:
-      self._reporter.step(step_number)
+    target = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      state,
+    )
+    restored = self.checkpoints.go_back(
+      spike.good, target, self.reporter.say, self.watch
+    )
+    if restored is None:
+      raise DivergedError(
+        f'{spike.said}, and no checkpoint is from before: the first good step '
+        f'to go back to would be {spike.good} or earlier. Save more often '
+        '(CheckpointConfig.every) or lower OptimizerConfig.peak'
+      )
+    self.watch.rollbacks = rollbacks + 1
+    self.reporter.rolled_back(spike.step, int(restored.step), spike.said)
+    self._window = Window(time.perf_counter())
+    return restored
 
   def _report_heldout(self, step_number: int, state: TrainState) -> None:
-    heldout = self._config.heldout
-    iterator = heldout.data.iterator(jax.process_index(), jax.process_count())
+    heldout, reader = self.config.heldout, self.reader
+    iterator = heldout.data.iterator(reader.index, reader.count)
     began = time.perf_counter()
     total = weight = 0.0
     params = state.params
@@ -339,24 +465,28 @@ class _Run:
       loss, weight_here = jax.device_get(sums)
       total, weight = total + float(loss), weight + float(weight_here)
     loss = total / weight if weight else float('nan')
-    self._reporter.record({'step': step_number, 'heldout_loss': loss})
+    self.reporter.record({'step': step_number, 'heldout_loss': loss})
     # This time is not the training's.
     self._window.began += time.perf_counter() - began
 
-  def _stop_if_asked(self, step_number, state, iterator) -> None:
-    asked = self._caught.signum
-    if jax.process_count() > 1:
+  def _stop_if_asked(self, turn, step_number, state) -> None:
+    asked = self.caught.signum
+    if self.peers.count > 1:
       # All processes must save the same step; the runtime agrees on one.
-      asked = signal.SIGTERM * self._checkpoints.preempted(step_number)
+      asked = signal.SIGTERM * self.checkpoints.preempted(turn)
     if not asked:
       return
     name = signal.Signals(asked).name
-    if step_number and step_number != self._checkpoints.newest:
-      self._checkpoints.save(step_number, state, iterator)
-    self._checkpoints.finish()
+    self._settle()
+    if self._spike is not None:
+      # What would be saved is bad: the run goes on from before.
+      step_number = self.checkpoints.newest
+    elif step_number and step_number != self.checkpoints.newest:
+      self._save(step_number, state)
+    self.checkpoints.finish()
     raise Interrupted(
       f'stopped by {name} at step {step_number}, which is saved in '
-      f'{self._checkpoints.folder}; start the same command again to go on'
+      f'{self.checkpoints.folder}; start the same command again to go on'
       if step_number
       else f'stopped by {name} before the first step',
       asked,

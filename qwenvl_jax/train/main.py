@@ -1,13 +1,15 @@
 """`qwenvl-train`: one run of one stage."""
 
+import dataclasses
+import os
 import sys
 from collections.abc import Sequence
-
-import jax
 
 from qwenvl_jax import entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.loop import TrainConfig, train
+from qwenvl_jax.train.processes import ARRIVAL, find_place, joined
+from qwenvl_jax.train.profile import parse_steps
 from qwenvl_jax.train.signals import Interrupted
 
 DESCRIPTION = """
@@ -17,6 +19,14 @@ The run's folder (--workdir) receives checkpoints/, log.jsonl, tensorboard/,
 the resolved configuration (config.gin) and what opens the model again
 (config.json, qwen.tiktoken). Started again with the same --workdir, a run goes
 on from its newest checkpoint. SIGTERM and Ctrl-C save before they end it.
+
+Several processes train together when each is started with the environment
+variables QWENVL_COORDINATOR (HOST:PORT of process 0), QWENVL_NUM_PROCESSES and
+QWENVL_PROCESS_ID (from 0), or on all workers of a TPU pod with --distributed.
+
+Exit status: 0 done; 2 an error that is said in a line; 75 another process was
+lost, start all again; 143 stopped by SIGTERM and saved (of several processes by
+Ctrl-C, too), 130 by Ctrl-C.
 """
 
 EXAMPLES = """
@@ -40,9 +50,22 @@ def command(argv: Sequence[str]) -> int:
     'of the config, and the same command without it goes on',
   )
   arguments.add_argument(
+    '--profile_steps',
+    metavar='FIRST:LAST',
+    help='capture a profiler trace of these steps (counted from 1) in '
+    'WORKDIR/profile',
+  )
+  arguments.add_argument(
     '--distributed',
     action='store_true',
     help='this is one of several processes of a pod: find the others',
+  )
+  arguments.add_argument(
+    '--arrival_timeout',
+    type=float,
+    default=ARRIVAL,
+    metavar='SECONDS',
+    help='how long to wait for the other processes (default: %(default)g)',
   )
   flags, bindings = entry.parse(arguments, argv)
   if not flags.gin_file:
@@ -50,15 +73,18 @@ def command(argv: Sequence[str]) -> int:
       'no --gin_file given: name the config file of a stage, e.g. '
       '--gin_file=stage1.gin'
     )
-  if flags.distributed:
-    jax.distributed.initialize()
-  entry.load(flags.gin_file, bindings)
-  config = entry.build(TrainConfig)
-  try:
-    train(config, flags.workdir, flags.steps, entry.resolved())
-  except Interrupted as stop:
-    print(stop, file=sys.stderr, flush=True)
-    return 128 + stop.signum
+  place = find_place(os.environ, flags.distributed)
+  with joined(place, flags.arrival_timeout) as peers:
+    entry.load(flags.gin_file, bindings)
+    config = entry.build(TrainConfig)
+    if flags.profile_steps:
+      steps = parse_steps(flags.profile_steps)
+      config = dataclasses.replace(config, profile_steps=steps)
+    try:
+      train(config, flags.workdir, flags.steps, entry.resolved(), peers)
+    except Interrupted as stop:
+      print(stop, file=sys.stderr, flush=True)
+      return 128 + stop.signum
   return 0
 
 

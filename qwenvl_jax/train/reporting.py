@@ -28,6 +28,9 @@ class Window:
 
   began: float
   waited: float = 0.0
+  # Seconds that passed waiting for the devices, and steps whatever their loss.
+  settled: float = 0.0
+  taken: int = 0
   weight: float = 0.0
   steps: int = 0
   sums: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -36,6 +39,7 @@ class Window:
   def add(self, metrics: dict[str, np.ndarray]) -> None:
     values = {name: float(value) for name, value in metrics.items()}
     weight = values.pop('weight')
+    self.taken += 1
     self.latest = {name: values.pop(name) for name in _LATEST}
     good = math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])
     for name, value in values.items():
@@ -134,8 +138,8 @@ class Reporter:
     if self._bar:
       self._bar.update(self._task, completed=step)
 
-  def record(self, record: dict) -> None:
-    """Writes one record everywhere."""
+  def record(self, record: dict, remark: str = '') -> None:
+    """Writes one record everywhere, and a remark beside it for people."""
     if self._quiet:
       return
     finite = {
@@ -145,8 +149,27 @@ class Reporter:
       self._attempt(name, lambda write=write: write(finite))
     if self._bar:
       self._bar.update(self._task, completed=record['step'], record=finite)
+      if remark:
+        self.say(f'step {record["step"]}: {remark}')
     else:
-      self.say(f'step {record["step"]}/{self._stop}  ' + self._line(finite))
+      line = f'step {record["step"]}/{self._stop}  {self._line(finite)}'
+      self.say(f'{line}  {remark}' if remark else line)
+
+  def rolled_back(self, step: int, start: int, why: str) -> None:
+    """Notes that the run goes on from an earlier step.
+
+    Args:
+      step: whose loss was seen last.
+      start: the step it goes on from.
+      why: for people.
+    """
+    self._began = time.perf_counter(), start
+    self.say(f'warning: {why}: back to step {start}, leaving out that data')
+    if self._quiet:
+      return
+    record = {'step': start, 'rolled_back_from': step}
+    for name, (write, _) in list(self._sinks.items()):
+      self._attempt(name, lambda write=write: write(record))
 
   def _attempt(self, name: str, action) -> None:
     """A run does not end for its logs: a full disk stops them only."""

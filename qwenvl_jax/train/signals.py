@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -33,14 +34,15 @@ def caught_signals() -> Iterator[Caught]:
   """Notes SIGTERM and SIGINT for the loop to act on between two steps.
 
   A second one ends the process at once. In a run of several processes JAX's
-  preemption service takes SIGTERM.
+  preemption service takes SIGTERM; SIGINT becomes one.
   """
   caught = Caught()
-  if (
-    threading.current_thread() is not threading.main_thread()
-    or jax.process_count() > 1
-  ):
+  if threading.current_thread() is not threading.main_thread():
     yield caught
+    return
+  if jax.process_count() > 1:
+    with _as_sigterm():
+      yield caught
     return
   before = {}
 
@@ -57,3 +59,19 @@ def caught_signals() -> Iterator[Caught]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _as_sigterm() -> Iterator[None]:
+  """The first SIGINT counts as SIGTERM."""
+
+  def hand_on(signum, frame):
+    del frame
+    signal.signal(signum, before)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.signal(signal.SIGINT, hand_on)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)

@@ -266,4 +266,5 @@ def compile_loss(objective: Objective, mesh: Mesh, params: Any) -> Callable:
     with use_mesh(mesh):
       return compiled(params, batch)
 
+  run.jitted = compiled
   return run

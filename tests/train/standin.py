@@ -1,6 +1,7 @@
 """A small stand-in for data and model: fast, deterministic, resumable."""
 
 import dataclasses
+import itertools
 import time
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwenvl_jax.data.batches import Batches
 from qwenvl_jax.model.config import (
   AdapterConfig,
   DecoderConfig,
@@ -125,6 +127,8 @@ class Points:
   pause: float = 0.0
   bad_from: int | None = None
   bad_until: int | None = None
+  # What bad points are multiplied by.
+  bad: float = np.nan
   end: int = 1_000_000
 
   def iterator(self, process_index=0, process_count=1):
@@ -142,8 +146,10 @@ class Points:
     def slow(index, made):
       time.sleep(self.pause)
       if self.bad_from is not None and self.bad_from <= index < self.bad_until:
-        made['y'] = made['y'] * np.nan
-      return made
+        made['y'] = made['y'] * self.bad
+      rows = self.batch_size // process_count
+      mine = slice(process_index * rows, (process_index + 1) * rows)
+      return {name: value[mine] for name, value in made.items()}
 
     dataset = grain.MapDataset.range(self.end).map_with_index(
       lambda step, value: (step, value)
@@ -151,6 +157,50 @@ class Points:
     dataset = dataset.seed(0).shuffle().map(lambda pair: batch(pair[1]))
     dataset = dataset.map_with_index(slow)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(1, 4)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+  """Points by the number of their row, read as `Pipeline` reads.
+
+  Attributes:
+    folder: where each process notes the rows that it reads.
+    attempt: names its file.
+  """
+
+  folder: str
+  attempt: int = 0
+  batch_size: int = 8
+  pause: float = 0.0
+
+  def iterator(self, process_index=0, process_count=1):
+    def point(row):
+      rng = np.random.default_rng(row)
+      x = rng.normal(size=4).astype(np.float32)
+      y = np.array([x.sum() + 1, x[0] - x[1] + 1], np.float32)
+      weight = np.float32(rng.integers(1, 4))
+      return {'x': x, 'y': y, 'weight': weight, 'row': np.int32(row)}
+
+    def start(state):
+      first = state['row'] + process_index
+      return (point(row) for row in itertools.count(first, process_count))
+
+    file = f'{self.folder}/{self.attempt}-{process_index}'
+    return _Noted(start, self, process_count, file)
+
+
+class _Noted(Batches):
+  def __init__(self, start, data, count, file):
+    super().__init__(start, data.batch_size, count)
+    self._pause = data.pause
+    self._file = file
+
+  def __next__(self):
+    time.sleep(self._pause)
+    batch = super().__next__()
+    with open(self._file, 'a') as file:
+      print(*batch['row'], file=file)
+    return batch
 
 
 def line_run(steps=12, data=None, optimizer=None, **changes) -> TrainConfig:

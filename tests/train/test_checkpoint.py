@@ -1,3 +1,5 @@
+import collections
+import contextlib
 import json
 import math
 import os
@@ -16,8 +18,15 @@ import standin
 
 from qwenvl_jax.conversion.orbax_store import open_stores
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.train.checkpoint import CheckpointConfig, save_args
+from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.train import manifest
+from qwenvl_jax.train.checkpoint import (
+  CheckpointConfig,
+  Checkpoints,
+  save_args,
+)
 from qwenvl_jax.train.loop import train
+from qwenvl_jax.train.state import abstract_params, abstract_state
 
 KILLER = pathlib.Path(__file__).with_name('killer.py')
 
@@ -136,12 +145,67 @@ def test_values_that_changed_on_disk_are_noticed(finished, tmp_path, capsys):
   params = jax.device_get(wanted.params)
   params['model']['kernel'] = np.nextafter(params['model']['kernel'], 9.0)
   # As whole as any other checkpoint, but with other values.
+  (folder / 'checkpoints' / '4' / manifest.FILE).unlink()
   with ocp.PyTreeCheckpointer() as checkpointer:
     place = folder / 'checkpoints' / '4' / 'params'
     checkpointer.save(place, params, force=True)
   train(configuration(), folder)
   said = capsys.readouterr().out
   assert 'contents changed on disk: trained/model/kernel' in said
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_file_never_passes_for_the_checkpoint(
+  finished, tmp_path
+):
+  """Without the manifest, which would notice each."""
+  source, _ = finished
+  config, mesh = configuration(), make_mesh()
+  target = abstract_params(config.objective, config.optimizer, mesh)
+  target = abstract_state(target, config.optimizer, mesh)
+
+  def restored(folder):
+    checkpoints = Checkpoints(folder, config.checkpoint)
+    with contextlib.closing(checkpoints):
+      iterator = config.data.iterator()
+      state = checkpoints.restore(target, iterator, lambda said: None)
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+  steps = {}
+  for step in ('2', '4'):
+    shutil.copytree(source, tmp_path / step)
+    for other in {'2', '4'} - {step}:
+      shutil.rmtree(tmp_path / step / 'checkpoints' / other)
+    steps[step] = restored(tmp_path / step)
+  seed = int.from_bytes(os.urandom(4))
+  print('seed', seed)
+  rng = random.Random(seed)
+  found = collections.Counter()
+  newest = source / 'checkpoints' / '4'
+  for file in sorted(p for p in newest.rglob('*') if p.is_file()):
+    name = file.relative_to(source)
+    if file.name == manifest.FILE or 'data' in name.parts:
+      continue
+    folder = tmp_path / 'run'
+    shutil.copytree(source, folder)
+    (folder / 'checkpoints' / '4' / manifest.FILE).unlink()
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    (folder / name).write_bytes(content)
+    try:
+      state = restored(folder)
+    except CheckpointError as error:  # Metadata that read like another run's.
+      assert 'saved by a run with another model' in str(error)
+      found['refused'] += 1
+    else:
+      (same,) = [
+        step
+        for step, leaves in steps.items()
+        if all(np.array_equal(a, b) for a, b in zip(state, leaves))
+      ]
+      found[same] += 1
+    shutil.rmtree(folder)
+  assert found['2'] >= 3, found
 
 
 def test_with_no_good_step_nothing_is_touched(finished, tmp_path):

@@ -1,0 +1,34 @@
+# Part of worker.sh: buckets as folders. Training wants a file system that all
+# workers share; Cloud Storage FUSE makes one of a bucket.
+# shellcheck shell=bash
+
+# buckets_of WORDS...: the names after gs:// in any of them.
+buckets_of() {
+  printf '%s\n' "$@" | grep -o 'gs://[-a-z0-9_.]*' | sed 's|gs://||' | sort -u ||
+    true
+}
+
+# mount_bucket NAME FOLDER
+mount_bucket() {
+  mountpoint -q "$2" && return 0
+  command -v gcsfuse >/dev/null || _install_gcsfuse || return 1
+  mkdir -p "$2" || return 1
+  # Nothing is remembered about files: what one worker writes, all see at once.
+  # Folders are renamed when a checkpoint is complete; only in a bucket with a
+  # hierarchical namespace is that one operation, elsewhere it needs the limit.
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
+    --metadata-cache-negative-ttl-secs=0 --rename-dir-limit=1000000 "$1" "$2"
+}
+
+# As https://cloud.google.com/storage/docs/cloud-storage-fuse/install has it.
+_install_gcsfuse() {
+  local packages=https://packages.cloud.google.com/apt
+  local key=/usr/share/keyrings/cloud.google.asc
+  curl -fsS "$packages/doc/apt-key.gpg" | sudo tee "$key" >/dev/null &&
+    printf 'deb [signed-by=%s] %s gcsfuse-%s main\n' "$key" "$packages" \
+      "$(lsb_release -cs)" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null &&
+    # A fresh machine updates itself, and holds the lock for some minutes.
+    sudo apt-get -qq -o DPkg::Lock::Timeout=600 update &&
+    sudo apt-get -qq -y -o DPkg::Lock::Timeout=600 install gcsfuse
+}

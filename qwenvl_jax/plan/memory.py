@@ -1,0 +1,119 @@
+"""What a training step takes by hand count: too little, and at least this.
+
+Used to leave out what cannot fit and to begin with what promises most; figures
+that are reported come from the compiler.
+"""
+
+import dataclasses
+from typing import Any
+
+from qwenvl_jax.plan.model_flops import model_flops, work_of
+from qwenvl_jax.plan.topology import Topology
+from qwenvl_jax.sharding import MeshConfig
+from qwenvl_jax.train.loop import TrainConfig
+from qwenvl_jax.train.optimizer import flatten, split
+
+# By remat policy, at least: what a decoder layer keeps beside its input, in
+# widths of the model and of the MLP's hidden units; the work of a step, in
+# units of one that recomputes nothing.
+_POLICIES = {
+  'none': (6, 3, 1.0),
+  'products': (5, 2, 1.02),
+  'dots': (5, 2, 1.05),
+  'qkv_attention_residual_up': (5, 1, 1.12),
+  'qkv_attention_up': (4, 1, 1.14),
+  'qkv_attention_residual': (5, 0, 1.2),
+  'qkv_attention': (4, 0, 1.22),
+  'full': (0, 0, 4 / 3),
+}
+# What large products reach of the peak, and what of the communication can not
+# be hidden behind them.
+_PRODUCTS = 0.65
+_EXPOSED = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of a configuration's parameters; a mesh does not change them.
+
+  Attributes:
+    trained: number of parameters.
+    frozen: number of parameters.
+    shapes: by path.
+    trained_paths: of them.
+  """
+
+  trained: int
+  frozen: int
+  shapes: dict[str, tuple[int, ...]]
+  trained_paths: frozenset[str]
+
+  @classmethod
+  def of(cls, config: TrainConfig, params: Any) -> 'Sizes':
+    """From `abstract_params`."""
+    trained, frozen = (flatten(p) for p in split(params, config.optimizer))
+    return cls(
+      sum(leaf.size for leaf in trained.values()),
+      sum(leaf.size for leaf in frozen.values()),
+      {path: leaf.shape for path, leaf in flatten(params).items()},
+      frozenset(trained),
+    )
+
+
+def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
+  """Bytes a chip that a training step takes in any case.
+
+  State, gradient, what the layers that have a backward pass keep for it, and
+  one copy of the logits: all there when the backward pass begins.
+  """
+  model, data = config.objective.config, config.data
+  copies, fsdp, tensor = _mesh(config.mesh, chips)
+  compute, master = model.dtype.itemsize, model.param_dtype.itemsize
+  # Parameter and two moments; the gradient, summed up if in microbatches.
+  summed = master if config.accumulation > 1 else compute
+  state = sizes.trained * (3 * master + summed) + sizes.frozen * compute
+  widths, hidden, _ = _POLICIES[model.remat]
+  decoder, vision = model.decoder, model.vision
+  inner = widths * decoder.dim + hidden * decoder.mlp_dim
+  kept = (
+    decoder.layers * data.sequence_length * (decoder.dim + inner / tensor)
+    + data.sequence_length * decoder.vocab_size / tensor
+  )
+  if any(path.startswith('vision/') for path in sizes.trained_paths):
+    patches = data.image_slots * (data.image_size // vision.patch_size) ** 2
+    kept += vision.layers * patches * vision.width
+  rows = data.batch_size / config.accumulation / (copies * fsdp)
+  return state / (fsdp * tensor) + rows * kept * compute
+
+
+def promise(config: TrainConfig, sizes: Sizes, topology: Topology) -> float:
+  """Seconds a step might take: an order of candidates, not an estimate."""
+  model, chip = config.objective.config, topology.chip
+  copies, fsdp, tensor = _mesh(config.mesh, topology.chips)
+  needed = model_flops(
+    model, sizes.shapes, sizes.trained_paths, work_of(config.data)
+  )
+  _, _, factor = _POLICIES[model.remat]
+  computing = factor * needed / topology.chips / chip.peak_flops / _PRODUCTS
+  # Gathered forward and backward, and the gradient scattered.
+  sent = 2 * (sizes.trained + sizes.frozen) + sizes.trained
+  sent *= model.dtype.itemsize / tensor
+  rows = config.data.batch_size / config.accumulation / (copies * fsdp)
+  if tensor > 1:
+    # Four sums of a layer's activations, forward and backward.
+    tokens = rows * config.data.sequence_length
+    sent += (
+      8
+      * tokens
+      * model.decoder.layers
+      * model.decoder.dim
+      * (model.dtype.itemsize)
+    )
+  sending = config.accumulation * sent / chip.collective_bandwidth
+  longer, shorter = max(computing, sending), min(computing, sending)
+  return longer + _EXPOSED * shorter
+
+
+def _mesh(mesh: MeshConfig, chips: int) -> tuple[int, int, int]:
+  """(data, fsdp, tensor)."""
+  return mesh.sizes(chips)[:3]

@@ -1,0 +1,269 @@
+"""The plan of a job: compiled, read, and put into figures per chip and step."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+from qwenvl_jax.plan import compiling, estimate, flops, hlo
+from qwenvl_jax.plan.jobs import Job
+from qwenvl_jax.plan.model_flops import model_flops
+from qwenvl_jax.plan.topology import Topology
+from qwenvl_jax.sharding import data_shards
+from qwenvl_jax.train.optimizer import flatten
+
+# Bytes. Norms, biases and position tables are smaller, matrices larger.
+_LARGE = 2**23
+_COSTLIEST = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Figures are per chip and step unless their names say otherwise.
+
+  All seconds, and what follows from them, are estimates: nothing ran. They are
+  None where the program does not fit or was compiled with little effort.
+
+  Attributes:
+    topology: as 'v5e:16x16'.
+    what: 'train', 'eval', 'prefill' or 'decode'.
+    chips: in all slices.
+    mesh: sizes of its axes.
+    rows: of the global batch.
+    accumulation: microbatches a step.
+    rows_per_chip: of a microbatch on each shard of the data.
+    fits: whether the program can run.
+    peak_hbm_bytes: memory at the fullest moment, or what it would need.
+    hbm_limit_bytes: usable memory.
+    argument_bytes: state and batch; the ideal where it does not fit.
+    ideal_argument_bytes: of them if nothing were padded or kept whole.
+    parameters: of the model.
+    trained_parameters: of those.
+    parameters_per_chip: that a chip keeps.
+    program_flops: of the program, attention kernels included.
+    kernel_flops: of those, attention kernels.
+    model_flops: what the model needs, see `model_flops`.
+    flops_ratio: program_flops over model_flops.
+    estimated_step_seconds: the sum of the three that follow.
+    estimated_compute_seconds: operations, by the compiler's own estimates.
+    estimated_kernel_seconds: attention kernels.
+    estimated_exposed_seconds: waiting for collectives.
+    estimated_mfu: model FLOPs over time and peak.
+    collective_bytes: of all collectives.
+    overlapped_share: of those bytes, sent beside computation.
+    collectives: by kind: count, bytes, overlapped_bytes, exposed_seconds.
+    float32_gather_bytes: of all-gathers in float32 of more than a few MB.
+    gather_ratio: bytes of all-gathers, in units of all parameters in bfloat16,
+      a microbatch.
+    full_gradient_all_reduces: large all-reduces of the backward pass, where a
+      reduce-scatter would do with half.
+    gather_overlapped_share: of the all-gathers' bytes.
+    estimated_tokens_per_second: of all chips.
+    estimated_images_per_second: of all chips.
+    steps: of the stage.
+    estimated_days: the stage takes.
+    estimated_chip_hours: the stage costs.
+    costliest: the operations that take longest, by their place in the source,
+      with their estimated seconds.
+    compile_seconds: that planning took.
+    unknown_kernels: custom kernels that are not in the figures.
+    advice: what to change where it does not fit.
+  """
+
+  topology: str
+  what: str
+  chips: int
+  mesh: dict[str, int]
+  rows: int
+  accumulation: int
+  rows_per_chip: float
+  fits: bool
+  peak_hbm_bytes: int
+  hbm_limit_bytes: int
+  argument_bytes: int
+  ideal_argument_bytes: float
+  parameters: int
+  trained_parameters: int
+  parameters_per_chip: float
+  program_flops: float | None
+  kernel_flops: float | None
+  model_flops: float
+  flops_ratio: float | None
+  estimated_step_seconds: float | None
+  estimated_compute_seconds: float | None
+  estimated_kernel_seconds: float | None
+  estimated_exposed_seconds: float | None
+  estimated_mfu: float | None
+  collective_bytes: float | None
+  overlapped_share: float | None
+  collectives: dict[str, dict[str, float]]
+  float32_gather_bytes: float | None
+  gather_ratio: float | None
+  full_gradient_all_reduces: int | None
+  gather_overlapped_share: float | None
+  estimated_tokens_per_second: float | None
+  estimated_images_per_second: float | None
+  steps: int | None
+  estimated_days: float | None
+  estimated_chip_hours: float | None
+  costliest: dict[str, float]
+  compile_seconds: float
+  unknown_kernels: list[str]
+  advice: list[str]
+
+
+def make_plan(job: Job, topology: Topology, effort: float = 0.0) -> Plan:
+  """Compiles a job and reads what it will cost.
+
+  Args:
+    job: from `jobs.make`.
+    topology: whose devices the job was made for.
+    effort: see `compiling.compile_program`; with less than the default, times
+      are left out.
+  """
+  began = time.perf_counter()
+  compiled = compiling.compile_program(job.lower(), effort)
+  seconds = time.perf_counter() - began
+  figures = {field.name: None for field in dataclasses.fields(Plan)}
+  figures |= _setting(job, topology)
+  figures |= {
+    'fits': compiled.fits,
+    'peak_hbm_bytes': compiled.peak_bytes,
+    'hbm_limit_bytes': topology.chip.hbm_bytes,
+    'argument_bytes': compiled.argument_bytes
+    or round(job.ideal_argument_bytes),
+    'collectives': {},
+    'costliest': {},
+    'compile_seconds': seconds,
+    'unknown_kernels': [],
+    'advice': [] if compiled.fits else advice(job, topology),
+  }
+  if compiled.fits:
+    figures |= _reading(compiled.text, job, topology, timed=effort >= 0)
+  return Plan(**figures)
+
+
+def _setting(job: Job, topology: Topology) -> dict[str, Any]:
+  leaves = flatten(job.params)
+  shapes = {path: leaf.shape for path, leaf in leaves.items()}
+  shards = data_shards(job.mesh)
+  parameters = sum(leaf.size for leaf in leaves.values())
+  return {
+    'topology': topology.name,
+    'what': job.what,
+    'chips': topology.chips,
+    'mesh': dict(job.mesh.shape),
+    'rows': job.work.rows,
+    'accumulation': job.accumulation,
+    'rows_per_chip': job.work.rows / job.accumulation / shards,
+    'ideal_argument_bytes': job.ideal_argument_bytes,
+    'parameters': parameters,
+    'trained_parameters': sum(leaves[path].size for path in job.trained),
+    'parameters_per_chip': sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape))
+      for leaf in leaves.values()
+    ),
+    'model_flops': (
+      model_flops(job.config, shapes, job.trained, job.work) / topology.chips
+    ),
+    'steps': job.steps,
+  }
+
+
+def _reading(text, job, topology, timed) -> dict[str, Any]:
+  program = hlo.parse(text)
+  played = estimate.estimate(program, topology.chip)
+  kernels, unknown = flops.kernel_flops(program)
+  total = flops.product_flops(program) + kernels
+  setting = _setting(job, topology)
+  needed = setting['model_flops']
+  gathers = played.traffic.get('all-gather', estimate.Traffic())
+  figures = {
+    'program_flops': total,
+    'kernel_flops': kernels,
+    'flops_ratio': total / needed,
+    'collective_bytes': played.bytes,
+    'collectives': {
+      kind: {
+        'count': traffic.count,
+        'bytes': traffic.bytes,
+        'overlapped_bytes': traffic.overlapped,
+      }
+      for kind, traffic in sorted(played.traffic.items())
+    },
+    'float32_gather_bytes': sum(
+      times * one.bytes
+      for one, times, _ in played.collectives
+      if one.kind == 'all-gather' and one.dtype == 'f32' and one.bytes > _LARGE
+    ),
+    'gather_ratio': (
+      gathers.bytes / (2 * setting['parameters'] * job.accumulation)
+    ),
+    'full_gradient_all_reduces': sum(
+      times
+      for one, times, _ in played.collectives
+      if one.kind == 'all-reduce'
+      and one.bytes > _LARGE
+      and 'transpose' in one.where
+    ),
+    'unknown_kernels': unknown,
+  }
+  if not timed:
+    return figures
+  seconds = played.seconds
+  work = job.work
+  for kind, traffic in played.traffic.items():
+    figures['collectives'][kind]['exposed_seconds'] = traffic.exposed_seconds
+  figures |= {
+    'costliest': dict(played.by_operation.most_common(_COSTLIEST)),
+    'overlapped_share': played.overlapped_share,
+    'gather_overlapped_share': (
+      gathers.overlapped / gathers.bytes if gathers.bytes else 1.0
+    ),
+    'estimated_step_seconds': seconds,
+    'estimated_compute_seconds': played.compute_seconds,
+    'estimated_kernel_seconds': played.kernel_seconds,
+    'estimated_exposed_seconds': played.exposed_seconds,
+    'estimated_mfu': needed / seconds / topology.chip.peak_flops,
+    'estimated_tokens_per_second': work.rows * work.length / seconds,
+    'estimated_images_per_second': work.rows * work.images / seconds,
+  }
+  if job.steps is not None:
+    hours = job.steps * seconds / 3600
+    figures['estimated_days'] = hours / 24
+    figures['estimated_chip_hours'] = hours * topology.chips
+  return figures
+
+
+def advice(job: Job, topology: Topology) -> list[str]:
+  """What to change about a program that does not fit, cheapest first."""
+  found = []
+  shards = data_shards(job.mesh)
+  rows = job.work.rows // job.accumulation // shards
+  config = job.config
+  if job.what == 'train' and rows > 1:
+    smaller = next(n for n in range(2, rows + 1) if rows % n == 0)
+    found.append(
+      f'smaller microbatches: TrainConfig.accumulation='
+      f'{job.accumulation * smaller} leaves {rows // smaller} of {rows} rows '
+      'a shard'
+    )
+  if job.what == 'train' and config.remat != 'full':
+    found.append(
+      f"recompute more: QwenVLConfig.remat='full' instead of {config.remat!r}"
+    )
+  copies, tensor = job.mesh.shape['data'], job.mesh.shape['tensor']
+  if copies > topology.slices:
+    ways = job.mesh.size // tensor // topology.slices
+    found.append(
+      f'split the parameters further: MeshConfig.data={topology.slices} and '
+      f'fsdp={ways} instead of data={copies}'
+    )
+  share = job.ideal_argument_bytes / topology.chip.hbm_bytes
+  if share > 0.5:
+    found.append(f'more chips: the arguments alone fill {share:.0%} of each')
+  if job.what in ('prefill', 'decode'):
+    found.append('fewer rows at a time: --rows, or a shorter --length')
+  if job.mesh.size >= 2 * tensor:
+    found.append(f'split every layer: MeshConfig.tensor={2 * tensor}')
+  return found

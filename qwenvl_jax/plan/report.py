@@ -1,0 +1,178 @@
+"""The plan as a table for people."""
+
+from collections.abc import Sequence
+
+from rich import filesize
+from rich.console import Console
+from rich.table import Table
+
+from qwenvl_jax.plan.plan import Plan
+from qwenvl_jax.plan.search import Candidate
+from qwenvl_jax.plan.topology import GIB
+
+
+def show(plan: Plan, console: Console) -> None:
+  """Prints a plan."""
+  axes = ', '.join(f'{axis} {size}' for axis, size in plan.mesh.items())
+  table = Table(
+    title=f'{plan.what} on {plan.topology}, {plan.chips:,} chips ({axes})',
+    show_header=False,
+    title_justify='left',
+  )
+  table.add_column(justify='left')
+  table.add_column(justify='right')
+  table.add_column(justify='left')
+  for row in _rows(plan):
+    table.add_row(*row)
+  console.print(table)
+  if not plan.fits:
+    console.print('It does not fit. What would help, cheapest first:')
+    for number, line in enumerate(plan.advice, 1):
+      console.print(f'  {number}. {line}', highlight=False)
+    return
+  if plan.unknown_kernels:
+    console.print(
+      f'Not counted: {", ".join(plan.unknown_kernels)}', highlight=False
+    )
+  if plan.estimated_step_seconds is None:
+    console.print('Compiled with little effort: no times.')
+  else:
+    console.print(
+      "Times are estimates, from the compiler's cycles and the bandwidth of "
+      'the links; nothing ran on a TPU.'
+    )
+
+
+def _rows(plan: Plan):
+  yield _row(
+    'parameters',
+    f'{plan.parameters / 1e9:.2f} B',
+    f'{plan.trained_parameters / 1e9:.2f} B trained; '
+    f'{plan.parameters_per_chip / 1e6:.1f} M a chip',
+  )
+  yield _row(
+    'batch',
+    f'{plan.rows:,} rows',
+    f'{plan.accumulation} microbatches, {plan.rows_per_chip:g} rows a shard',
+  )
+  share = plan.peak_hbm_bytes / plan.hbm_limit_bytes
+  yield _row(
+    'memory at the peak' if plan.fits else 'memory needed',
+    f'{plan.peak_hbm_bytes / GIB:.2f} GiB',
+    f'{share:.0%} of {plan.hbm_limit_bytes / GIB:.2f} GiB a chip',
+  )
+  if not plan.fits:
+    return
+  yield _row(
+    'state and batch',
+    f'{plan.argument_bytes / GIB:.2f} GiB',
+    f'{plan.argument_bytes / plan.ideal_argument_bytes:.2f} times the ideal',
+  )
+  yield _row(
+    'FLOPs of the program',
+    f'{plan.program_flops / 1e12:,.1f} T',
+    f'a chip and step; {plan.kernel_flops / 1e12:,.1f} T in attention kernels',
+  )
+  yield _row(
+    'FLOPs of the model',
+    f'{plan.model_flops / 1e12:,.1f} T',
+    f'program / model {plan.flops_ratio:.3f}; causal attention counts half',
+  )
+  yield _row(
+    'sent between chips',
+    _decimal(plan.collective_bytes),
+    ''
+    if plan.overlapped_share is None
+    else f'{plan.overlapped_share:.0%} beside computation',
+  )
+  for kind, one in plan.collectives.items():
+    yield _row(f'  {kind}', _decimal(one['bytes']), _traffic(one))
+  if plan.estimated_step_seconds is None:
+    return
+  yield _row(
+    'estimated step',
+    f'{plan.estimated_step_seconds:.3f} s',
+    f'{plan.estimated_compute_seconds:.3f} computing + '
+    f'{plan.estimated_kernel_seconds:.3f} attention kernels + '
+    f'{plan.estimated_exposed_seconds:.3f} waiting for collectives',
+  )
+  yield _row(
+    'estimated MFU', f'{plan.estimated_mfu:.1%}', 'of the bfloat16 peak'
+  )
+  yield _row(
+    'estimated throughput',
+    f'{plan.estimated_tokens_per_second:,.0f} tokens/s',
+    f'{plan.estimated_images_per_second:,.0f} images/s',
+  )
+  if plan.steps is not None:
+    yield _row(
+      f'estimated for {plan.steps:,} steps',
+      f'{plan.estimated_days:,.1f} days',
+      f'{plan.estimated_chip_hours:,.0f} chip-hours',
+    )
+
+
+def _row(name: str, value: str, remark: str = '') -> tuple[str, str, str]:
+  return name, value, remark
+
+
+def _traffic(one: dict[str, float]) -> str:
+  text = f'{one["count"]:,} times'
+  if one['bytes']:
+    text += f', {one["overlapped_bytes"] / one["bytes"]:.0%} beside computation'
+  if 'exposed_seconds' in one:
+    text += f', {one["exposed_seconds"]:.3f} s waited for'
+  return text
+
+
+def _decimal(size: float) -> str:
+  return filesize.decimal(int(size))
+
+
+def line(candidate: Candidate, plan: Plan | str) -> str:
+  """What came of one candidate of a search."""
+  if isinstance(plan, str):
+    return f'{candidate.text}: {plan}'
+  memory = f'{plan.peak_hbm_bytes / GIB:.2f} GiB'
+  if not plan.fits:
+    return f'{candidate.text}: needs {memory}'
+  return (
+    f'{candidate.text}: {memory}, estimated '
+    f'{plan.estimated_step_seconds:.3f} s, MFU {plan.estimated_mfu:.1%}'
+  )
+
+
+def show_ranking(
+  ranked: Sequence[tuple[Candidate, Plan]], tried: int, console: Console
+) -> None:
+  """Prints what a search found, fastest first, and how to take the first."""
+  if not ranked:
+    console.print(f'None of the {tried} programs tried fits.')
+    return
+  table = Table(
+    title=f'{ranked[0][1].topology}: {len(ranked)} of {tried} tried fit; times '
+    'are estimates',
+    title_justify='left',
+  )
+  for name in (
+    'data', 'fsdp', 'tensor', 'accumulation', 'rows a shard', 'remat',
+    'peak GiB', 'program/model', 'step s', 'MFU',
+  ):  # fmt: skip
+    table.add_column(name, justify='right')
+  for candidate, plan in ranked:
+    table.add_row(
+      str(candidate.data),
+      str(candidate.fsdp),
+      str(candidate.tensor),
+      str(candidate.accumulation),
+      f'{plan.rows_per_chip:g}',
+      candidate.remat,
+      f'{plan.peak_hbm_bytes / GIB:.2f}',
+      f'{plan.flops_ratio:.3f}',
+      f'{plan.estimated_step_seconds:.3f}',
+      f'{plan.estimated_mfu:.1%}',
+    )
+  console.print(table)
+  console.print(
+    'The first: ' + ' '.join(ranked[0][0].overrides), soft_wrap=True
+  )

@@ -1,0 +1,72 @@
+"""Which rows of every batch each process reads.
+
+The mesh decides: processes whose devices hold the same rows (a layer's work may
+be split over them) must read the same ones, and no two others may share any.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Set
+
+import jax
+from jax.sharding import Mesh
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.sharding import batch_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """The part of the data that a process reads.
+
+  Attributes:
+    index: of the part.
+    count: of the parts; each batch is divided among them.
+    first: whether this is the first of the processes that read this part. It
+      saves the part's state and counts its records.
+  """
+
+  index: int = 0
+  count: int = 1
+  first: bool = True
+
+
+def find_reader(mesh: Mesh, rows: int) -> Reader:
+  """What this process reads.
+
+  Args:
+    mesh: see `make_mesh`.
+    rows: of the global batch, divided by the mesh.
+
+  Raises:
+    ConfigError: the mesh lets processes share some of their rows.
+  """
+  held = {}
+  places = batch_sharding(mesh).devices_indices_map((rows,))
+  for device, (part,) in places.items():
+    held.setdefault(device.process_index, set()).add(part.start or 0)
+  try:
+    return reader_of(jax.process_index(), held)
+  except ValueError as error:
+    raise ConfigError(
+      f'the mesh {dict(mesh.shape)} splits the batch so that {error}: let '
+      f'data * fsdp be a multiple or a divisor of the {len(held)} processes'
+    ) from None
+
+
+def reader_of(process: int, held: Mapping[int, Set[int]]) -> Reader:
+  """What a process reads.
+
+  Args:
+    process: index.
+    held: the first rows of the pieces of a batch that each process holds.
+
+  Raises:
+    ValueError: processes share some of their rows, but not all.
+  """
+  parts = sorted({tuple(sorted(starts)) for starts in held.values()})
+  starts = [start for part in parts for start in part]
+  if len(set(starts)) < len(starts) or len({len(x) for x in parts}) > 1:
+    raise ValueError('processes share some of their rows and not others')
+  mine = tuple(sorted(held[process]))
+  same = [p for p, x in held.items() if tuple(sorted(x)) == mine]
+  return Reader(parts.index(mine), len(parts), process == min(same))

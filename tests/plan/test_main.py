@@ -1,0 +1,124 @@
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.plan import jobs, main, report, search
+from qwenvl_jax.plan.plan import Plan, advice
+
+STAGE = '--gin_file=stage2.gin'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--topology=v5e:16x16'], 'no --gin_file given'),
+    ([STAGE, '--topology=v5e:3x3'], 'v5e:16x16'),
+    ([STAGE, '--topology=v5e:16x16', '--slices=0'], '--slices=0'),
+    (
+      [STAGE, '--topology=v5e:2x2', '--search', '--what=decode'],
+      'leave out --what',
+    ),
+    ([STAGE, '--topology=v5e:2x2', '--search', '--budget=0'], '--budget=0'),
+    (
+      [STAGE, '--topology=v5e:2x2', '--gin.MeshConfig.fsdp=3'],
+      'multiply to 4',
+    ),
+    (
+      # 1,024 rows in 8 microbatches, for 3 x 128 shards.
+      [STAGE, '--topology=v5e:16x16', '--gin.TrainConfig.accumulation=3'],
+      'accumulation may be one of',
+    ),
+  ],
+)
+def test_mistakes_are_said_before_anything_is_compiled(libtpu, flags, message):
+  with pytest.raises(ConfigError, match=message):
+    main.command(flags)
+
+
+def plan(**changes) -> Plan:
+  figures = {field.name: 0 for field in dataclasses.fields(Plan)}
+  figures |= {
+    'topology': 'v5e:2x2',
+    'what': 'train',
+    'mesh': {'data': 1, 'fsdp': 4, 'tensor': 1},
+    'fits': True,
+    'hbm_limit_bytes': 2**34,
+    'peak_hbm_bytes': 3 * 2**32,
+    'ideal_argument_bytes': 1.0,
+    'estimated_step_seconds': 1.25,
+    'estimated_mfu': 0.5,
+    'overlapped_share': 0.75,
+    'collectives': {
+      'all-gather': {
+        'count': 3,
+        'bytes': 2e9,
+        'overlapped_bytes': 1.5e9,
+        'exposed_seconds': 0.125,
+      }
+    },
+    'unknown_kernels': ['my_kernel.1'],
+    'advice': ['more chips'],
+  }
+  return Plan(**figures | changes)
+
+
+def printed(show, *arguments) -> str:
+  out = io.StringIO()
+  show(*arguments, Console(file=out, width=200))
+  return out.getvalue()
+
+
+def test_the_table_tells_estimates_from_facts():
+  text = printed(report.show, plan())
+  assert '12.00 GiB' in text and '75% of 16.00 GiB' in text
+  assert '2.0 GB' in text and '3 times, 75% beside computation' in text
+  assert 'estimated step' in text and '1.250 s' in text
+  assert 'nothing ran on a TPU' in text
+  assert 'Not counted: my_kernel.1' in text
+
+
+def test_what_does_not_fit_is_told_what_would_help():
+  text = printed(report.show, plan(fits=False))
+  assert 'memory needed' in text and 'It does not fit' in text
+  assert '1. more chips' in text and 'estimated step' not in text
+
+
+def test_no_times_without_a_schedule():
+  text = printed(
+    report.show, plan(estimated_step_seconds=None, overlapped_share=None)
+  )
+  assert 'Compiled with little effort: no times.' in text
+  assert 'estimated' not in text
+
+
+def test_the_ranking_says_how_to_take_the_first():
+  one = search.Candidate(1, 4, 1, 2, 2, 'full')
+  ranked = [(one, plan(topology='v5e:2x2', flops_ratio=1.1))]
+  text = printed(report.show_ranking, ranked, 3)
+  assert '1 of 3 tried fit' in text
+  assert '--gin.TrainConfig.accumulation=2' in text
+  assert 'None of the 3 programs tried fits' in printed(
+    report.show_ranking, [], 3
+  )
+
+
+def test_advice_divides(configured, pod):
+  wanted, devices = pod('v5e:2x4')
+  config = configured(
+    'stage2.gin',
+    'MeshConfig.data=2',
+    'Pipeline.batch_size=48',
+    "QwenVLConfig.remat='none'",
+  )
+  found = advice(jobs.make('train', config, devices), wanted)
+  # Three rows a shard: no half of them.
+  assert found[0].startswith(
+    'smaller microbatches: TrainConfig.accumulation=6 leaves 1 of 3 rows'
+  )
+  assert "QwenVLConfig.remat='full' instead of 'none'" in found[1]
+  assert 'MeshConfig.data=1 and fsdp=8 instead of data=2' in found[2]
+  assert json.dumps(found)
