@@ -6,9 +6,10 @@ root=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
 usage() {
   cat <<'TEXT'
-Usage: launch/test.sh [--fast] [PYTEST ARGUMENTS]
+Usage: launch/test.sh [--fast | --pods] [PYTEST ARGUMENTS]
 
   --fast   leave out the tests marked slow (those over about ten seconds)
+  --pods   only those that compile whole stages for their pods (minutes each)
   --help   this text
 
 Everything else goes to pytest; paths count from the repository's root:
@@ -19,7 +20,8 @@ TEXT
 args=()
 for arg in "$@"; do
   case $arg in
-    --fast) args+=(-m 'not slow') ;;
+    --fast) args+=(-m 'not slow and not pods') ;;
+    --pods) args+=(-m pods) ;;
     -h | --help)
       usage
       exit 0

@@ -19,7 +19,7 @@ STAGES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.pods
 @pytest.mark.parametrize('pod_name', STAGES)
 def test_a_stage_fits_its_pod(configured, pod, pod_name):
   generation, chips = pod_name.split('_')
