@@ -225,6 +225,7 @@ def test_from_nothing_to_done_and_again(pod):
     buckets = home / 'qwenvl_jax/buckets'
     assert start['argv'] == [
       '--gin_file=configs/stage2.gin',
+      '--gin_file=configs/topology/v5e_16/mesh.gin',
       f'--workdir={buckets}/b/runs/stage2',
       f'--gin.INIT="{buckets}/b/runs/stage1"',
       f'--gin.DATA="{buckets}/other-b.1/my data"',
