@@ -467,7 +467,10 @@ def _hint(text: str) -> str:
 
 def _near(name: str, known: Iterable[str]) -> list[str]:
   lower = {k.lower(): k for k in sorted(set(known))}
-  near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+  for cutoff in (0.75, 0.5):  # Beside what is close, the far only confuses.
+    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=cutoff)
+    if near:
+      break
   return [lower[n] for n in near]
 
 

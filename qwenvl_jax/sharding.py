@@ -162,13 +162,25 @@ def make_mesh(
       'are gathered within a slice, so data must be a multiple of '
       f'{slices} (and fsdp * tensor divide {len(devices) // slices})'
     )
-  try:
+
+  def arrange(split: bool) -> np.ndarray:
     if slices > 1:
-      arranged = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *shape[1:]), (slices, 1, 1, 1), devices
+      return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *shape[1:]),
+        (slices, 1, 1, 1),
+        devices,
+        allow_split_physical_axes=split,
       )
-    else:
-      arranged = mesh_utils.create_device_mesh(shape, devices)
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=split
+    )
+
+  try:
+    try:
+      arranged = arrange(split=False)
+    except NotImplementedError:
+      # Part of a side of the torus is no ring: slower, but it runs.
+      arranged = arrange(split=True)
   except NotImplementedError as error:
     raise ConfigError(
       f'the mesh {dict(zip(MESH_AXES, shape, strict=True))} cannot be laid out '

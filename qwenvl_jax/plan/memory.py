@@ -24,6 +24,7 @@ _POLICIES = {
   'qkv_attention_up': (4, 1, 1.14),
   'qkv_attention_residual': (5, 0, 1.2),
   'qkv_attention': (4, 0, 1.22),
+  'attention': (1, 0, 1.3),
   'full': (0, 0, 4 / 3),
 }
 # What large products reach of the peak, and what of the communication can not

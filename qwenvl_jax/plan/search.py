@@ -30,6 +30,7 @@ POLICIES = (
   'qkv_attention_up',
   'qkv_attention_residual',
   'qkv_attention',
+  'attention',
   'full',
 )
 # Splitting every layer's work pays on few neighbouring chips only.

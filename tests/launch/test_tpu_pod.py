@@ -591,7 +591,8 @@ def test_a_type_decides_software_and_config(
   files = f'stage3.gin --gin_file=configs/topology/{topology}/mesh.gin --w'
   assert files in done.out
   assert f'topology/{topology}/stage2.gin' in pod.run('stage2', *arguments).out
-  arguments.append('--config=configs/stage2_unpacked.gin')
+  arguments.append('--config=configs/stage1_unpacked.gin')
+  (pod.checkout / 'configs/stage1_unpacked.gin').touch()
   assert f'topology/{topology}/mesh.gin' in pod.run('stage2', *arguments).out
   assert 'topology/' not in pod.run('stage3', '--topology=none', *arguments).out
   assert (
