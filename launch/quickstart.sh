@@ -36,6 +36,8 @@ done
 
 # shellcheck source=launch/env.sh
 source "$root/launch/env.sh"
+# Where libtpu is installed (for plans) and no TPU is there, it would complain.
+export JAX_PLATFORMS=cpu
 # Not from the root: a relative DIR counts from where the caller stands. Given
 # twice, the last --out wins.
 exec python -m qwenvl_jax.quickstart --out "$out" "$@"
