@@ -37,7 +37,6 @@ class Row:
   Attributes:
     stage: its config file.
     topology: of the pod.
-    bindings: how the pod is used, if no file in configs/topology/ says it.
     peak_gib: most memory a chip; None for what fits.
     ratio: most FLOPs of the program over those of the model.
     mfu: least estimated utilization.
@@ -45,7 +44,6 @@ class Row:
 
   stage: str
   topology: str
-  bindings: tuple[str, ...]
   peak_gib: float | None
   ratio: float
   mfu: float
@@ -57,79 +55,20 @@ class Row:
 
 # stage2_unpacked.gin: 4,096 sequences of 2,048 with an image each.
 ROWS = (
-  Row(
-    'stage2_unpacked.gin',
-    'v5e:16x16',
-    (
-      "QwenVLConfig.remat='full'",
-      'MeshConfig.tensor=1',
-      'TrainConfig.accumulation=16',
-    ),
-    14.0,
-    1.12,
-    0.54,
-  ),
-  Row(
-    'stage2_unpacked.gin',
-    'v5p:4x4x4',
-    (
-      "QwenVLConfig.remat='full'",
-      'MeshConfig.tensor=1',
-      'TrainConfig.accumulation=16',
-    ),
-    85.0,
-    1.05,
-    0.56,
-  ),
-  Row(
-    'stage1.gin',
-    'v5e:16x16',
-    ("QwenVLConfig.remat='full'", 'TrainConfig.accumulation=15'),
-    14.0,
-    1.15,
-    0.50,
-  ),
-  Row(
-    'stage3.gin',
-    'v5e:4x4',
-    (
-      "QwenVLConfig.remat='full'",
-      'MeshConfig.tensor=1',
-      'TrainConfig.accumulation=8',
-    ),
-    None,
-    1.15,
-    0.45,
-  ),
-  Row(
-    'stage3.gin',
-    'v5p:2x2x1',
-    (
-      "QwenVLConfig.remat='full'",
-      'MeshConfig.tensor=1',
-      'TrainConfig.accumulation=32',
-    ),
-    None,
-    1.15,
-    0.45,
-  ),
+  Row('stage2_unpacked.gin', 'v5e:16x16', 14.0, 1.12, 0.54),
+  Row('stage2_unpacked.gin', 'v5p:4x4x4', 85.0, 1.05, 0.56),
+  Row('stage1.gin', 'v5e:16x16', 14.0, 1.15, 0.50),
+  Row('stage3.gin', 'v5e:4x4', None, 1.15, 0.45),
+  Row('stage3.gin', 'v5p:2x2x1', None, 1.15, 0.45),
 )
 
 
-def topology_files(row: Row) -> list[str]:
-  """The config file that says how a stage uses a pod, if there is one."""
-  chips = topology.parse(row.topology).chips
-  generation = row.topology.split(':')[0]
-  name = f'topology/{generation}_{chips}/{row.stage}'
-  return [name] if (entry.CONFIGS / name).exists() else []
-
-
 def plan(row: Row, folder: Path) -> Plan:
+  """The stage on the pod, used as configs/topology/ says."""
   wanted = topology.parse(row.topology)
   devices = topology.devices(wanted)
-  files = topology_files(row)
-  bindings = () if files else row.bindings
-  entry.load([row.stage, *files], [*bindings, *UNREAD])
+  pod = f'{wanted.chip.name}_{wanted.chips}'
+  entry.load([row.stage, f'topology/{pod}/{row.stage}'], UNREAD)
   config = entry.build(TrainConfig, whole=False)
   return kept_plan(config, wanted, devices, folder)
 

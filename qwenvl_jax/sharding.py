@@ -146,8 +146,9 @@ def make_mesh(
 ) -> Mesh:
   """A mesh over all devices (or those given) with the axes `MESH_AXES`.
 
-  Neighbours on an axis are neighbours on the chips' network. Between slices, if
-  there are several, only 'data' reaches.
+  Neighbours on an axis are neighbours on the chips' network, on a ring where an
+  axis is made of whole sides of it. Between slices, if there are several, only
+  'data' reaches.
 
   Raises:
     ConfigError: the sizes do not fit the devices; says which do.
@@ -184,9 +185,8 @@ def make_mesh(
   except NotImplementedError as error:
     raise ConfigError(
       f'the mesh {dict(zip(MESH_AXES, shape, strict=True))} cannot be laid out '
-      'on the network of these chips: each axis must be a product of whole '
-      'sides of the torus; choose MeshConfig.inner (or tensor, data) as the '
-      f'size of one of its sides ({error})'
+      'on the network of these chips: choose MeshConfig.inner (or tensor, '
+      f'data) as the size of one side of the torus ({error})'
     ) from error
   # The default, Explicit, would ask for a sharding in every einsum.
   return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
