@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def streams(
   table: Sequence[Entry],
   totals: Mapping[str, float] | None = None,
   temperature: float = 1.0,
-  data_dir: str | None = None,
+  data_dir: str | os.PathLike | None = None,
   split: str = 'train',
   missing: str = 'error',
 ) -> list[Stream]:
