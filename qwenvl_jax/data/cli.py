@@ -1,7 +1,6 @@
 """`qwenvl-data`: what data there is, preparing it, looking at it."""
 
 import argparse
-import contextlib
 import difflib
 import pathlib
 import re
@@ -9,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 import rich.console
-import rich.progress
 import rich.table
 
 from qwenvl_jax import entry
@@ -26,6 +24,7 @@ from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.data.cleaning import cli as cleaning_cli
 from qwenvl_jax.data.making import cli as making_cli
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
+from qwenvl_jax.progress import bars
 
 _EPILOG = """\
 examples:
@@ -272,7 +271,7 @@ def _prepare(arguments, console):
   if arguments.name != 'scenes':
     _prepare_public(arguments, console)
     return
-  with _progress_bars(console) as progress:
+  with bars(console) as progress:
     folder = prepare.scenes(
       arguments.data_dir, arguments.config, arguments.vocabulary, progress
     )
@@ -283,24 +282,6 @@ def _prepare(arguments, console):
     table.add_row(split, f'{count:,}')
   console.print(table)
   console.print(f'vocabulary: {sources.small_vocabulary(arguments.data_dir)}')
-
-
-@contextlib.contextmanager
-def _progress_bars(console):
-  """A function that shows what is done, how far it is, and of how much."""
-  with rich.progress.Progress(
-    *rich.progress.Progress.get_default_columns(),
-    rich.progress.MofNCompleteColumn(),
-    console=console,
-  ) as bars:
-    tasks = {}
-
-    def progress(what, done, total):
-      if what not in tasks:
-        tasks[what] = bars.add_task(what, total=total)
-      bars.update(tasks[what], completed=done)
-
-    yield progress
 
 
 def _prepare_public(arguments, console):
@@ -321,7 +302,7 @@ def _prepare_public(arguments, console):
       f'{name} has to be downloaded by hand (`qwenvl-data list --name {name}` '
       'tells where); then name the folder with --manual_dir'
     )
-  with _progress_bars(console) as progress:
+  with bars(console) as progress:
     report = shards.prepare(
       name,
       readers,
