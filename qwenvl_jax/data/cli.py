@@ -179,7 +179,7 @@ def _list(arguments, console):
     return
   base = sources.data_path(arguments.data_dir)
   table = rich.table.Table(title=str(base))
-  for column in ('name', 'task', 'prepared', 'what', 'where'):
+  for column in ('name', 'task', 'prepared', 'what'):
     table.add_column(column, overflow='fold')
   _list_own(arguments, table)
   known = list(catalogue.DATA_SETS)
@@ -188,11 +188,13 @@ def _list(arguments, console):
     entry = catalogue.DATA_SETS.get(name)
     lengths = storage.split_lengths(storage.folder(base, name))
     state = '\n'.join(f'{k}: {sum(v):,}' for k, v in lengths.items())
-    about = ('', '', '')
-    if entry:
-      about = (entry.task, entry.size, entry.url)
-    table.add_row(name, about[0], state or 'no', *about[1:])
+    about = (entry.task, entry.size) if entry else ('', '')
+    table.add_row(name, about[0], state or 'no', about[1])
   console.print(table)
+  # Not in the table, which would break addresses to fit the terminal.
+  console.print('where to get them:')
+  for name, entry in catalogue.DATA_SETS.items():
+    _print_whole(console, f'  {name:<14} {entry.url}')
   console.print(
     '`qwenvl-data list --name NAME` tells what to download and under which '
     'licence.'
@@ -200,22 +202,27 @@ def _list(arguments, console):
 
 
 def _list_own(arguments, table):
-  what = 'composed scenes, boxes and names, English and Chinese'
+  what = 'composed scenes, boxes and names, English and Chinese (made here)'
   configs = sources.prepared_configs(arguments.data_dir)
   if not configs:
-    table.add_row('scenes', 'all', 'not prepared', what, 'made here')
+    table.add_row('scenes', 'all', 'not prepared', what)
   for config in configs:
     folder = sources.scenes_folder(arguments.data_dir, config)
     sizes = sources.split_sizes(folder).items()
     state = '\n'.join(f'{split}: {count:,}' for split, count in sizes)
     name = 'scenes' if config == 'default' else f'scenes ({config})'
-    table.add_row(name, 'all', state, what, 'made here')
+    table.add_row(name, 'all', state, what)
   state = '\n'.join(
     f'{split}: {len(sources.EasyVqa(split).open()):,}'
     for split in ('train', 'test')
   )
-  what = 'easy-VQA 1.0: questions about shapes (MIT)'
-  table.add_row('easy_vqa', 'vqa', state, what, 'the installed package')
+  what = 'easy-VQA 1.0: questions about shapes (MIT; the installed package)'
+  table.add_row('easy_vqa', 'vqa', state, what)
+
+
+def _print_whole(console, line):
+  """A line that is not broken, so that what it names can be copied."""
+  console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _describe(name, data_dir, console):
@@ -238,12 +245,12 @@ def _describe(name, data_dir, console):
     ('put into --manual_dir', entry.put),
     ('splits', ', '.join(entry.splits)),
   ):
-    console.print(f'[bold]{label}[/bold]: {text}', highlight=False)
+    _print_whole(console, f'{label}: {text}')
   files = {x for reader in entry.splits.values() for x in reader.files}
   if files:
     console.print('\nfiles and folders it reads:')
     for file in sorted(files):
-      console.print(f'  {file}', highlight=False, markup=False)
+      _print_whole(console, f'  {file}')
   console.print(f'\nqwenvl-data prepare {name} --manual_dir FOLDER')
 
 
