@@ -163,7 +163,7 @@ def _parts(folder: Path) -> set[str]:
   try:
     stored = params_folder(folder)
     return set(orbax_store.metadata(stored)) if stored else set()
-  except CheckpointError:  # Said where the parameters are read.
+  except (CheckpointError, OSError):  # Said where parameters are read.
     return set()
 
 

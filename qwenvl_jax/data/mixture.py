@@ -68,19 +68,21 @@ def streams(
 
 def _what_to_prepare(absent: Sequence[Entry], split, data_dir) -> str:
   """All that is missing, with the command that makes each."""
-  commands = {}
+  names, commands = set(), []
   for _, dataset, task, _ in absent:
     name, part = _named(dataset, split)
-    # Prepared, but without this part.
-    wanted = '' if part == split else f'  # split {part}'
-    commands.setdefault(_command(name, task, data_dir) + wanted)
-  count = len({_named(entry[1], split)[0] for entry in absent})
+    names.add(name)
+    command = _command(name, task, data_dir)
+    if part != split:
+      command += f'  # split {part}'
+    commands.append(command)
+  count = len(names)
   sets = 'data set' if count == 1 else 'data sets'
   return '\n'.join(
     [
       f'{count} {sets} of the mixture not prepared in '
       f'{sources.data_path(data_dir)}:',
-      *(f'  {command}' for command in commands),
+      *(f'  {command}' for command in dict.fromkeys(commands)),
       '`qwenvl-data list --name NAME` tells what to download to FOLDER.',
     ]
   )

@@ -96,7 +96,9 @@ class PublicBuilder(
       ConfigError: a folder that is not there.
       DataError: see `shards.prepare`.
     """
-    if self.info.splits and storage.split_lengths(self.data_path):
+    if storage.split_lengths(self.data_path):
+      if not self.info.splits:  # Prepared since this builder was made.
+        self.info.read_from_directory(self.data_path)
       return
     manual_dir = download_config and download_config.manual_dir
     if manual_dir is None and download_dir is not None:
