@@ -61,6 +61,7 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
     ) from error
   folder = Path(folder).expanduser()
   config = folders.read_config(folder)
+  folders.check_whole(folder)
   if shardings is None:
     shardings = shardings_in_use(config)
   params = folders.read_params(folder, config, dtype, shardings)

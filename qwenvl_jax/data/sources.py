@@ -49,7 +49,7 @@ class Prepared:
 
   name: str
   split: str = 'train'
-  data_dir: str | None = None
+  data_dir: str | os.PathLike | None = None
   limit: int | None = None
 
   def open(self) -> 'RecordSequence':
@@ -117,7 +117,7 @@ class Scenes:
     limit: only the first so many scenes; None for all.
   """
 
-  data_dir: str | None = None
+  data_dir: str | os.PathLike | None = None
   split: str = 'train'
   config: str = 'default'
   min_objects: int = 0
@@ -197,7 +197,7 @@ def split_sizes(folder: pathlib.Path) -> dict[str, int]:
     ) from error
 
 
-def small_vocabulary(data_dir: str | None = None) -> str:
+def small_vocabulary(data_dir: str | os.PathLike | None = None) -> str:
   """The vocabulary that `qwenvl-data prepare scenes` wrote beside the data.
 
   Raises:
