@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion.placement import shardings_in_use
@@ -38,7 +39,8 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
 
   Args:
     folder: the released layout (safetensors or `.bin` shards), a converted
-      checkpoint, or a training run (its newest complete step).
+      checkpoint, or a training run (its newest complete step); on a disk or
+      in a bucket (`gs://..`).
     dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
       dtype that is stored.
     shardings: tree of shardings like the parameters; None splits them over the
@@ -59,7 +61,7 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
       f"dtype={dtype!r} is no number format; 'bfloat16', 'float16' and "
       "'float32' are"
     ) from error
-  folder = Path(folder).expanduser()
+  folder = buckets.as_path(folder)
   config = folders.read_config(folder)
   if shardings is None:
     shardings = shardings_in_use(config)

@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 import pytest
+from bucket_standin import Standin
 
 # Before anything imports JAX. Tests are about one CPU device unless they ask
 # for more (`run_on_devices`).
@@ -24,6 +25,23 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 def pytest_unconfigure():
   if _COMPILED:
     shutil.rmtree(_COMPILED, ignore_errors=True)
+
+
+@pytest.fixture(scope='session')
+def cloud():
+  """The one stand-in of a test run: clients remember where they went first."""
+  pytest.importorskip('gcsfs')
+  standin = Standin()
+  os.environ |= standin.environ()
+  yield standin
+  standin.close()
+
+
+@pytest.fixture
+def bucket(cloud):
+  """A new, empty bucket."""
+  yield cloud.new_bucket()
+  cloud.before = None
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qwenvl_jax import buckets
 from qwenvl_jax.data import records, storage, things
 from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.errors import ConfigError, DataError
@@ -33,7 +34,7 @@ def default_data_dir() -> pathlib.Path:
 def data_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
   if data_dir is None:
     return default_data_dir()
-  return pathlib.Path(data_dir).expanduser()
+  return buckets.as_path(data_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,19 @@ class Prepared:
     )
 
 
+def _check_reachable(error: Exception, where: Any) -> None:
+  """Tells a bucket that does not answer from a bad record, which is left out.
+
+  Raises:
+    DataError: it does not answer.
+  """
+  if 'gs://' in str(where) and (reason := buckets.unreachable(error)):
+    raise DataError(
+      f'{where} cannot be read ({reason}): may this account read the bucket, '
+      'and does the network reach it?'
+    ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordSequence:
   """Records of a prepared split, read when indexed.
@@ -98,6 +112,7 @@ class RecordSequence:
     try:
       data = self.shards[index]
     except (OSError, ValueError, RuntimeError) as error:
+      _check_reachable(error, self.shards)
       raise BadRecordError(
         'unreadable_record', f'record {index} of {self.shards} ({error})'
       ) from error
@@ -235,7 +250,8 @@ class SceneSequence:
     """[N] int32, the number of objects of every scene of the split."""
     file = self.folder / f'objects-{self.split}.npy'
     if file.exists():
-      return np.load(file)
+      with file.open('rb') as stream:
+        return np.load(stream)
     count = len(self._source)
     counts = [len(self._read(i).objects) for i in range(count)]
     return np.array(counts, np.int32)

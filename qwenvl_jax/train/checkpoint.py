@@ -3,9 +3,10 @@
 `checkpoints/STEP/` holds the items `params` (the whole tree, so that inference
 restores it alone), `optimizer` (moments and counters), `data` (the state of the
 input iterator) and, of a run with a guard, `guard`. Orbax writes a step under
-another name and renames it when it is complete, so that a kill leaves no half
-step behind. Checksums of all arrays and a manifest of all files tell what a
-disk changed later. The processes of a run agree on what they restore.
+another name and renames it when it is complete (in a bucket: marks it), so that
+a kill leaves no half step behind. Checksums of all arrays and a manifest of all
+files tell what changed later. The processes of a run agree on what they
+restore.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import dataclasses
 import errno
 import functools
 import math
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import manifest
 from qwenvl_jax.train.data_state import (
@@ -42,6 +43,9 @@ _NO_SPACE_WORDS = ('No space left', 'Disk quota exceeded', 'File too large')
 
 # Of one chunk of a large parameter.
 _CHUNK_BYTES = 32 * 2**20
+
+# Orbax's mark of a complete step in a bucket.
+COMPLETE = 'commit_success.txt'
 
 _COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
 
@@ -92,7 +96,7 @@ class Checkpoints:
     self._peers = peers or Peers()
     self._reader = reader or Reader()
     self._unsealed = None
-    self.folder = Path(workdir).absolute() / 'checkpoints'
+    self.folder = buckets.absolute(workdir) / 'checkpoints'
     self._quiet = _NoLateCallbacks()
     with self._explained(f'opening {self.folder}'):
       self._manager = ocp.CheckpointManager(
@@ -258,8 +262,17 @@ class Checkpoints:
     if state is not None:
       for step in self._agreed('the list of checkpoints', self._steps()):
         if step > self._newest:
+          self._retract(step)
           self._manager.delete(step)
     return state
+
+  def _retract(self, step: int) -> None:
+    """Lets a step in a bucket count as incomplete before it is deleted.
+
+    Its objects go one by one: a kill on the way would leave it looking whole.
+    """
+    if self._peers.index == 0 and buckets.in_bucket(self.folder):
+      (self.folder / str(step) / COMPLETE).unlink(missing_ok=True)
 
   def _steps(self) -> list[int]:
     return list(self._manager.all_steps())
@@ -272,7 +285,11 @@ class Checkpoints:
     """(state, None), or (None, what is wrong with the step)."""
     reason = None
     if self._peers.index == 0:
-      reason = manifest.damage(self.folder / str(step))
+      try:
+        reason = manifest.damage(self.folder / str(step))
+      except Exception as error:
+        self._check_reachable(error, f'reading {self.folder / str(step)}')
+        raise
     reason = self._agreed(f'the files of step {step}', reason)
     if reason is not None:
       return None, reason
@@ -283,6 +300,7 @@ class Checkpoints:
     except CheckpointError:
       raise
     except Exception as error:  # Orbax raises whatever it stumbled over.
+      self._check_reachable(error, f'reading {self.folder / str(step)}')
       reason = _first_line(error)
     # One process may have met damage that the others do not read.
     reasons = self._peers.gather(f'reading step {step}', reason, _READING)
@@ -359,9 +377,7 @@ class Checkpoints:
     place = self.folder.parent / 'checkpoints-damaged'
     for step, reason in damaged.items():
       if self._peers.index == 0:
-        place.mkdir(exist_ok=True)
-        shutil.rmtree(place / str(step), ignore_errors=True)
-        (self.folder / str(step)).rename(place / str(step))
+        buckets.move(self.folder / str(step), place / str(step), COMPLETE)
       warn(
         f'checkpoint {self.folder}/{step} is damaged ({reason}): moved to '
         f'{place}, going on from step {used}'
@@ -369,6 +385,13 @@ class Checkpoints:
     if damaged:
       self._peers.gather('moving damaged checkpoints')
       self._manager.reload()
+
+  def _check_reachable(self, error: Exception, doing: str) -> None:
+    """Tells a bucket that does not answer from a damaged checkpoint."""
+    reason = buckets.in_bucket(self.folder) and buckets.unreachable(error)
+    if reason:
+      self._quiet.failed = True
+      raise CheckpointError(_unreachable(doing, reason)) from error
 
   @contextlib.contextmanager
   def _explained(self, doing: str):
@@ -409,6 +432,11 @@ def _explained(doing: str, folder: Path):
   try:
     yield
   except Exception as error:
+    if buckets.in_bucket(folder):
+      reason = buckets.unreachable(error)
+      if reason is None:
+        raise
+      raise CheckpointError(_unreachable(doing, reason)) from error
     reason = _file_system_reason(error)
     if reason is None:
       raise
@@ -423,6 +451,15 @@ def _explained(doing: str, folder: Path):
       + '. Make room or lower CheckpointConfig.keep, then start the same '
       'command again to go on from there'
     ) from error
+
+
+def _unreachable(doing: str, reason: str) -> str:
+  return (
+    f'{doing} failed: {reason}. Does the bucket exist, may this account read '
+    'and write its objects and see the bucket itself (roles '
+    'storage.objectAdmin and storage.legacyBucketReader), and does the network '
+    'reach it? Start the same command again to go on from the newest checkpoint'
+  )
 
 
 def _file_system_reason(error: BaseException) -> str | None:
