@@ -34,6 +34,7 @@ from qwenvl_jax.text.tokenizer import Tokenizer
 from qwenvl_jax.train.loss import next_token_loss
 
 
+@buckets.refusals_told()
 def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
   """Opens a checkpoint folder.
 
@@ -52,7 +53,7 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
 
   Raises:
     CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged.
-    ConfigError: no such dtype.
+    ConfigError: no such dtype, or a bucket that may not be used.
   """
   try:
     dtype = dtype and jnp.dtype(dtype)

@@ -7,7 +7,9 @@ cannot be appended to, and folders exist only as parts of names, so that none
 can be made or renamed.
 """
 
+import contextlib
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -19,12 +21,20 @@ import fsspec
 import numpy as np
 from etils import epath
 
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, QwenVLError
 
 _SCHEME = 'gs://'
 
 # Whose exceptions tell of the network, of permissions or credentials.
-_OTHERS = ('gcsfs', 'google', 'aiohttp', 'requests', 'urllib3')
+_OTHERS = (
+  'gcsfs.',
+  'google.api_core.',
+  'google.auth.',
+  'google.cloud.',
+  'aiohttp.',
+  'requests.',
+  'urllib3.',
+)
 
 # What gcsfs and TensorStore say in exceptions that say nothing by their kind.
 _REFUSED = re.compile(
@@ -53,7 +63,7 @@ def as_path(text: str | os.PathLike) -> Path:
     raise ConfigError(
       f"{name} is in a bucket: pip install 'qwenvl_jax[gcs]', which opens them"
     )
-  _see_what_others_write()
+  _set_up()
   return epath.Path(name)
 
 
@@ -210,12 +220,36 @@ def unreachable(error: BaseException) -> str | None:
   """
   seen = error
   while seen is not None:
-    module = type(seen).__module__.partition('.')[0]
-    if module in _OTHERS or _REFUSED.search(str(seen)):
+    if _is_theirs(seen) or _REFUSED.search(str(seen)):
       lines = str(seen).split('See full TensorStore')[0].strip().splitlines()
       return ': '.join(lines[:2])[:300] or type(seen).__name__
     seen = seen.__cause__ or seen.__context__
   return None
+
+
+def _is_theirs(error: BaseException) -> bool:
+  return f'{type(error).__module__}.'.startswith(_OTHERS)
+
+
+@contextlib.contextmanager
+def refusals_told() -> Iterator[None]:
+  """What runs under this tells people of a bucket that they may not use.
+
+  Raises:
+    ConfigError: in place of what the clients of Cloud Storage raise.
+  """
+  try:
+    yield
+  except QwenVLError:
+    raise
+  except Exception as error:
+    if not (_is_theirs(error) or str(error).startswith('Forbidden: ')):
+      raise
+    raise ConfigError(
+      f'Cloud Storage refuses: {unreachable(error)}. Is somebody logged in '
+      '(gcloud auth application-default login), and may that account use the '
+      'bucket?'
+    ) from error
 
 
 def _key(path: Path) -> str:
@@ -226,7 +260,10 @@ def _files() -> fsspec.AbstractFileSystem:
   return fsspec.filesystem('gcs')
 
 
-def _see_what_others_write() -> None:
-  """Gcsfs would remember a folder that TensorStore or another host changes."""
+def _set_up() -> None:
+  # Whoever catches an error says it; these would print it, traceback and all.
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  logging.getLogger('google.auth').setLevel(logging.ERROR)
+  # TensorStore and other hosts change folders that gcsfs would remember.
   for name in ('gs', 'gcs'):
     fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False

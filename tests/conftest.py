@@ -1,5 +1,6 @@
 """What every test runs under: one CPU device, and compiled programs kept."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -30,8 +31,10 @@ def pytest_unconfigure():
 @pytest.fixture(scope='session')
 def cloud():
   """The one stand-in of a test run: clients remember where they went first."""
-  pytest.importorskip('gcsfs')
+  if not importlib.util.find_spec('gcsfs'):
+    pytest.skip("needs the extra 'gcs'")
   standin = Standin()
+  # Before any client is imported.
   os.environ |= standin.environ()
   yield standin
   standin.close()

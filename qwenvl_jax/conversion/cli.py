@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit status."""
   args = _parser().parse_args(argv)
   try:
-    return args.run(args)
+    with buckets.refusals_told():
+      return args.run(args)
   except (QwenVLError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

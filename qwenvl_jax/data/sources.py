@@ -37,6 +37,21 @@ def data_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
   return buckets.as_path(data_dir)
 
 
+def disk_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
+  """Where data is prepared.
+
+  Raises:
+    ConfigError: in a bucket, which preparing cannot write.
+  """
+  path = data_path(data_dir)
+  if buckets.in_bucket(path):
+    raise ConfigError(
+      f'{path}: data is prepared on a disk, and copied: name a folder, then '
+      f'gcloud storage rsync -r FOLDER {path}'
+    )
+  return path
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
   """A data set written by `qwenvl-data prepare NAME`.

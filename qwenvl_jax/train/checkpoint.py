@@ -11,10 +11,8 @@ restore.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,14 +30,17 @@ from qwenvl_jax.train.data_state import (
   RestoreDataState,
   SaveDataState,
 )
+from qwenvl_jax.train.failures import (
+  NoLateCallbacks,
+  explained,
+  first_line,
+  refusal,
+)
 from qwenvl_jax.train.guard import Watch
 from qwenvl_jax.train.optimizer import flatten, unflatten
 from qwenvl_jax.train.peers import Peers
 from qwenvl_jax.train.readers import Reader
 from qwenvl_jax.train.state import TrainState, run_once_options
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_SPACE_WORDS = ('No space left', 'Disk quota exceeded', 'File too large')
 
 # Of one chunk of a large parameter.
 _CHUNK_BYTES = 32 * 2**20
@@ -97,7 +98,7 @@ class Checkpoints:
     self._reader = reader or Reader()
     self._unsealed = None
     self.folder = buckets.absolute(workdir) / 'checkpoints'
-    self._quiet = _NoLateCallbacks()
+    self._quiet = NoLateCallbacks()
     with self._explained(f'opening {self.folder}'):
       self._manager = ocp.CheckpointManager(
         self.folder,
@@ -301,7 +302,7 @@ class Checkpoints:
       raise
     except Exception as error:  # Orbax raises whatever it stumbled over.
       self._check_reachable(error, f'reading {self.folder / str(step)}')
-      reason = _first_line(error)
+      reason = first_line(error)
     # One process may have met damage that the others do not read.
     reasons = self._peers.gather(f'reading step {step}', reason, _READING)
     found = [x for x in reasons if x is not None]
@@ -391,103 +392,16 @@ class Checkpoints:
     reason = buckets.in_bucket(self.folder) and buckets.unreachable(error)
     if reason:
       self._quiet.failed = True
-      raise CheckpointError(_unreachable(doing, reason)) from error
+      raise CheckpointError(refusal(doing, reason)) from error
 
   @contextlib.contextmanager
   def _explained(self, doing: str):
     try:
-      with _explained(doing, self.folder):
+      with explained(doing, self.folder):
         yield
     except CheckpointError:
       self._quiet.failed = True
       raise
-
-
-class _NoLateCallbacks:
-  """Keeps reads and writes that run on after a failed one from printing.
-
-  TensorStore reports each to an event loop that Orbax has closed by then, and
-  Python prints what it cannot raise, up to its very end.
-  """
-
-  def __init__(self):
-    self.failed = False
-    self._before = sys.unraisablehook
-    sys.unraisablehook = self._hook
-
-  def _hook(self, unraisable):
-    text = str(unraisable.exc_value)
-    late = ('Event loop is closed', 'Python is likely shutting down')
-    if not any(words in text for words in late):
-      self._before(unraisable)
-
-  def close(self):
-    if not self.failed and sys.unraisablehook == self._hook:
-      sys.unraisablehook = self._before
-
-
-@contextlib.contextmanager
-def _explained(doing: str, folder: Path):
-  """Turns what a file system can do to us into a `CheckpointError`."""
-  try:
-    yield
-  except Exception as error:
-    if buckets.in_bucket(folder):
-      reason = buckets.unreachable(error)
-      if reason is None:
-        raise
-      raise CheckpointError(_unreachable(doing, reason)) from error
-    reason = _file_system_reason(error)
-    if reason is None:
-      raise
-    valid = _steps_on_disk(folder)
-    raise CheckpointError(
-      f'{doing} failed: {reason}. '
-      + (
-        f'Complete and valid in {folder}: step(s) {valid}'
-        if valid
-        else f'{folder} holds no complete step'
-      )
-      + '. Make room or lower CheckpointConfig.keep, then start the same '
-      'command again to go on from there'
-    ) from error
-
-
-def _unreachable(doing: str, reason: str) -> str:
-  return (
-    f'{doing} failed: {reason}. Does the bucket exist, may this account read '
-    'and write its objects and see the bucket itself (roles '
-    'storage.objectAdmin and storage.legacyBucketReader), and does the network '
-    'reach it? Start the same command again to go on from the newest checkpoint'
-  )
-
-
-def _file_system_reason(error: BaseException) -> str | None:
-  """What the file system said, from anywhere in a chain of exceptions.
-
-  TensorStore reports a full disk as a ValueError that only says so in words.
-  """
-  seen = error
-  while seen is not None:
-    full = isinstance(seen, OSError) and seen.errno in _NO_SPACE
-    if full or any(words in str(seen) for words in _NO_SPACE_WORDS):
-      return 'the disk is full (no space left, or over a quota)'
-    if isinstance(seen, OSError):
-      return _first_line(seen)
-    seen = seen.__cause__ or seen.__context__
-  return None
-
-
-def _first_line(error: BaseException) -> str:
-  lines = str(error).split('See full TensorStore')[0].strip().splitlines()
-  text = lines[0] if lines else type(error).__name__
-  return text if len(text) <= 200 else text[:200] + '...'
-
-
-def _steps_on_disk(folder: Path) -> list[int]:
-  if not folder.is_dir():
-    return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def save_args(params: Any, limit: int = _CHUNK_BYTES) -> Any:

@@ -126,6 +126,7 @@ class TrainConfig:
         )
 
 
+@buckets.refusals_told()
 def train(
   config: TrainConfig,
   workdir: str | os.PathLike,

@@ -52,6 +52,8 @@ class Run:
     flip: first flip a bit in the largest file of this item of the newest step,
       and take away its manifest.
     every: steps between checkpoints.
+    bucket: where the run's folder is instead of `workdir`, which then has the
+      notes alone.
   """
 
   workdir: str
@@ -66,6 +68,7 @@ class Run:
   delay: float = 0.0
   flip: str = ''
   every: int = 4
+  bucket: str = ''
 
 
 def work(run: Run, attempt: int) -> int:
@@ -80,7 +83,8 @@ def work(run: Run, attempt: int) -> int:
   )
   with joined(find_place(os.environ), 30) as peers:
     try:
-      state = train(config, run.workdir, run.stop_at, peers=peers)
+      folder = run.bucket or run.workdir
+      state = train(config, folder, run.stop_at, peers=peers)
     except Interrupted as stop:
       print(stop, file=sys.stderr)
       return 128 + stop.signum
