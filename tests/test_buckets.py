@@ -155,8 +155,9 @@ def test_who_may_not_use_a_bucket_is_told_so_in_a_line(bucket):
 
   bucket.put('a/config.json', b'{}')
   bucket.standin.before = refuse
-  with pytest.raises(ConfigError, match='refuses: Anonymous.*login'):
-    with buckets.refusals_told():
-      buckets.as_path(f'{bucket.url}/a/config.json').read_text()
+  file = buckets.as_path(f'{bucket.url}/a/config.json')
+  told = pytest.raises(ConfigError, match='refuses: Anonymous.*login')
+  with told, buckets.refusals_told():
+    file.read_text()
   with pytest.raises(KeyError), buckets.refusals_told():
     raise KeyError('a fault of ours')
