@@ -92,7 +92,7 @@ class Tokenizer:
       version = buckets.version(path)
     except OSError as error:
       raise DataError(
-        f'cannot read the vocabulary {path} ({error.strerror}); name a '
+        f'cannot read the vocabulary {path} ({error.strerror or error}); name a '
         '.tiktoken file, such as qwen.tiktoken of the released checkpoint'
       ) from error
     self._bpe = _load(path, version)
@@ -312,7 +312,7 @@ class Tokenizer:
       buckets.write(path, b''.join(lines))
     except OSError as error:
       raise DataError(
-        f'cannot write the vocabulary {path} ({error.strerror}); check that '
+        f'cannot write the vocabulary {path} ({error.strerror or error}); check that '
         'the folder exists and the disk has room'
       ) from error
 
@@ -423,7 +423,7 @@ def _load(path: pathlib.Path, version: tuple) -> _Bpe:
       vocabulary.append(base64.b64decode(token, validate=True))
   except OSError as error:
     raise DataError(
-      f'cannot read the vocabulary {path} ({error.strerror}); name a '
+      f'cannot read the vocabulary {path} ({error.strerror or error}); name a '
       '.tiktoken file'
     ) from error
   except (ValueError, binascii.Error) as error:

@@ -35,7 +35,6 @@ def test_there_and_back(bucket, ours, tmp_path, capsys):
   for folder in (ours, back):
     found = qwenvl_jax.load(folder, dtype='float32')
     assert found.config == wanted.config
-    assert found.tokenizer.vocabulary == wanted.tokenizer.vocabulary
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
   assert not any('.partial' in name for name in bucket.objects)
 
