@@ -92,8 +92,8 @@ class Tokenizer:
       version = buckets.version(path)
     except OSError as error:
       raise DataError(
-        f'cannot read the vocabulary {path} ({error.strerror or error}); name a '
-        '.tiktoken file, such as qwen.tiktoken of the released checkpoint'
+        f'cannot read the vocabulary {path} ({error.strerror or error}); name '
+        'a .tiktoken file, such as qwen.tiktoken of the released checkpoint'
       ) from error
     self._bpe = _load(path, version)
     self.image_tokens = image_tokens
@@ -312,8 +312,8 @@ class Tokenizer:
       buckets.write(path, b''.join(lines))
     except OSError as error:
       raise DataError(
-        f'cannot write the vocabulary {path} ({error.strerror or error}); check that '
-        'the folder exists and the disk has room'
+        f'cannot write the vocabulary {path} ({error.strerror or error}); '
+        'check that the folder exists and the disk has room'
       ) from error
 
   def subset(self, texts: Iterable[str]) -> 'Tokenizer':
