@@ -87,16 +87,18 @@ class Prepared:
     )
 
 
-def _check_reachable(error: Exception, where: Any) -> None:
-  """Tells a bucket that does not answer from a bad record, which is left out.
+def _check_reachable(error: Exception) -> None:
+  """Tells a bucket that cannot be read from a bad record, which is left out.
 
   Raises:
-    DataError: it does not answer.
+    DataError: it cannot be read.
   """
-  if 'gs://' in str(where) and (reason := buckets.unreachable(error)):
+  text = str(error)
+  # So array_record says that it has not got as far as looking at a record.
+  if 'gs://' in text and 'from the underlying reader' in text:
     raise DataError(
-      f'{where} cannot be read ({reason}): may this account read the bucket, '
-      'and does the network reach it?'
+      f'{text}. May this account read the bucket, is the object there, and '
+      'does the network reach it?'
     ) from error
 
 
@@ -127,7 +129,7 @@ class RecordSequence:
     try:
       data = self.shards[index]
     except (OSError, ValueError, RuntimeError) as error:
-      _check_reachable(error, self.shards)
+      _check_reachable(error)
       raise BadRecordError(
         'unreadable_record', f'record {index} of {self.shards} ({error})'
       ) from error

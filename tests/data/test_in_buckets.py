@@ -61,7 +61,7 @@ def test_a_bucket_that_refuses_is_no_bad_record(captions, bucket):
     raise Refused(403, 'x does not have storage.objects.get access')
 
   bucket.standin.before = refuse
-  with pytest.raises(DataError, match='may this account read') as caught:
+  with pytest.raises(DataError, match='May this account read') as caught:
     for index in range(7):
       sequence[index]
   assert 'storage.objects.get' in str(caught.value)
