@@ -262,7 +262,8 @@ def _files() -> fsspec.AbstractFileSystem:
 
 def _set_up() -> None:
   # Whoever catches an error says it; these would print it, traceback and all.
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  for name in ('fsspec', 'gcsfs'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   logging.getLogger('google.auth').setLevel(logging.ERROR)
   # TensorStore and other hosts change folders that gcsfs would remember.
   for name in ('gs', 'gcs'):

@@ -25,7 +25,7 @@ from qwenvl_jax.train.loop import train
 
 def configuration(**changes):
   return standin.line_run(
-    steps=12,
+    steps=8,
     checkpoint=CheckpointConfig(every=2, keep=2),
     log_every=1,
     **changes,

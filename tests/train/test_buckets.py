@@ -16,6 +16,7 @@ from bucket_standin import Refused
 
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import mirror
+from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.guard import Guard
 from qwenvl_jax.train.loop import train
 
@@ -56,7 +57,7 @@ def test_killed_while_it_writes_it_ends_as_on_a_disk(
   print('seed', seed)  # Shown if this fails.
   # A checkpoint is about thirty objects: these are in the midst of one, of the
   # log, of cleaning up, in any order.
-  moments = random.Random(seed).sample(range(20, 200), 4)
+  moments = random.Random(seed).sample(range(20, 110), 3)
   print('killed at changes', sorted(moments))
   changes, pid = 0, tmp_path / 'pid'
 
@@ -76,11 +77,11 @@ def test_killed_while_it_writes_it_ends_as_on_a_disk(
     timeout=300,
   )
   assert not done.returncode, done.stderr
-  assert json.loads(done.stdout) == [-9] * 4 + [0], done.stderr
+  assert json.loads(done.stdout) == [-9] * 3 + [0], done.stderr
   with np.load(tmp_path / 'end.npz') as state:
     same(dict(state), undisturbed)
-  assert [record['step'] for record in log(bucket)] == list(range(1, 13))
-  assert steps(bucket) == ([10, 12], [10, 12])
+  assert [record['step'] for record in log(bucket)] == list(range(1, 9))
+  assert steps(bucket) == ([6, 8], [6, 8])
 
 
 @pytest.fixture
@@ -101,8 +102,8 @@ def test_a_run_in_a_bucket(stopped, undisturbed, capsys):
   state = train(configuration(), f'{stopped.url}/run')
   assert f'resumed from step 6 of {stopped.url}/run' in capsys.readouterr().err
   same(leaves(state), undisturbed)
-  assert [record['step'] for record in log(stopped)] == list(range(1, 13))
-  assert steps(stopped) == ([10, 12], [10, 12])
+  assert [record['step'] for record in log(stopped)] == list(range(1, 9))
+  assert steps(stopped) == ([6, 8], [6, 8])
 
 
 @pytest.mark.parametrize('sealed', [True, False])
@@ -128,7 +129,7 @@ def test_a_flipped_bit_is_named_and_the_step_before_used(
   same(leaves(state), undisturbed)
   damaged = [n for n in stopped.objects if 'checkpoints-damaged/6/' in n]
   assert len(damaged) > 10
-  assert [record['step'] for record in log(stopped)] == list(range(1, 13))
+  assert [record['step'] for record in log(stopped)] == list(range(1, 9))
 
 
 def test_a_missing_object_is_named(stopped, capsys):
@@ -173,18 +174,20 @@ def test_a_bucket_that_is_not_there_is_named(cloud):
 def test_a_roll_back_deletes_what_came_after(bucket, capsys):
   data = standin.Points(bad_from=20, bad_until=26, bad=30.0)
   config = standin.line_run(
-    steps=30,
+    steps=26,
     data=data,
     log_every=1,
-    checkpoint=configuration().checkpoint,
+    # Step 22 is saved before the spike of step 20 is noticed.
+    checkpoint=CheckpointConfig(every=11, keep=3),
     guard=Guard(window=5, steps=3, rise=5.0),
   )
   state = train(config, f'{bucket.url}/run')
-  assert int(state.step) == 30
+  assert int(state.step) == 26
   records = log(bucket)
   backs = [x for x in records if 'rolled_back_from' in x]
   assert backs, capsys.readouterr().err
-  assert steps(bucket) == ([28, 30], [28, 30])
+  assert backs[0]['step'] == 11
+  assert steps(bucket) == ([11, 22, 26], [11, 22, 26])
 
 
 def test_the_log_is_copied_while_the_run_goes_on(bucket, monkeypatch):
@@ -223,7 +226,3 @@ def test_a_log_that_cannot_be_copied_does_not_end_a_run(
 def test_a_profile_is_copied(bucket):
   train(configuration(profile_steps=(2, 3)), f'{bucket.url}/run', stop_at=4)
   assert [n for n in bucket.objects if n.endswith('.xplane.pb')]
-
-
-def test_a_stage_starts_from_a_run_in_a_bucket(bucket):
-  pass
