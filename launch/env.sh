@@ -7,7 +7,7 @@
 # Everything goes into `.venv` at the repository's root: nothing is installed
 # system-wide and root is not needed. PYTHON=/path/to/python picks the
 # interpreter (3.11 or newer) for a new environment, EXTRAS=tpu,torch what
-# setup.cfg calls extras (without it: dev).
+# setup.cfg calls extras (without it: dev); those that are there already stay.
 
 # A sourced script must leave the caller's shell options alone, so that every
 # step here says what happens when it fails.
@@ -44,7 +44,8 @@ _qwenvl_find_python() {
   return 1
 }
 
-# Prints what the installation depends on.
+# Prints what the installation depends on; its last word is all extras, wanted
+# or there already.
 _qwenvl_stamp() {
   "$1/.venv/bin/python" - "$1" "${EXTRAS:-dev}" <<'PY'
 import hashlib, pathlib, sys
@@ -53,18 +54,22 @@ root = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256()
 for name in ('setup.cfg', 'pyproject.toml', 'constraints.txt'):
   digest.update((root / name).read_bytes())
-print(sys.version.split()[0], digest.hexdigest(), sys.argv[2])
+extras = set(sys.argv[2].split(','))
+stamp = root / '.venv' / 'installed'
+if stamp.exists():
+  extras.update(*(x.split(',') for x in stamp.read_text().split()[2:3]))
+print(sys.version.split()[0], digest.hexdigest(), ','.join(sorted(extras)))
 PY
 }
 
 _qwenvl_install() {
-  local root=$1 log=$1/.venv/install.log
+  local root=$1 extras=$2 log=$1/.venv/install.log
   _qwenvl_say 'installing the packages of setup.cfg as pinned in' \
     'constraints.txt (about 2 GB, a minute or two);' "log: $log"
   if (
     cd "$root" &&
       .venv/bin/python -m pip install --no-input -c constraints.txt \
-        -e ".[${EXTRAS:-dev}]"
+        -e ".[$extras]"
   ) >"$log" 2>&1; then
     return 0
   fi
@@ -90,7 +95,7 @@ _qwenvl_env() {
   fi
   wanted=$(_qwenvl_stamp "$root") || return 1
   if ! grep -qsxF "$wanted" "$stamp"; then
-    _qwenvl_install "$root" || return 1
+    _qwenvl_install "$root" "${wanted##* }" || return 1
     printf '%s\nroot=%s\n' "$wanted" "$root" >"$stamp" || return 1
     _qwenvl_say "ready: $root/.venv"
   fi

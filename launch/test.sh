@@ -30,6 +30,8 @@ for arg in "$@"; do
   esac
 done
 
+# Plans are compiled by libtpu, and buckets are played by a server here.
+export EXTRAS=${EXTRAS:-dev,gcs,plan}
 # shellcheck source=launch/env.sh
 source "$root/launch/env.sh"
 cd "$root"

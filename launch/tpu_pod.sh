@@ -39,8 +39,8 @@ the stage:
                     writes DIR/stage2 and starts from DIR/stage1
   --init DIR        start from another checkpoint (stage 1: the folder that
                     qwenvl-convert init-stage1 made)
-  --data DIR        the prepared data sets, gs:// or a folder on each worker;
-                    workers see gs://BUCKET as a folder (gcsfuse)
+  --data DIR        the prepared data sets, gs:// or a folder on each worker
+  --mount-data      read a --data in a bucket through a folder (gcsfuse)
   --config FILE     instead of configs/STAGE.gin
   --topology FILE   instead of configs/topology/ what fits --type, or none
   --gin.NAME=VALUE, --gin_file=FILE, --steps=N   go to qwenvl-train as they are

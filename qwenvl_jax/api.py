@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion.placement import shardings_in_use
@@ -33,12 +34,14 @@ from qwenvl_jax.text.tokenizer import Tokenizer
 from qwenvl_jax.train.loss import next_token_loss
 
 
+@buckets.refusals_told()
 def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
   """Opens a checkpoint folder.
 
   Args:
     folder: the released layout (safetensors or `.bin` shards), a converted
-      checkpoint, or a training run (its newest complete step).
+      checkpoint, or a training run (its newest complete step); on a disk or
+      in a bucket (`gs://..`).
     dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
       dtype that is stored.
     shardings: tree of shardings like the parameters; None splits them over the
@@ -50,7 +53,7 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
 
   Raises:
     CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged.
-    ConfigError: no such dtype.
+    ConfigError: no such dtype, or a bucket that may not be used.
   """
   try:
     dtype = dtype and jnp.dtype(dtype)
@@ -59,7 +62,7 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
       f"dtype={dtype!r} is no number format; 'bfloat16', 'float16' and "
       "'float32' are"
     ) from error
-  folder = Path(folder).expanduser()
+  folder = buckets.as_path(folder)
   config = folders.read_config(folder)
   folders.check_whole(folder)
   if shardings is None:

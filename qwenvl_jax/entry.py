@@ -22,6 +22,7 @@ from typing import Any
 
 import gin
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
 # The project's configs/, found wherever a command is started.
@@ -154,12 +155,15 @@ def find_config(name: str, including: Path | None = None) -> Path:
   """The path of a config file.
 
   Args:
-    name: as written on the command line or in an `include`.
+    name: as written on the command line or in an `include`; also `gs://..`,
+      as a run keeps it.
     including: the file that includes it.
 
   Raises:
     ConfigError: there is none; says which are close.
   """
+  if buckets.in_bucket(name):
+    return buckets.as_path(name)
   places = [Path.cwd(), CONFIGS, CONFIGS.parent]
   if including is not None:
     places.insert(0, including.parent)
@@ -309,14 +313,15 @@ def _install_reader() -> None:
 
 def _read(name: str):
   """Opens a config file with its includes resolved next to it."""
-  path = Path(name.removeprefix(_SCHEME))
+  path = buckets.as_path(name.removeprefix(_SCHEME))
 
   def absolute(match):
     target = _SCHEME + str(find_config(match[3], path))
     return f'{match[1]}{match[2]}{target}{match[2]}'
 
   try:
-    text = path.read_text()
+    with buckets.refusals_told():
+      text = path.read_text()
   except (OSError, UnicodeDecodeError) as error:
     raise ConfigError(f'{path} cannot be read: {error}') from error
   _FILES_READ.append(path)

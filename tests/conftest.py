@@ -1,5 +1,6 @@
 """What every test runs under: one CPU device, and compiled programs kept."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tempfile
 
 import pytest
+from bucket_standin import Standin
 
 # Before anything imports JAX. Tests are about one CPU device unless they ask
 # for more (`run_on_devices`).
@@ -24,6 +26,25 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 def pytest_unconfigure():
   if _COMPILED:
     shutil.rmtree(_COMPILED, ignore_errors=True)
+
+
+@pytest.fixture(scope='session')
+def cloud():
+  """The one stand-in of a test run: clients remember where they went first."""
+  if not importlib.util.find_spec('gcsfs'):
+    pytest.skip("needs the extra 'gcs'")
+  standin = Standin()
+  # Before any client is imported.
+  os.environ |= standin.environ()
+  yield standin
+  standin.close()
+
+
+@pytest.fixture
+def bucket(cloud):
+  """A new, empty bucket."""
+  yield cloud.new_bucket()
+  cloud.before = None
 
 
 @pytest.fixture

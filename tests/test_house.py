@@ -13,8 +13,9 @@ PACKAGE = ROOT / 'qwenvl_jax'
 # Who may import whom: imports point down only. A room is a folder or a top
 # module of the package; `data.image` allows that module alone. Everyone may
 # import its own room, and COMMON but for COMMON itself.
-COMMON = ('batch', 'errors')
+COMMON = ('batch', 'buckets', 'errors')
 ROOMS = {
+  'buckets': ('errors',),
   'batch': (),
   'errors': (),
   'text': (),

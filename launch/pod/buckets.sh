@@ -1,11 +1,11 @@
-# Part of worker.sh: buckets as folders. Training wants a file system that all
-# workers share; Cloud Storage FUSE makes one of a bucket.
+# Part of worker.sh: buckets as folders (Cloud Storage FUSE), for data that is
+# not to be read from gs:// itself: tpu_pod.sh --mount-data.
 # shellcheck shell=bash
 
-# buckets_of WORDS...: the names after gs:// in any of them.
+# buckets_of WORDS...: the names after mount:// in any of them.
 buckets_of() {
-  printf '%s\n' "$@" | grep -o 'gs://[-a-z0-9_.]*' | sed 's|gs://||' | sort -u ||
-    true
+  printf '%s\n' "$@" | grep -o 'mount://[-a-z0-9_.]*' | sed 's|mount://||' |
+    sort -u || true
 }
 
 # mount_bucket NAME FOLDER
@@ -13,11 +13,8 @@ mount_bucket() {
   mountpoint -q "$2" && return 0
   command -v gcsfuse >/dev/null || _install_gcsfuse || return 1
   mkdir -p "$2" || return 1
-  # Nothing is remembered about files: what one worker writes, all see at once.
-  # Folders are renamed when a checkpoint is complete; only in a bucket with a
-  # hierarchical namespace is that one operation, elsewhere it needs the limit.
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
-    --metadata-cache-negative-ttl-secs=0 --rename-dir-limit=1000000 "$1" "$2"
+  # Prepared data does not change: what is known of a file stays so.
+  gcsfuse -o ro --implicit-dirs --metadata-cache-ttl-secs=-1 "$1" "$2"
 }
 
 # As https://cloud.google.com/storage/docs/cloud-storage-fuse/install has it.

@@ -2,7 +2,7 @@
 # shellcheck shell=bash disable=SC2034  # OUTCOME is read by supervise.sh
 
 # What TPU VMs install of the project.
-readonly EXTRAS=tpu
+readonly EXTRAS=tpu,gcs
 
 # _git_aside ARGUMENTS...: git with an index and new objects outside the
 # repository, which stays as it is.

@@ -50,6 +50,7 @@ parse_options() {
       --yes) YES=yes ;;
       --follow) FOLLOW=yes ;;
       --delete-after) QWENVL_POD_DELETE_AFTER=yes ;;
+      --mount-data) QWENVL_POD_MOUNT_DATA=yes ;;
       --create-flag=*) CREATE_FLAGS+=("${1#--create-flag=}") ;;
       --gin_file=* | --gin.*=* | --steps=*) EXTRA+=("$1") ;;
       --gin_file | --gin.* | --steps)

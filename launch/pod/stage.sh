@@ -32,8 +32,16 @@ stage_command() {
     *) COMMAND+=("--gin.INIT=$(_gin_string "$init")") ;;
   esac
   if [ -n "${QWENVL_POD_DATA:-}" ]; then
-    COMMAND+=("--gin.DATA=$(_gin_string "$QWENVL_POD_DATA")")
+    COMMAND+=("--gin.DATA=$(_gin_string "$(_data_dir)")")
   fi
+}
+
+# Where a worker finds the data: worker.sh makes a folder of mount://BUCKET.
+_data_dir() {
+  case ${QWENVL_POD_MOUNT_DATA:+mount}:$QWENVL_POD_DATA in
+    mount:gs://*) printf 'mount://%s\n' "${QWENVL_POD_DATA#gs://}" ;;
+    *) printf '%s\n' "$QWENVL_POD_DATA" ;;
+  esac
 }
 
 # The answer of a command line that scores a checkpoint on benchmarks.

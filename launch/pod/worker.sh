@@ -18,7 +18,7 @@ Usage: worker.sh VERB (called by launch/tpu_pod.sh)
 
   install TREE EXTRAS         make this code the checkout, and its environment
   start NAME COMMAND...       run a command that outlives the connection, on
-                              folders where it says gs://BUCKET
+                              folders where it says mount://BUCKET
   run NAME COMMAND...         run it here: log, pid and exit status in job/
   report                      a line of tab-separated fields about the job
   follow BEGAN OFFSET         its log from a byte on until it ends
@@ -125,7 +125,7 @@ start() {
       return 1
     fi
   done
-  set -- "${@//gs:\/\//$home/buckets/}"
+  set -- "${@//mount:\/\//$home/buckets/}"
   if alive; then
     if [ "$(field name)" = "$name" ] && [ "$(field command)" = "$*" ]; then
       printf 'worker %s: %s is running since %s\n' "$me" "$name" \

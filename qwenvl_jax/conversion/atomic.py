@@ -1,16 +1,20 @@
 """A folder that appears complete or not at all.
 
 It is written beside its place as `NAME.partial`, synced to disk and renamed. A
-killed writer leaves only that sibling, which the next one clears away.
+killed writer leaves only that sibling, which the next one clears away. In a
+bucket, where no folder can be renamed, it is written to its place, which counts
+as unfinished as long as it holds an object of that name.
 """
 
 import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import CheckpointError
 
 UNFINISHED = '.partial'
@@ -31,6 +35,10 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
     CheckpointError: the destination is in use, another process is writing it,
       or the disk has not enough room.
   """
+  if buckets.in_bucket(destination):
+    with _new_in_bucket(destination):
+      yield destination
+    return
   destination = Path(os.path.abspath(destination))
   _check_unused(destination)
   partial = destination.with_name(destination.name + UNFINISHED)
@@ -62,6 +70,56 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
       raise
   finally:
     os.close(lock)
+
+
+@contextlib.contextmanager
+def _new_in_bucket(destination: Path) -> Iterator[None]:
+  mark = destination / UNFINISHED
+  try:
+    found = buckets.sizes(destination)
+    if found and UNFINISHED not in found:
+      raise CheckpointError(
+        f'{destination} is not empty: choose another folder, or remove it'
+      )
+    buckets.remove(destination)
+    buckets.write(mark, '')
+    try:
+      yield
+    except BaseException:
+      buckets.remove(destination)
+      raise
+    mark.unlink()
+  except CheckpointError:
+    raise
+  except Exception as error:
+    reason = buckets.unreachable(error)
+    if reason is None and not isinstance(error, OSError):
+      raise
+    raise CheckpointError(
+      f'{destination} could not be written ({reason or error}): start again, '
+      'which clears away what is left of it'
+    ) from error
+
+
+@contextlib.contextmanager
+def new_local_folder(destination: Path, size: int) -> Iterator[Path]:
+  """As `new_folder`, for what can be written on a disk only.
+
+  For a bucket that is a temporary folder, which is copied there in the end; its
+  place is $TMPDIR, or what the system has for such.
+  """
+  if not buckets.in_bucket(destination):
+    with new_folder(destination, size) as folder:
+      yield folder
+    return
+  with (
+    new_folder(destination, size),
+    tempfile.TemporaryDirectory(prefix='qwenvl_jax_') as temporary,
+  ):
+    check_space(Path(temporary), size)
+    yield Path(temporary)
+    for name in sorted(buckets.sizes(Path(temporary))):
+      buckets.upload(Path(temporary, name), destination / name)
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from qwenvl_jax import api
+from qwenvl_jax import api, buckets
 from qwenvl_jax.conversion import convert, inspection, reference
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion.hub import local_folder
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit status."""
   args = _parser().parse_args(argv)
   try:
-    return args.run(args)
+    with buckets.refusals_told():
+      return args.run(args)
   except (QwenVLError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
@@ -196,7 +197,9 @@ def _progress(text: str):
 def _from_hf(args) -> int:
   source = local_folder(args.source)
   with _progress('converting') as progress:
-    convert.from_hf(source, Path(args.destination), args.dtype, progress)
+    convert.from_hf(
+      source, buckets.as_path(args.destination), args.dtype, progress
+    )
   print(f'wrote {args.destination}')
   return 0
 
@@ -204,8 +207,8 @@ def _from_hf(args) -> int:
 def _to_hf(args) -> int:
   with _progress('converting') as progress:
     convert.to_hf(
-      Path(args.source),
-      Path(args.destination),
+      buckets.as_path(args.source),
+      buckets.as_path(args.destination),
       args.dtype,
       args.max_shard_size,
       progress,
@@ -219,7 +222,7 @@ def _init_stage1(args) -> int:
     made = convert.init_stage1(
       local_folder(args.vision),
       local_folder(args.decoder),
-      Path(args.destination),
+      buckets.as_path(args.destination),
       args.seed,
       args.dtype,
       progress,
@@ -235,7 +238,7 @@ def _init_stage1(args) -> int:
 
 
 def _inspect(args) -> int:
-  report = inspection.inspect(Path(args.source))
+  report = inspection.inspect(buckets.as_path(args.source))
   console = Console()
   console.print(f'{report.family} ({report.layout})', highlight=False)
   for line in report.sizes:
@@ -265,7 +268,10 @@ def _inspect(args) -> int:
 
 
 def _verify(args) -> int:
-  source, destination = Path(args.source), Path(args.destination)
+  source, destination = (
+    buckets.as_path(args.source),
+    buckets.as_path(args.destination),
+  )
   with _progress('comparing') as progress:
     found = verify(source, destination, progress)
   how = 'bit for bit'

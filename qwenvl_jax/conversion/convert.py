@@ -17,7 +17,7 @@ import numpy as np
 
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion import layout, openclip, reader
-from qwenvl_jax.conversion.atomic import new_folder
+from qwenvl_jax.conversion.atomic import new_folder, new_local_folder
 from qwenvl_jax.conversion.blocks import Block, chunk_shapes, plan
 from qwenvl_jax.conversion.orbax_store import OrbaxWriter
 from qwenvl_jax.conversion.source import (
@@ -101,7 +101,7 @@ def to_hf(
     for name, rule in layout.released_order(table)
   ]
   size = sum(math.prod(s) * np.dtype(d).itemsize for _, s, d in tensors)
-  with new_folder(destination, size) as partial:
+  with new_local_folder(destination, size) as partial:
     with ReleasedWriter(partial, tensors, shard_bytes) as writer:
       copy(values, plan(table), writer.write, size, progress)
     folders.carry_side_files(source, partial, config, _common(values))

@@ -11,13 +11,13 @@ transformer is read, of Qwen-7B's the decoder.
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from qwenvl_jax import buckets
 from qwenvl_jax.conversion import gptq, layout, openclip, orbax_store
 from qwenvl_jax.conversion.atomic import UNFINISHED
 from qwenvl_jax.conversion.blocks import plan
@@ -81,13 +81,20 @@ def params_folder(folder: Path) -> Path | None:
   complete = [
     int(path.name)
     for path in steps.iterdir()
-    if path.name.isdigit() and (path / 'params').is_dir()
+    if path.name.isdigit() and _complete(path)
   ]
   if not complete:
     raise CheckpointError(
       f'{steps} holds no complete checkpoint yet: let the run save one first'
     )
   return steps / str(max(complete)) / 'params'
+
+
+def _complete(step: Path) -> bool:
+  """Whether Orbax has finished a step; in a bucket it says so in the end."""
+  if buckets.in_bucket(step) and not (step / 'commit_success.txt').exists():
+    return False
+  return (step / 'params').is_dir()
 
 
 def side_file(folder: Path, name: str) -> Path:
@@ -117,7 +124,7 @@ def read_config(folder: Path) -> QwenVLConfig:
       f'{folder} does not exist: expected a checkpoint folder (released '
       'layout, a converted checkpoint or a training run)'
     )
-  if folder.name.endswith(UNFINISHED):
+  if folder.name.endswith(UNFINISHED) or (folder / UNFINISHED).exists():
     raise CheckpointError(
       f'{folder} is what an unfinished conversion left: start it again'
     )
@@ -293,7 +300,7 @@ def _read_orbax(path: Path, dtype, placements, keep) -> dict:
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(
-        path.absolute(),
+        buckets.absolute(path),
         ocp.args.PyTreeRestore(
           item=wanted,
           restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -313,9 +320,9 @@ def write_side_files(
   folder: Path, config: QwenVLConfig, vocabulary: Path | None
 ):
   """Writes config.json, generation_config.json and the vocabulary."""
-  folder.mkdir(parents=True, exist_ok=True)
+  buckets.make_folder(folder)
   if vocabulary is not None and vocabulary != folder / VOCABULARY:
-    shutil.copyfile(vocabulary, folder / VOCABULARY)
+    buckets.copy(vocabulary, folder / VOCABULARY)
   end = config.image_start_id - 214  # <|endoftext|> heads the special tokens.
   write_json(
     folder / GENERATION,
@@ -343,7 +350,7 @@ def carry_side_files(
     code: whether the code in `source` is for this model as well.
   """
   for path in side_files(source, code):
-    shutil.copyfile(path, folder / path.name)
+    buckets.copy(path, folder / path.name)
   written = folder / GENERATION
   if not written.exists():
     write_side_files(folder, config, None)
@@ -359,13 +366,13 @@ def carry_side_files(
 def write_json(path: Path, content: dict):
   """Writes an object as the release formats it."""
   text = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
-  path.write_text(text, encoding='utf-8')
+  buckets.write(path, text)
 
 
 def write_params(folder: Path, params: dict):
   """Saves parameters in memory as `folder/params`, atomically."""
   with ocp.PyTreeCheckpointer() as checkpointer:
-    checkpointer.save((folder / 'params').absolute(), params)
+    checkpointer.save(buckets.absolute(folder / 'params'), params)
 
 
 def check_against(config: QwenVLConfig, params: dict, where: str):

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import CheckpointError
 
 _ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
@@ -30,8 +31,8 @@ def local_folder(source: str) -> Path:
     CheckpointError: it is neither, `huggingface_hub` is not installed, or the
       download failed.
   """
-  path = Path(source).expanduser()
-  if path.exists():
+  path = buckets.as_path(source)
+  if buckets.in_bucket(source) or path.exists():
     return path
   if not _ID.fullmatch(source):
     raise CheckpointError(

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from absl import logging
 
+from qwenvl_jax import buckets
 from qwenvl_jax.conversion import layout
 from qwenvl_jax.conversion.blocks import Block
 from qwenvl_jax.conversion.reader import read_json
@@ -58,6 +59,9 @@ def _zarr_dtype(dtype: np.dtype) -> str:
 
 
 def _file(path) -> dict:
+  if buckets.in_bucket(path):
+    bucket, name = buckets.split(path)
+    return {'driver': 'gcs', 'bucket': bucket, 'path': f'{name}/'}
   # Whoever publishes the folder syncs all files of it at once.
   return {'driver': 'file', 'path': f'{path}/', 'file_io_sync': False}
 
@@ -93,7 +97,7 @@ class OrbaxWriter:
         ),
       )
       with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.absolute(), ocp.args.PyTreeSave(tree))
+        checkpointer.save(buckets.absolute(path), ocp.args.PyTreeSave(tree))
     finally:
       logging.set_verbosity(verbosity)
     self._path, self._stores = path, open_stores(path)
@@ -123,7 +127,7 @@ def metadata(path: Path) -> dict:
   """
   try:
     # A checkpointer would warn that a training run's step has none of its own.
-    return ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree
+    return ocp.PyTreeCheckpointHandler().metadata(buckets.absolute(path)).tree
   except Exception as error:
     raise CheckpointError(
       f'{path} cannot be opened as Orbax parameters ({error}); the checkpoint '
@@ -138,7 +142,7 @@ def open_stores(path: Path) -> dict[str, tensorstore.TensorStore]:
     CheckpointError: see `metadata`.
   """
   names = [name for name, _ in layout.flatten(metadata(path))]
-  root = path.absolute()
+  root = buckets.absolute(path)
   form = read_json(root / '_METADATA')
   packed = form.get('use_ocdbt', False)
   context = tensorstore.Context(

@@ -14,6 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import CheckpointError
 
 _SAFETENSORS_DTYPES = {
@@ -110,6 +111,11 @@ def open_file(path: Path) -> dict[str, Tensor]:
   """Opens all tensors of one safetensors or torch file."""
   if path.suffix == '.safetensors':
     return _open_safetensors(path)
+  if buckets.in_bucket(path):
+    raise CheckpointError(
+      f'{path}: PyTorch reads .bin files from a disk only; copy the folder '
+      f'there first: gcloud storage cp -r {path.parent} .'
+    )
   from qwenvl_jax.conversion import torch_file
 
   return {
@@ -146,7 +152,7 @@ def _open_index(index: Path) -> dict[str, Tensor]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
-  size = path.stat().st_size
+  size = buckets.size(path)
   with path.open('rb') as file:
     length = int.from_bytes(file.read(8), 'little')
     if size < 8 or length > size - 8:
@@ -208,15 +214,15 @@ def _reader(path, name, dtype, offset, shape):
     count = (stop - start) * row
     size = count * dtype.itemsize
     try:
-      data = np.fromfile(
-        path, np.uint8, size, offset=offset + start * row * dtype.itemsize
+      data = buckets.read_array(
+        path, offset + start * row * dtype.itemsize, size
       )
     except OSError as error:
       raise CheckpointError(
         f'{path}: tensor {name} cannot be read ({error})'
       ) from error
     if data.size != size:
-      raise CheckpointError(_truncated(path, path.stat().st_size, name))
+      raise CheckpointError(_truncated(path, buckets.size(path), name))
     return data.view(dtype).reshape(stop - start, *shape[1:])
 
   return read

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import rich.console
 import rich.table
 
-from qwenvl_jax import entry
+from qwenvl_jax import buckets, entry
 from qwenvl_jax.data import (
   catalogue,
   pipeline,
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       return
     arguments, bindings = entry.parse(_parser(), argv)
     arguments.bindings = bindings
-    arguments.run(arguments, console)
+    with buckets.refusals_told():
+      arguments.run(arguments, console)
   except QwenVLError as error:
     print(f'qwenvl-data: {error}', file=sys.stderr)
     sys.exit(2)
@@ -314,7 +315,7 @@ def _prepare_public(arguments, console):
       name,
       readers,
       arguments.manual_dir,
-      sources.data_path(arguments.data_dir),
+      sources.disk_path(arguments.data_dir),
       workers=arguments.workers,
       limit=Limit(share=arguments.max_bad),
       progress=progress,

@@ -53,7 +53,7 @@ def scenes(
     counts[split].append(len(drawing.objects))
     progress('drawing scenes', sum(map(len, counts.values())), total)
 
-  base = sources.data_path(data_dir)
+  base = sources.disk_path(data_dir)
   tfds.disable_progress_bar()
   try:
     base.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qwenvl_jax import buckets
 from qwenvl_jax.data import records, storage, things
 from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.errors import ConfigError, DataError
@@ -33,7 +34,22 @@ def default_data_dir() -> pathlib.Path:
 def data_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
   if data_dir is None:
     return default_data_dir()
-  return pathlib.Path(data_dir).expanduser()
+  return buckets.as_path(data_dir)
+
+
+def disk_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
+  """Where data is prepared.
+
+  Raises:
+    ConfigError: in a bucket, which preparing cannot write.
+  """
+  path = data_path(data_dir)
+  if buckets.in_bucket(path):
+    raise ConfigError(
+      f'{path}: data is prepared on a disk, and copied: name a folder, then '
+      f'gcloud storage rsync -r FOLDER {path}'
+    )
+  return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +87,21 @@ class Prepared:
     )
 
 
+def _check_reachable(error: Exception) -> None:
+  """Tells a bucket that cannot be read from a bad record, which is left out.
+
+  Raises:
+    DataError: it cannot be read.
+  """
+  text = str(error)
+  # So array_record says that it has not got as far as looking at a record.
+  if 'gs://' in text and 'from the underlying reader' in text:
+    raise DataError(
+      f'{text}. May this account read the bucket, is the object there, and '
+      'does the network reach it?'
+    ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordSequence:
   """Records of a prepared split, read when indexed.
@@ -98,6 +129,7 @@ class RecordSequence:
     try:
       data = self.shards[index]
     except (OSError, ValueError, RuntimeError) as error:
+      _check_reachable(error)
       raise BadRecordError(
         'unreadable_record', f'record {index} of {self.shards} ({error})'
       ) from error
@@ -240,7 +272,8 @@ class SceneSequence:
     """[N] int32, the number of objects of every scene of the split."""
     file = self.folder / f'objects-{self.split}.npy'
     if file.exists():
-      return np.load(file)
+      with file.open('rb') as stream:
+        return np.load(stream)
     count = len(self._source)
     counts = [len(self._read(i).objects) for i in range(count)]
     return np.array(counts, np.int32)

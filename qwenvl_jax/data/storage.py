@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from qwenvl_jax import buckets
 from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.records import (
   GroundedCaption,
@@ -139,7 +140,7 @@ def _decode_error():
 
 def folder(base: str | os.PathLike, name: str) -> pathlib.Path:
   """Where a prepared data set is or would be."""
-  return pathlib.Path(base) / name / VERSION
+  return buckets.as_path(base) / name / VERSION
 
 
 def shard_name(name: str, split: str, index: int, count: int) -> str:
@@ -252,7 +253,9 @@ def open_split(directory: pathlib.Path, name: str, split: str):
     )
   count = len(lengths[split])
   paths = [directory / shard_name(name, split, i, count) for i in range(count)]
-  missing = [path.name for path in paths if not path.exists()]
+  # One listing: a bucket would be asked for every shard.
+  there = {path.name for path in directory.iterdir()}
+  missing = [path.name for path in paths if path.name not in there]
   if missing:
     raise DataError(
       f'{directory} lacks {len(missing)} of {count} shards, e.g. {missing[0]}; '

@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import tiktoken
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import DataError
 
 IMAGE_TOKENS = 256  # ids between `<img>` and `</img>` in the release
@@ -85,15 +86,16 @@ class Tokenizer:
     Raises:
       DataError: the file is missing or is not a vocabulary.
     """
-    path = _default_path() if path is None else pathlib.Path(path).absolute()
+    path = _default_path() if path is None else buckets.as_path(path)
+    path = buckets.absolute(path)
     try:
-      stat = path.stat()
+      version = buckets.version(path)
     except OSError as error:
       raise DataError(
-        f'cannot read the vocabulary {path} ({error.strerror}); name a '
-        '.tiktoken file, such as qwen.tiktoken of the released checkpoint'
+        f'cannot read the vocabulary {path} ({error.strerror or error}); name '
+        'a .tiktoken file, such as qwen.tiktoken of the released checkpoint'
       ) from error
-    self._bpe = _load(path, stat.st_mtime_ns, stat.st_size)
+    self._bpe = _load(path, version)
     self.image_tokens = image_tokens
 
   @classmethod
@@ -301,20 +303,17 @@ class Tokenizer:
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes the vocabulary as a `.tiktoken` file, whole or not at all."""
-    path = pathlib.Path(path)
+    path = buckets.as_path(path)
     lines = (
       b'%b %d\n' % (base64.b64encode(token), rank)
       for rank, token in enumerate(self.vocabulary)
     )
-    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
     try:
-      partial.write_bytes(b''.join(lines))
-      os.replace(partial, path)
+      buckets.write(path, b''.join(lines))
     except OSError as error:
-      partial.unlink(missing_ok=True)
       raise DataError(
-        f'cannot write the vocabulary {path} ({error.strerror}); check that '
-        'the folder exists and the disk has room'
+        f'cannot write the vocabulary {path} ({error.strerror or error}); '
+        'check that the folder exists and the disk has room'
       ) from error
 
   def subset(self, texts: Iterable[str]) -> 'Tokenizer':
@@ -413,8 +412,8 @@ def _default_path() -> pathlib.Path:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(path: pathlib.Path, mtime_ns: int, size: int) -> _Bpe:
-  del mtime_ns, size  # part of the key: a rewritten file is read again
+def _load(path: pathlib.Path, version: tuple) -> _Bpe:
+  del version  # part of the key: a rewritten file is read again
   vocabulary = []
   try:
     for line in path.read_bytes().splitlines():
@@ -424,7 +423,7 @@ def _load(path: pathlib.Path, mtime_ns: int, size: int) -> _Bpe:
       vocabulary.append(base64.b64decode(token, validate=True))
   except OSError as error:
     raise DataError(
-      f'cannot read the vocabulary {path} ({error.strerror}); name a '
+      f'cannot read the vocabulary {path} ({error.strerror or error}); name a '
       '.tiktoken file'
     ) from error
   except (ValueError, binascii.Error) as error:

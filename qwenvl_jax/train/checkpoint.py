@@ -3,18 +3,16 @@
 `checkpoints/STEP/` holds the items `params` (the whole tree, so that inference
 restores it alone), `optimizer` (moments and counters), `data` (the state of the
 input iterator) and, of a run with a guard, `guard`. Orbax writes a step under
-another name and renames it when it is complete, so that a kill leaves no half
-step behind. Checksums of all arrays and a manifest of all files tell what a
-disk changed later. The processes of a run agree on what they restore.
+another name and renames it when it is complete (in a bucket: marks it), so that
+a kill leaves no half step behind. Checksums of all arrays and a manifest of all
+files tell what changed later. The processes of a run agree on what they
+restore.
 """
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import math
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import manifest
 from qwenvl_jax.train.data_state import (
@@ -31,17 +30,23 @@ from qwenvl_jax.train.data_state import (
   RestoreDataState,
   SaveDataState,
 )
+from qwenvl_jax.train.failures import (
+  NoLateCallbacks,
+  explained,
+  first_line,
+  refusal,
+)
 from qwenvl_jax.train.guard import Watch
 from qwenvl_jax.train.optimizer import flatten, unflatten
 from qwenvl_jax.train.peers import Peers
 from qwenvl_jax.train.readers import Reader
 from qwenvl_jax.train.state import TrainState, run_once_options
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_SPACE_WORDS = ('No space left', 'Disk quota exceeded', 'File too large')
-
 # Of one chunk of a large parameter.
 _CHUNK_BYTES = 32 * 2**20
+
+# Orbax's mark of a complete step in a bucket.
+COMPLETE = 'commit_success.txt'
 
 _COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
 
@@ -92,8 +97,8 @@ class Checkpoints:
     self._peers = peers or Peers()
     self._reader = reader or Reader()
     self._unsealed = None
-    self.folder = Path(workdir).absolute() / 'checkpoints'
-    self._quiet = _NoLateCallbacks()
+    self.folder = buckets.absolute(workdir) / 'checkpoints'
+    self._quiet = NoLateCallbacks()
     with self._explained(f'opening {self.folder}'):
       self._manager = ocp.CheckpointManager(
         self.folder,
@@ -258,8 +263,17 @@ class Checkpoints:
     if state is not None:
       for step in self._agreed('the list of checkpoints', self._steps()):
         if step > self._newest:
+          self._retract(step)
           self._manager.delete(step)
     return state
+
+  def _retract(self, step: int) -> None:
+    """Lets a step in a bucket count as incomplete before it is deleted.
+
+    Its objects go one by one: a kill on the way would leave it looking whole.
+    """
+    if self._peers.index == 0 and buckets.in_bucket(self.folder):
+      (self.folder / str(step) / COMPLETE).unlink(missing_ok=True)
 
   def _steps(self) -> list[int]:
     return list(self._manager.all_steps())
@@ -272,7 +286,11 @@ class Checkpoints:
     """(state, None), or (None, what is wrong with the step)."""
     reason = None
     if self._peers.index == 0:
-      reason = manifest.damage(self.folder / str(step))
+      try:
+        reason = manifest.damage(self.folder / str(step))
+      except Exception as error:
+        self._check_reachable(error, f'reading {self.folder / str(step)}')
+        raise
     reason = self._agreed(f'the files of step {step}', reason)
     if reason is not None:
       return None, reason
@@ -283,7 +301,8 @@ class Checkpoints:
     except CheckpointError:
       raise
     except Exception as error:  # Orbax raises whatever it stumbled over.
-      reason = _first_line(error)
+      self._check_reachable(error, f'reading {self.folder / str(step)}')
+      reason = first_line(error)
     # One process may have met damage that the others do not read.
     reasons = self._peers.gather(f'reading step {step}', reason, _READING)
     found = [x for x in reasons if x is not None]
@@ -359,9 +378,7 @@ class Checkpoints:
     place = self.folder.parent / 'checkpoints-damaged'
     for step, reason in damaged.items():
       if self._peers.index == 0:
-        place.mkdir(exist_ok=True)
-        shutil.rmtree(place / str(step), ignore_errors=True)
-        (self.folder / str(step)).rename(place / str(step))
+        buckets.move(self.folder / str(step), place / str(step), COMPLETE)
       warn(
         f'checkpoint {self.folder}/{step} is damaged ({reason}): moved to '
         f'{place}, going on from step {used}'
@@ -370,87 +387,21 @@ class Checkpoints:
       self._peers.gather('moving damaged checkpoints')
       self._manager.reload()
 
+  def _check_reachable(self, error: Exception, doing: str) -> None:
+    """Tells a bucket that does not answer from a damaged checkpoint."""
+    reason = buckets.in_bucket(self.folder) and buckets.unreachable(error)
+    if reason:
+      self._quiet.failed = True
+      raise CheckpointError(refusal(doing, reason)) from error
+
   @contextlib.contextmanager
   def _explained(self, doing: str):
     try:
-      with _explained(doing, self.folder):
+      with explained(doing, self.folder):
         yield
     except CheckpointError:
       self._quiet.failed = True
       raise
-
-
-class _NoLateCallbacks:
-  """Keeps reads and writes that run on after a failed one from printing.
-
-  TensorStore reports each to an event loop that Orbax has closed by then, and
-  Python prints what it cannot raise, up to its very end.
-  """
-
-  def __init__(self):
-    self.failed = False
-    self._before = sys.unraisablehook
-    sys.unraisablehook = self._hook
-
-  def _hook(self, unraisable):
-    text = str(unraisable.exc_value)
-    late = ('Event loop is closed', 'Python is likely shutting down')
-    if not any(words in text for words in late):
-      self._before(unraisable)
-
-  def close(self):
-    if not self.failed and sys.unraisablehook == self._hook:
-      sys.unraisablehook = self._before
-
-
-@contextlib.contextmanager
-def _explained(doing: str, folder: Path):
-  """Turns what a file system can do to us into a `CheckpointError`."""
-  try:
-    yield
-  except Exception as error:
-    reason = _file_system_reason(error)
-    if reason is None:
-      raise
-    valid = _steps_on_disk(folder)
-    raise CheckpointError(
-      f'{doing} failed: {reason}. '
-      + (
-        f'Complete and valid in {folder}: step(s) {valid}'
-        if valid
-        else f'{folder} holds no complete step'
-      )
-      + '. Make room or lower CheckpointConfig.keep, then start the same '
-      'command again to go on from there'
-    ) from error
-
-
-def _file_system_reason(error: BaseException) -> str | None:
-  """What the file system said, from anywhere in a chain of exceptions.
-
-  TensorStore reports a full disk as a ValueError that only says so in words.
-  """
-  seen = error
-  while seen is not None:
-    full = isinstance(seen, OSError) and seen.errno in _NO_SPACE
-    if full or any(words in str(seen) for words in _NO_SPACE_WORDS):
-      return 'the disk is full (no space left, or over a quota)'
-    if isinstance(seen, OSError):
-      return _first_line(seen)
-    seen = seen.__cause__ or seen.__context__
-  return None
-
-
-def _first_line(error: BaseException) -> str:
-  lines = str(error).split('See full TensorStore')[0].strip().splitlines()
-  text = lines[0] if lines else type(error).__name__
-  return text if len(text) <= 200 else text[:200] + '...'
-
-
-def _steps_on_disk(folder: Path) -> list[int]:
-  if not folder.is_dir():
-    return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def save_args(params: Any, limit: int = _CHUNK_BYTES) -> Any:

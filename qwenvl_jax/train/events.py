@@ -44,8 +44,11 @@ class Events:
       event.summary.CopyFrom(scalar(name, value))
       self._writer.write_event(event)
     if time.monotonic() - self._flushed > _FLUSH:
-      self._writer.flush()
-      self._flushed = time.monotonic()
+      self.flush()
+
+  def flush(self) -> None:
+    self._writer.flush()
+    self._flushed = time.monotonic()
 
   def close(self) -> None:
     self._writer.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from qwenvl_jax import buckets
 from qwenvl_jax.conversion.folder import read_config, read_params
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.train.objective import Objective
@@ -69,7 +70,7 @@ def initial_params(
       params |= random_params(objective, target, seed, parts)
     else:
       wanted = {part: target[part] for part in parts}
-      params |= read_parts(Path(folder), wanted)
+      params |= read_parts(buckets.as_path(folder), wanted)
   return {part: params[part] for part in target}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
+from qwenvl_jax import buckets
 from qwenvl_jax.conversion.folder import VOCABULARY, write_side_files
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
@@ -135,9 +137,10 @@ class TrainConfig:
         )
 
 
+@buckets.refusals_told()
 def train(
   config: TrainConfig,
-  workdir: str | Path,
+  workdir: str | os.PathLike,
   stop_at: int | None = None,
   resolved: str | None = None,
   peers: Peers | None = None,
@@ -146,7 +149,7 @@ def train(
 
   Args:
     config: see `TrainConfig`.
-    workdir: the run's folder, made if absent.
+    workdir: the run's folder, made if absent; or `gs://BUCKET/FOLDER`.
     stop_at: end (and save) at this step instead of `config.optimizer.steps`;
       the schedule stays as it is, and a later call goes on.
     resolved: the configuration as a config file, to be kept as `config.gin`.
@@ -162,13 +165,7 @@ def train(
     DivergedError: see `TrainConfig.max_skipped`.
     Interrupted: SIGTERM or SIGINT came; the state has been saved.
   """
-  if '://' in str(workdir):
-    raise ConfigError(
-      f'--workdir {workdir}: a run needs a folder of a file system, shared by '
-      'all hosts. A bucket can be mounted as one: gcsfuse, with a hierarchical '
-      'namespace, so that folders can be renamed'
-    )
-  workdir = Path(workdir)
+  workdir = buckets.as_path(workdir)
   peers = peers or Peers()
   if peers.count != jax.process_count():
     raise ConfigError(
@@ -184,7 +181,7 @@ def train(
   first = peers.index == 0
   reader = find_reader(mesh, config.data.batch_size)
   with _writing(workdir):
-    workdir.mkdir(parents=True, exist_ok=True)
+    buckets.make_folder(workdir)
   iterator = config.data.iterator(reader.index, reader.count)
   # Opening data may take one host long, and collectives know no time-outs.
   peers.gather('the data being open')
@@ -226,9 +223,12 @@ def train(
 def _writing(workdir: Path) -> Iterator[None]:
   try:
     yield
-  except OSError as error:
+  except Exception as error:
+    reason = buckets.in_bucket(workdir) and buckets.unreachable(error)
+    if not reason and not isinstance(error, OSError):
+      raise
     raise ConfigError(
-      f'cannot write to --workdir {workdir}: {error}'
+      f'cannot write to --workdir {workdir}: {reason or error}'
     ) from error
 
 
@@ -238,7 +238,7 @@ def _write_files(config: TrainConfig, workdir: Path, resolved) -> None:
   if isinstance(config.data, Pipeline):
     Tokenizer(config.data.vocabulary).save(workdir / VOCABULARY)
   if resolved is not None:
-    (workdir / CONFIG).write_text(resolved)
+    buckets.write(workdir / CONFIG, resolved)
 
 
 def check_run(config: TrainConfig, mesh: Mesh) -> None:
@@ -383,6 +383,8 @@ class _Run:
     return put_batch(batch, self.mesh)
 
   def _save(self, step_number: int, state: TrainState) -> None:
+    # Whoever goes on from this step finds the records up to it.
+    self.reporter.flush()
     self.checkpoints.save(step_number, state, self._iterator, self.watch)
 
   def _settle(self) -> None:

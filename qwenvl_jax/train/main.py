@@ -41,7 +41,9 @@ qwenvl-train --gin_file=runs/again/config.gin --workdir=runs/third --steps=20
 def command(argv: Sequence[str]) -> int:
   arguments = entry.parser('qwenvl-train', DESCRIPTION, EXAMPLES)
   arguments.add_argument(
-    '--workdir', required=True, help="the run's folder, made if absent"
+    '--workdir',
+    required=True,
+    help="the run's folder, made if absent; or gs://BUCKET/FOLDER",
   )
   arguments.add_argument(
     '--steps',

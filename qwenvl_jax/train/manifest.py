@@ -9,6 +9,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from qwenvl_jax import buckets
+
 FILE = 'files.json'
 
 # Larger files hold arrays, which are checked by their contents.
@@ -22,10 +24,15 @@ def seal(folder: Path, limit: int = _READ) -> None:
     folder: of one step.
     limit: bytes of the largest file whose contents are noted.
   """
-  files = {name: _described(path, limit) for name, path in _files(folder)}
-  temporary = folder.parent / f'.{FILE}.{folder.name}'
-  temporary.write_text(json.dumps(files, indent=1, sort_keys=True))
-  temporary.replace(folder / FILE)
+  sizes = buckets.sizes(folder)
+  small = [name for name, size in sizes.items() if size <= limit]
+  digests = {
+    name: _digest(data) for name, data in buckets.contents(folder, small)
+  }
+  files = {name: (size, digests.get(name)) for name, size in sizes.items()}
+  files.pop(FILE, None)
+  text = json.dumps(files, indent=1, sort_keys=True)
+  buckets.write(folder / FILE, text)
 
 
 def damage(folder: Path) -> str | None:
@@ -39,30 +46,22 @@ def damage(folder: Path) -> str | None:
     return None
   try:
     wanted = json.loads((folder / FILE).read_text())
-    for name, (size, digest) in wanted.items():
-      path = folder / name
-      if not path.exists():
+    found = buckets.sizes(folder)
+    for name, (size, _) in wanted.items():
+      if name not in found:
         return f'{name} is missing'
-      found = path.stat().st_size
-      if found != size:
-        return f'{name} has {found} bytes, was saved with {size}'
-      if digest is not None and _digest(path) != digest:
+      if found[name] != size:
+        return f'{name} has {found[name]} bytes, was saved with {size}'
+    small = [name for name, (_, digest) in wanted.items() if digest is not None]
+    for name, data in buckets.contents(folder, small):
+      if _digest(data) != wanted[name][1]:
         return f'{name} has changed since it was saved'
   except (OSError, ValueError, TypeError, AttributeError) as error:
+    if buckets.in_bucket(folder) and buckets.unreachable(error):
+      raise
     return f'{FILE} cannot be read ({error})'
   return None
 
 
-def _files(folder: Path):
-  for path in folder.rglob('*'):
-    if path.is_file() and path.name != FILE:
-      yield path.relative_to(folder).as_posix(), path
-
-
-def _described(path: Path, limit: int) -> tuple[int, str | None]:
-  size = path.stat().st_size
-  return size, _digest(path) if size <= limit else None
-
-
-def _digest(path: Path) -> str:
-  return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+def _digest(data: bytes) -> str:
+  return hashlib.blake2b(data, digest_size=16).hexdigest()

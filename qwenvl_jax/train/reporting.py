@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
+from qwenvl_jax import buckets
 from qwenvl_jax.train.events import Events
+from qwenvl_jax.train.mirror import Mirror
 from qwenvl_jax.train.step import COUNTS
 
 LOG_FILE = 'log.jsonl'
@@ -91,10 +93,15 @@ class Reporter:
     if quiet:
       return
     self._sinks = {}
-    self._attempt(LOG_FILE, lambda: self._open_log(workdir / LOG_FILE, start))
-    self._attempt(
-      TENSORBOARD, lambda: self._open_events(workdir / TENSORBOARD, start)
-    )
+    self._events = None
+    self._mirror = None
+    log, events = workdir / LOG_FILE, workdir / TENSORBOARD
+    if buckets.in_bucket(workdir):
+      self._mirror = Mirror(workdir, self.say)
+      log = self._mirror.fetch(LOG_FILE)
+      events = self._mirror.folder / TENSORBOARD
+    self._attempt(LOG_FILE, lambda: self._open_log(log, start))
+    self._attempt(TENSORBOARD, lambda: self._open_events(events, start))
     console = Console(stderr=True)
     if console.is_terminal:
       self._bar = Progress(
@@ -119,7 +126,7 @@ class Reporter:
     self._sinks[LOG_FILE] = write, log.close
 
   def _open_events(self, path: Path, start: int) -> None:
-    events = Events(path, start)
+    events = self._events = Events(path, start)
 
     def write(record):
       scalars = {k: v for k, v in record.items() if v is not None}
@@ -147,6 +154,8 @@ class Reporter:
     }
     for name, (write, _) in list(self._sinks.items()):
       self._attempt(name, lambda write=write: write(finite))
+    if self._mirror:
+      self._mirror.now_and_then()
     if self._bar:
       self._bar.update(self._task, completed=record['step'], record=finite)
       if remark:
@@ -154,6 +163,14 @@ class Reporter:
     else:
       line = f'step {record["step"]}/{self._stop}  {self._line(finite)}'
       self.say(f'{line}  {remark}' if remark else line)
+
+  def flush(self) -> None:
+    """Sees to it that what was written so far is in the run's folder."""
+    if self._quiet or not self._mirror:
+      return
+    if TENSORBOARD in self._sinks:
+      self._attempt(TENSORBOARD, self._events.flush)
+    self._mirror.flush()
 
   def rolled_back(self, step: int, start: int, why: str) -> None:
     """Notes that the run goes on from an earlier step.
@@ -202,6 +219,8 @@ class Reporter:
       self._bar.stop()
     for name, (_, close) in list(self._sinks.items()):
       self._attempt(name, close)
+    if self._mirror:
+      self._mirror.close()
 
 
 def describe(record: dict) -> str:

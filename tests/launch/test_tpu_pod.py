@@ -221,19 +221,18 @@ def test_from_nothing_to_done_and_again(pod):
     (start,) = pod.starts(worker)
     assert start['cwd'].endswith('/qwenvl_jax/checkout')
     home = pathlib.Path(start['cwd']).parents[1]
-    # Buckets are folders there.
-    buckets = home / 'qwenvl_jax/buckets'
+    # The trainer itself opens buckets.
     assert start['argv'] == [
       '--gin_file=configs/stage2.gin',
       '--gin_file=configs/topology/v5e_16/mesh.gin',
-      f'--workdir={buckets}/b/runs/stage2',
-      f'--gin.INIT="{buckets}/b/runs/stage1"',
-      f'--gin.DATA="{buckets}/other-b.1/my data"',
+      '--workdir=gs://b/runs/stage2',
+      '--gin.INIT="gs://b/runs/stage1"',
+      '--gin.DATA="gs://other-b.1/my data"',
       '--distributed',
       *AWKWARD,
     ]
-    assert {path.name for path in buckets.iterdir()} == {'b', 'other-b.1'}
-    assert '.[tpu]' in (home / 'pip').read_text()
+    assert not (home / 'qwenvl_jax/buckets').exists()
+    assert '.[gcs,tpu]' in (home / 'pip').read_text()
     assert not (home / 'qwenvl_jax/checkout/tests').exists()
   assert steps(done.out) == [1, 2, 3, 4]
   (copy,) = pod.state.glob('pod1/stage2-*.log')
@@ -398,8 +397,17 @@ def test_a_worker_that_fails_to_install_is_named(pod):
   assert len(pod.calls('create')) == 1
 
 
+def test_data_may_be_read_through_a_folder(pod):
+  pod.stage('--data=gs://other-b.1/my data', '--mount-data')
+  (start,) = pod.starts(1)
+  buckets = pathlib.Path(start['cwd']).parent / 'buckets'
+  assert f'--gin.DATA="{buckets}/other-b.1/my data"' in start['argv']
+  assert '--workdir=gs://b/runs/stage2' in start['argv']
+  assert [path.name for path in buckets.iterdir()] == ['other-b.1']
+
+
 def test_a_bucket_that_cannot_be_mounted_is_named(pod):
-  done = pod.stage('--data=gs://missing/data', status=1)
+  done = pod.stage('--data=gs://missing/data', '--mount-data', status=1)
   assert 'worker 1: Error: bucket missing does not exist' in done.err
   assert 'worker 0: FAILED: bucket missing cannot be mounted' in done.err
   assert not (pod.folder / 'starts 0').exists()

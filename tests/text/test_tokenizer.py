@@ -148,6 +148,15 @@ def test_saving_the_default_gives_the_released_file(tokenizer, tmp_path):
     tokenizer.save(tmp_path / 'nowhere' / 'x.tiktoken')
 
 
+def test_in_a_bucket(bucket):
+  small = Tokenizer.from_ranks([bytes([i]) for i in range(256)])
+  url = f'{bucket.url}/small.tiktoken'
+  small.save(url)
+  assert Tokenizer(url) == small
+  with pytest.raises(DataError, match='cannot read the vocabulary gs://.*none'):
+    Tokenizer(f'{bucket.url}/none')
+
+
 def test_default_is_read_once(tokenizer):
   assert Tokenizer()._bpe is tokenizer._bpe
 

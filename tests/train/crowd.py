@@ -54,6 +54,8 @@ class Run:
       and take away its manifest.
     every: steps between checkpoints.
     bad: what the rows of batches 14 to 18 are multiplied by; with a guard.
+    bucket: where the run's folder is instead of `workdir`, which then has the
+      notes alone.
   """
 
   workdir: str
@@ -69,6 +71,7 @@ class Run:
   flip: str = ''
   every: int = 4
   bad: float | None = None
+  bucket: str = ''
 
 
 def work(run: Run, attempt: int) -> int:
@@ -96,7 +99,8 @@ def work(run: Run, attempt: int) -> int:
   )
   with joined(find_place(os.environ), 30) as peers:
     try:
-      state = train(config, run.workdir, run.stop_at, peers=peers)
+      folder = run.bucket or run.workdir
+      state = train(config, folder, run.stop_at, peers=peers)
     except Interrupted as stop:
       print(stop, file=sys.stderr)
       return 128 + stop.signum

@@ -45,6 +45,13 @@ def same(a, b):
     np.testing.assert_array_equal(value, b[path].astype(value.dtype))
 
 
+def test_a_stage_starts_from_a_bucket(folder, bucket):
+  path, params = folder
+  bucket.put_folder(path, 'start')
+  init = InitFrom(params=f'{bucket.url}/start')
+  same(initial_params(MODEL, target(), init, seed=0), params)
+
+
 def test_random_parts_depend_on_the_seed(folder):
   path, _ = folder
   init = InitFrom(params=str(path), adapter=None)

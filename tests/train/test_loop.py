@@ -172,13 +172,6 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-def test_a_workdir_that_is_a_bucket_is_refused(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(ConfigError, match='gs://a/b: a run needs a folder'):
-    train(standin.line_run(), 'gs://a/b')
-  assert not list(tmp_path.iterdir())
-
-
 def test_a_workdir_that_is_a_file_is_named(tmp_path):
   (tmp_path / 'run').write_text('')
   with pytest.raises(ConfigError, match='cannot write to --workdir'):

@@ -37,7 +37,11 @@ def run(folder, *runs):
 
 
 def losses(folder):
-  lines = (folder / 'log.jsonl').read_text().splitlines()
+  return losses_of((folder / 'log.jsonl').read_text())
+
+
+def losses_of(log):
+  lines = log.splitlines()
   records = [json.loads(line) for line in lines]
   assert [r['step'] for r in records] == list(range(1, 25))
   return [r['loss'] for r in records]
@@ -174,6 +178,25 @@ def test_all_go_back_to_one_step_and_leave_out_the_same_data(tmp_path):
   assert gone['statuses'] == [LOST, -9]
   assert again['statuses'] == [0, 0]
   np.testing.assert_array_equal(ended(killed), ended(spike))
+
+
+@pytest.mark.slow
+def test_in_a_bucket_with_other_numbers_of_processes(
+  tmp_path, undisturbed, bucket
+):
+  folder = tmp_path / 'run'
+  place = {'bucket': f'{bucket.url}/run'}
+  two, one = run(
+    folder, place | {'processes': 2, 'stop_at': 10}, place | {'processes': 1}
+  )
+  assert two['statuses'] == [0, 0]
+  assert one['statuses'] == [0]
+  assert 'resumed from step 10' in one['said'][0]
+  found = losses_of(bucket.objects['run/log.jsonl'].decode())
+  np.testing.assert_allclose(found, losses(undisturbed), rtol=1e-5)
+  first, second = read_rows(folder)
+  taken = sum(first[:10] + second[:14], [])
+  assert sorted(taken) == list(range(24 * BATCH))
 
 
 @pytest.mark.parametrize(

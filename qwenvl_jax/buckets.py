@@ -1,0 +1,270 @@
+"""Folders of a file system, or of a bucket in Cloud Storage (`gs://`).
+
+A path is a `pathlib.Path`, or for a bucket etils' `epath.Path`, which share
+what is used of them. Where the two differ is here: in a bucket an object
+appears whole, replaces what was there, and is seen by everybody at once; it
+cannot be appended to, and folders exist only as parts of names, so that none
+can be made or renamed.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from etils import epath
+
+from qwenvl_jax.errors import ConfigError, QwenVLError
+
+_SCHEME = 'gs://'
+
+# Whose exceptions tell of the network, of permissions or credentials.
+_OTHERS = (
+  'gcsfs.',
+  'google.api_core.',
+  'google.auth.',
+  'google.cloud.',
+  'aiohttp.',
+  'requests.',
+  'urllib3.',
+)
+
+# What gcsfs and TensorStore say in exceptions that say nothing by their kind.
+_REFUSED = re.compile(
+  r'\b(Forbidden: |PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|'
+  r'DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)'
+)
+
+
+def as_path(text: str | os.PathLike) -> Path:
+  """The path that a person named; `~` is expanded.
+
+  Raises:
+    ConfigError: it names no bucket, a store of another kind, or what opens
+      buckets is not installed.
+  """
+  if isinstance(text, epath.Path):
+    return text
+  name = os.fspath(text)
+  if '://' not in name:
+    return Path(name).expanduser()
+  if not re.match(r'gs://[^/]', name):
+    raise ConfigError(
+      f'{name} is neither a folder nor a bucket (gs://BUCKET/FOLDER)'
+    )
+  if not importlib.util.find_spec('gcsfs'):
+    raise ConfigError(
+      f"{name} is in a bucket: pip install 'qwenvl_jax[gcs]', which opens them"
+    )
+  _set_up()
+  return epath.Path(name)
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+  return os.fspath(path).startswith(_SCHEME)
+
+
+def absolute(path: Path) -> Path:
+  return path if in_bucket(path) else path.absolute()
+
+
+def split(path: Path) -> tuple[str, str]:
+  """Bucket and name of an object."""
+  bucket, _, name = os.fspath(path).removeprefix(_SCHEME).partition('/')
+  return bucket, name
+
+
+def make_folder(path: Path) -> None:
+  """Makes a folder where that is needed.
+
+  Raises:
+    OSError: it cannot be made, or there is no such bucket.
+  """
+  if not in_bucket(path):
+    path.mkdir(parents=True, exist_ok=True)
+  elif not _files().exists(split(path)[0]):
+    raise FileNotFoundError(
+      f'there is no bucket {split(path)[0]}, or not for these credentials: '
+      f'gcloud storage buckets create gs://{split(path)[0]} makes one'
+    )
+
+
+def write(path: Path, content: str | bytes) -> None:
+  """Writes a file that appears whole or not at all, instead of an old one."""
+  data = content.encode() if isinstance(content, str) else content
+  if in_bucket(path):
+    path.write_bytes(data)
+    return
+  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.partial')
+  try:
+    partial.write_bytes(data)
+    os.replace(partial, path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def upload(file: Path, path: Path) -> None:
+  """Copies a file of this machine to an object, in pieces."""
+  _files().put_file(str(file), _key(path))
+
+
+def version(path: Path) -> tuple:
+  """What changes when a file is written again.
+
+  Raises:
+    OSError: there is no such file.
+  """
+  if in_bucket(path):
+    return (str(_files().info(_key(path))['generation']),)
+  stat = path.stat()
+  return stat.st_mtime_ns, stat.st_size
+
+
+def copy(file: Path, destination: Path) -> None:
+  """Copies a small file, from or to anywhere."""
+  write(destination, file.read_bytes())
+
+
+def sizes(folder: Path) -> dict[str, int]:
+  """Bytes of all files under a folder, by their path within it."""
+  if not in_bucket(folder):
+    return {
+      path.relative_to(folder).as_posix(): path.stat().st_size
+      for path in folder.rglob('*')
+      if path.is_file()
+    }
+  # One request for a thousand objects, not one for each.
+  found = _files().find(_key(folder), detail=True)
+  start = len(_key(folder)) + 1
+  return {
+    name[start:]: info['size']
+    for name, info in found.items()
+    if not name.endswith('/')
+  }
+
+
+def contents(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+  """Contents of files under a folder; of a bucket, many at a time."""
+  names = list(names)
+  if in_bucket(folder):
+    keys = {f'{_key(folder)}/{name}': name for name in names}
+    found = _files().cat(list(keys)) if keys else {}
+    yield from ((keys[key], data) for key, data in found.items())
+  else:
+    yield from ((name, (folder / name).read_bytes()) for name in names)
+
+
+def size(path: Path) -> int:
+  """Bytes of a file."""
+  if in_bucket(path):
+    return _files().info(_key(path))['size']
+  return path.stat().st_size
+
+
+def read_array(path: Path, start: int, count: int) -> np.ndarray:
+  """Bytes of a file from a place on, [count] uint8; fewer at its end."""
+  if not in_bucket(path):
+    return np.fromfile(path, np.uint8, count, offset=start)
+  data = _files().cat_file(_key(path), start=start, end=start + count)
+  # A copy can be written to, as what a file gives.
+  return np.frombuffer(data, np.uint8).copy()
+
+
+def move(folder: Path, destination: Path, first: str) -> None:
+  """Moves a folder; one that is there already is replaced.
+
+  Args:
+    folder: to be moved.
+    destination: to where.
+    first: the file without which the folder is invalid. In a bucket objects
+      are copied and deleted one by one: it goes first, so that what is left if
+      this is interrupted does not look whole.
+  """
+  remove(destination)
+  if not in_bucket(folder):
+    destination.parent.mkdir(exist_ok=True)
+    folder.rename(destination)
+    return
+  (folder / first).unlink(missing_ok=True)
+  names = [name for name in sizes(folder) if name != first]
+  old, new = (
+    [f'{_key(place)}/{name}' for name in names]
+    for place in (folder, destination)
+  )
+  if names:
+    _files().copy(old, new)
+  remove(folder)
+
+
+def remove(folder: Path) -> None:
+  """Removes a folder with all it holds, if it is there."""
+  if not in_bucket(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+  elif names := list(sizes(folder)):
+    _files().rm([f'{_key(folder)}/{name}' for name in names])
+
+
+def unreachable(error: BaseException) -> str | None:
+  """What Cloud Storage says that is no fault of an object; else None.
+
+  It does not answer, or refuses; what is there may be in best order. Looked
+  for anywhere in a chain of exceptions.
+  """
+  seen = error
+  while seen is not None:
+    if _is_theirs(seen) or _REFUSED.search(str(seen)):
+      lines = str(seen).split('See full TensorStore')[0].strip().splitlines()
+      return ': '.join(lines[:2])[:300] or type(seen).__name__
+    seen = seen.__cause__ or seen.__context__
+  return None
+
+
+def _is_theirs(error: BaseException) -> bool:
+  return f'{type(error).__module__}.'.startswith(_OTHERS)
+
+
+@contextlib.contextmanager
+def refusals_told() -> Iterator[None]:
+  """What runs under this tells people of a bucket that they may not use.
+
+  Raises:
+    ConfigError: in place of what the clients of Cloud Storage raise.
+  """
+  try:
+    yield
+  except QwenVLError:
+    raise
+  except Exception as error:
+    if not (_is_theirs(error) or str(error).startswith('Forbidden: ')):
+      raise
+    raise ConfigError(
+      f'Cloud Storage refuses: {unreachable(error)}. Is somebody logged in '
+      '(gcloud auth application-default login), and may that account use the '
+      'bucket?'
+    ) from error
+
+
+def _key(path: Path) -> str:
+  return os.fspath(path).removeprefix(_SCHEME).rstrip('/')
+
+
+def _files() -> fsspec.AbstractFileSystem:
+  return fsspec.filesystem('gcs')
+
+
+def _set_up() -> None:
+  # Whoever catches an error says it; these would print it, traceback and all.
+  for name in ('fsspec', 'gcsfs'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  logging.getLogger('google.auth').setLevel(logging.ERROR)
+  # TensorStore and other hosts change folders that gcsfs would remember.
+  for name in ('gs', 'gcs'):
+    fsspec.config.conf.setdefault(name, {})['use_listings_cache'] = False
