@@ -242,8 +242,9 @@ def param_spec(
   'tensor' splits what the table says. 'fsdp' and 'inner' split the axes of a
   matrix that leave the smallest shards, padding to the tiles of a TPU included
   (a width of 4096 split 256 ways as the last axis would be padded 8 times), the
-  fewest of them, the first where that is undecided. No axis is split unevenly.
-  Vectors are split by layers, if they are stacked.
+  fewest of them, and where that is undecided the first, but of a table of tokens
+  the last: whose rows are split, all gradients go to all chips. No axis is split
+  unevenly. Vectors are split by layers, if they are stacked.
 
   Args:
     names: logical axes.
@@ -263,7 +264,7 @@ def param_spec(
       left[axis] //= count
   matrix = sum(name != 'layers' for name in names) > 1 and 'embed' in names
   if matrix:
-    _split_least(rules, taken, left, mesh)
+    _split_least(rules, taken, left, mesh, names[0] == 'vocab_rows')
   elif 'layers' in names:
     axis = list(names).index('layers')
     for candidate in (FSDP_AXES, *((a,) for a in FSDP_AXES)):
@@ -274,7 +275,7 @@ def param_spec(
   return PartitionSpec(*(axes or None for axes in taken))
 
 
-def _split_least(rules, taken, left, mesh) -> None:
+def _split_least(rules, taken, left, mesh, last_first) -> None:
   """Adds to `taken` the axes for FSDP_AXES that leave the smallest shards."""
   axes = [axis for axis in FSDP_AXES if mesh.shape[axis] > 1]
   places = [
@@ -294,7 +295,7 @@ def _split_least(rules, taken, left, mesh) -> None:
     cost = (
       _padded(sizes),
       len(set(split)),
-      len(rules) - 1 in split,
+      (len(rules) - 1 in split) != last_first,
       split,
     )
     if best is None or cost < best[0]:

@@ -77,6 +77,9 @@ def test_parameters_are_split_evenly_and_where_it_costs_no_padding():
     'fsdp',
     'inner',
   )
+  # Columns alone where that wastes nothing.
+  table = ('vocab_rows', 'embed')
+  assert spec((151936, 4096), table, (1, 4, 4, 1)) == (None, BOTH)
   # Vectors by layers: the state of those of all layers is 5% of a chip's.
   assert spec((32, 4096), ('layers', 'norm')) == ('fsdp', None)
   assert spec((48, 1664), ('layers', 'embed')) == ('fsdp', None)

@@ -24,8 +24,8 @@ FLOORS = {
   'refer, several objects': report.Floor(0.30, 0.60),
 }
 
-# Kinds of questions with a floor are asked of all scenes, others, chats,
-# held-out combinations of thing and colour, and easy-VQA of this share of them.
+# Kinds of questions with a floor are asked of all scenes, plainly and in chats;
+# others, held-out combinations of thing and colour, and easy-VQA of this share.
 _SHARE = 0.25
 _WITH_FLOOR = ('caption', 'exist', 'count', 'colour', 'refer')
 _OTHERS = tuple(kind for kind in scenes.KINDS if kind not in _WITH_FLOOR)
@@ -81,7 +81,7 @@ def evaluate(
     (
       'stage3',
       'Stage 3, the same in ChatML',
-      about(test[:few], _WITH_FLOOR, chat=True),
+      about(test, _WITH_FLOOR, chat=True),
     ),
   )
   for name, title, (asked, pictures) in exams:
