@@ -242,9 +242,9 @@ def param_spec(
   'tensor' splits what the table says. 'fsdp' and 'inner' split the axes of a
   matrix that leave the smallest shards, padding to the tiles of a TPU included
   (a width of 4096 split 256 ways as the last axis would be padded 8 times), the
-  fewest of them, and where that is undecided the first, but of a table of tokens
-  the last: whose rows are split, all gradients go to all chips. No axis is split
-  unevenly. Vectors are split by layers, if they are stacked.
+  fewest of them. Where that is undecided the first, but of a table of tokens
+  the last: if its rows are split, all gradients go to all chips. No axis is
+  split unevenly. Vectors are split by layers, if they are stacked.
 
   Args:
     names: logical axes.
