@@ -80,7 +80,12 @@ def abstract_params(
   return unflatten(
     {
       path: jax.ShapeDtypeStruct(
-        leaf.shape, dtypes[path], sharding=shardings[path]
+        leaf.shape,
+        # Packed kernels stay what they are.
+        dtypes[path]
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else leaf.dtype,
+        sharding=shardings[path],
       )
       for path, leaf in shapes.items()
     }
