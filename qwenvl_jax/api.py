@@ -49,9 +49,9 @@ def load(
     shardings: tree of shardings like the parameters; None splits them over the
       mesh in use (`sharding.use_mesh`), if there is one. Each device's shard is
       read by itself.
-    keep_int4: of the Int4 release, keep the decoder's kernels at 4 bits: a
-      quarter of the memory. Otherwise they are dequantized. A checkpoint that
-      was converted with them always keeps them.
+    keep_int4: of the Int4 release, keep the decoder's kernels at 4 bits, which
+      halves the memory of the whole model. Otherwise they are dequantized. A
+      checkpoint that was converted with them always keeps them.
 
   Returns:
     A `Handle`.

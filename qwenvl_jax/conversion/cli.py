@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     '--keep_int4',
     action='store_true',
     help='of an int4 (GPTQ) checkpoint: keep its packed weights, for chat and '
-    'evaluation in a third of the memory; --dtype is then of all others. '
+    'evaluation in half the memory; --dtype is then of all others. '
     'Without this they are dequantized (to bfloat16), which training needs',
   )
   sub = command(

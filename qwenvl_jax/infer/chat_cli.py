@@ -143,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--keep_int4',
     action='store_true',
-    help='of a released Int4 folder: keep its weights at 4 bits, in a third of '
-    'the memory, rather than dequantize them (a checkpoint converted with '
+    help='of a released Int4 folder: keep its weights at 4 bits, in half the '
+    'memory, rather than dequantize them (a checkpoint converted with '
     '--keep_int4 is always used so)',
   )
   return parser

@@ -77,15 +77,13 @@ def abstract_params(
   shapes = flatten(nn.meta.unbox(boxed))
   shardings = flatten(param_shardings(boxed, mesh))
   dtypes = _stored_dtypes(nn.meta.unbox(boxed), objective, config)
+  for path, leaf in shapes.items():
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+      dtypes[path] = leaf.dtype  # Of packed kernels, in plans of inference.
   return unflatten(
     {
       path: jax.ShapeDtypeStruct(
-        leaf.shape,
-        # Packed kernels stay what they are.
-        dtypes[path]
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else leaf.dtype,
-        sharding=shardings[path],
+        leaf.shape, dtypes[path], sharding=shardings[path]
       )
       for path, leaf in shapes.items()
     }
