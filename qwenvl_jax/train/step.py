@@ -224,15 +224,7 @@ def compile_step(
 
   Returns:
     (state, batch) -> (state, metrics). Gives up its state argument (donated).
-
-  Raises:
-    ConfigError: the model's kernels are packed.
   """
-  if objective.config.decoder.int4_group is not None:
-    raise ConfigError(
-      f'DecoderConfig.int4_group={objective.config.decoder.int4_group}: '
-      'kernels of 4 bits are for inference and cannot be trained; leave it out'
-    )
   shardings = jax.tree.map(lambda x: x.sharding, state)
 
   def step(state, batch):
