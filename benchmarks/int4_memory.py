@@ -3,9 +3,10 @@
   python benchmarks/int4_memory.py [--topology v5e:1x1] [--length 2048]
 
 Compiles the full-size model for a TPU that is not there (pip install
-'qwenvl_jax[tpu]'; a few minutes): reading a prompt with a picture, which needs
-all parameters, and one more token, which needs no vision. Prints the compiler's
-peak of memory with the decoder's kernels in bfloat16 and packed, and the ratio.
+'qwenvl_jax[tpu]'; a few minutes): reading a prompt with four pictures, which
+needs all parameters, and one more token, which needs no vision. Prints the
+compiler's peak of memory with the decoder's kernels in bfloat16 and packed, and
+the ratio.
 """
 
 import argparse
@@ -29,7 +30,10 @@ def main() -> int:
     '--topology', default='v5e:1x1', help='one chip (default: %(default)s)'
   )
   parser.add_argument(
-    '--length', type=int, default=2048, help='of the cache (%(default)s)'
+    '--length',
+    type=int,
+    default=2048,
+    help='of the prompt, and of the cache (default: %(default)s)',
   )
   args = parser.parse_args()
   wanted = topology.parse(args.topology)

@@ -249,6 +249,11 @@ def init_stage1(
     CheckpointError: tensors do not match the configs; see `from_hf`.
   """
   stored, kind = folders.read_config(decoder), _dtype(dtype)
+  if stored.decoder.int4_group is not None:
+    raise CheckpointError(
+      f'{decoder} keeps int4 weights, which cannot be trained: take what they '
+      'were converted from, which is then dequantized'
+    )
   vocabulary = vocabulary_size(stored)
   config = stored.replace(
     vision=openclip.read_config(vision),

@@ -209,6 +209,12 @@ def test_a_bias_that_says_something_is_not_dropped(changed, tmp_path):
     convert.from_hf(folder, tmp_path / 'ours', keep_int4=True)
 
 
+def test_no_start_of_a_training(kept, tmp_path):
+  vision = INT4.parent / 'openclip'
+  with pytest.raises(CheckpointError, match='keeps int4 .*cannot be trained'):
+    convert.init_stage1(vision, kept, tmp_path / 'start')
+
+
 def test_nothing_to_keep(tmp_path):
   plain = INT4.parent / 'tiny'
   with pytest.raises(CheckpointError, match='no int4 weights .*leave out'):
