@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from qwenvl_jax.conversion.blocks import Block
@@ -181,7 +180,7 @@ def implied(
 
 @dataclasses.dataclass(frozen=True)
 class DequantizedSource:
-  """A checkpoint with packed kernels as one of bfloat16 kernels."""
+  """A checkpoint with packed kernels as one of float32 kernels."""
 
   source: OrbaxSource
 
@@ -190,7 +189,7 @@ class DequantizedSource:
     dtypes = {}
     for path, dtype in self.source.dtypes.items():
       if is_packed(path):
-        path, dtype = path.rpartition('/')[0], np.dtype(ml_dtypes.bfloat16)
+        path, dtype = path.rpartition('/')[0], np.dtype(np.float32)
       dtypes[path] = dtype
     return dtypes
 
@@ -218,8 +217,7 @@ class DequantizedSource:
     group = values.shape[1] // scales.shape[1]
     shifted = values - np.repeat(zeros, group, axis=1)
     scales = np.repeat(scales.astype(np.float32), group, axis=1)
-    kernel = (scales * shifted).astype(ml_dtypes.bfloat16)
-    return kernel.reshape(block.box_shape)
+    return (scales * shifted).reshape(block.box_shape)
 
 
 def _check_bias(name: str, tensor: Tensor) -> None:

@@ -52,8 +52,9 @@ def released_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     )
     # Unless told, the release takes the precision that suits the machine.
     config.bf16, config.fp16, config.fp32 = False, False, True
-    # As old and new versions call it.
-    config.torch_dtype = config.dtype = torch.float32
+    # As new and old versions call it.
+    kind = 'dtype' if hasattr(config, 'dtype') else 'torch_dtype'
+    setattr(config, kind, torch.float32)
     model = transformers.AutoModelForCausalLM.from_config(
       config, trust_remote_code=True
     )

@@ -10,7 +10,7 @@ from qwenvl_jax.conversion import layout
 from qwenvl_jax.conversion.blocks import Block, plan
 from qwenvl_jax.conversion.convert import Progress, copy
 from qwenvl_jax.conversion.writer import narrow
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.model.config import QwenVLConfig
 
 
@@ -105,7 +105,7 @@ def _packed_configs(first: Path, second: Path) -> list[QwenVLConfig] | None:
   """Configs for reading both with packed kernels, None if one has none."""
   try:
     return [folders.read_config(f, keep_int4=True) for f in (first, second)]
-  except CheckpointError:
+  except QwenVLError:
     return None  # What is damaged says so again when it is read otherwise.
 
 
