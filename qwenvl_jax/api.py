@@ -70,6 +70,7 @@ def load(
     ) from error
   folder = Path(folder).expanduser()
   config = folders.read_config(folder, keep_int4)
+  folders.check_whole(folder)
   if config.decoder.int4_group is not None:
     dtype = dtype or jnp.dtype('bfloat16')
   if shardings is None:

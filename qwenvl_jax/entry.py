@@ -11,10 +11,12 @@ import difflib
 import inspect
 import io
 import logging
+import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +224,56 @@ def build(target: Callable, whole: bool = True) -> Any:
 
 
 def resolved() -> str:
-  """The whole configuration as one config file."""
-  return gin.config_str()
+  """The whole configuration as one config file, wherever it is read from.
+
+  Relative paths become absolute. A parameter takes a path if its annotation
+  says `os.PathLike`.
+  """
+  written = list(_written_paths())
+  before = [bound[key] for bound, key in written]
+  try:
+    for bound, key in written:
+      bound[key] = os.path.abspath(bound[key])
+    return gin.config_str()
+  finally:
+    for (bound, key), value in zip(written, before, strict=True):
+      bound[key] = value
+
+
+def _written_paths() -> Iterator[tuple[dict, str]]:
+  """Where gin keeps the relative paths: (bindings, key), each once."""
+  found = {}
+  for (_, selector), bound in gin.config._CONFIG.items():
+    if selector == 'gin.macro':
+      continue
+    target = gin.config._REGISTRY[selector].wrapped
+    parameters = inspect.signature(target).parameters
+    for name in bound:
+      if name not in parameters or os.PathLike not in typing.get_args(
+        parameters[name].annotation
+      ):
+        continue
+      place = _where_written(bound, name)
+      if _is_relative(place[0].get(place[1])):
+        found[id(place[0]), place[1]] = place
+  yield from found.values()
+
+
+def _where_written(bound: dict, key: str) -> tuple[dict, str]:
+  """Follows `key = %NAME` to the line that has the value."""
+  while match := re.fullmatch(r'%([A-Za-z_]\w*)', repr(bound.get(key))):
+    bound, key = gin.config._CONFIG.get((match[1], 'gin.macro'), {}), 'value'
+  return bound, key
+
+
+def _is_relative(value: Any) -> bool:
+  return (
+    isinstance(value, str)
+    and value != ''
+    and '://' not in value
+    and not value.startswith('~')
+    and not os.path.isabs(value)
+  )
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:

@@ -2,10 +2,12 @@
 
 import golden
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import qwenvl_jax
 from qwenvl_jax.conversion import convert
+from qwenvl_jax.conversion.folder import write_side_files
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
 
 
@@ -72,6 +74,20 @@ def test_converted_folder_opens_alike(handle, tmp_path):
   ids = golden.expected()['eval/text/ids']
   again = qwenvl_jax.load(tmp_path / 'ours', dtype='float32').logits(ids)
   np.testing.assert_array_equal(again, handle.logits(ids))
+
+
+def test_a_run_of_a_part_says_so_and_names_whole_models(handle, tmp_path):
+  whole, part = tmp_path / 'stage3', tmp_path / 'vision'
+  write_side_files(part, handle.config, None)
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    save = checkpointer.save
+    save(whole / 'checkpoints' / '9' / 'params', handle.params)
+    held = {'vision': handle.params['vision'], 'head': np.ones(3)}
+    save(part / 'checkpoints' / '9' / 'params', held)
+  with pytest.raises(CheckpointError) as error:
+    qwenvl_jax.load(part)
+  assert 'holds head, vision and lacks decoder and adapter' in str(error.value)
+  assert f'whole models beside it: {whole}' in str(error.value)
 
 
 def test_without_vocabulary(handle):

@@ -4,7 +4,9 @@ import sys
 import pytest
 
 from qwenvl_jax import entry
+from qwenvl_jax.data import sources
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train import init
 from qwenvl_jax.train.optimizer import OptimizerConfig
 
 HEADER = 'from __gin__ import dynamic_registration\n'
@@ -58,6 +60,48 @@ def test_the_resolved_configuration_is_a_config_file(here):
   wanted = build('PEAK=1e-2', 'OptimizerConfig.trainable=("a/.*", "b/.*")')
   (here / 'saved.gin').write_text(entry.resolved())
   assert build(file='saved.gin') == wanted
+
+
+def test_paths_are_resolved_wherever_the_saved_file_is_opened(
+  here, monkeypatch
+):
+  (here / 'run.gin').write_text(
+    HEADER
+    + """
+from qwenvl_jax.data import sources
+from qwenvl_jax.train import init
+
+INIT = 'runs/stage1'
+DATA = %WHERE
+WHERE = 'data'
+
+init.InitFrom:
+  params = %INIT
+  vision = '/models/clip'
+  decoder = 'gs://bucket/qwen'
+sources.Prepared:
+  name = 'data'
+  data_dir = %DATA
+"""
+  )
+
+  def read(file):
+    entry.load([file])
+    return entry.build(init.InitFrom), entry.build(sources.Prepared)
+
+  as_written = read('run.gin')
+  assert as_written[0].params == 'runs/stage1'
+  (here / 'saved.gin').write_text(entry.resolved())
+  # What is going on meanwhile is as it was.
+  assert entry.build(init.InitFrom) == as_written[0]
+  (here / 'elsewhere').mkdir()
+  monkeypatch.chdir(here / 'elsewhere')
+  assert read('../saved.gin') == (
+    init.InitFrom(
+      f'{here}/runs/stage1', '/models/clip', None, 'gs://bucket/qwen'
+    ),
+    sources.Prepared('data', data_dir=f'{here}/data'),
+  )
 
 
 def test_files_are_found_here_beside_their_includer_and_in_the_project(here):

@@ -35,11 +35,12 @@ ROOMS = {
     'data.image',
     'train.loss',
   ),
+  'progress': (),
 }
 # Console commands start a program, so they may also import what is made for
-# that: the shared command line and the public face.
+# that: the shared command line, progress bars and the public face.
 MAINS = ('main', 'cli', 'chat_cli')
-FOR_MAINS = ('entry', 'api')
+FOR_MAINS = ('entry', 'api', 'progress')
 # Put everything together; nobody imports them.
 TOPS = ('__init__', 'quickstart')
 # Packages of others that only some rooms may import.

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import inspect
 import re
 import sys
@@ -14,7 +15,6 @@ from rich.console import Console
 from rich.progress import (
   BarColumn,
   DownloadColumn,
-  Progress,
   TextColumn,
   TimeRemainingColumn,
   TransferSpeedColumn,
@@ -28,6 +28,7 @@ from qwenvl_jax.conversion.hub import local_folder
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
 from qwenvl_jax.errors import CheckpointError, QwenVLError
+from qwenvl_jax.progress import bars
 
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}
 
@@ -189,16 +190,15 @@ def _size(text: str) -> int:
 @contextlib.contextmanager
 def _progress(text: str):
   """A bar over bytes; yields what to call with (done, total)."""
-  with Progress(
-    TextColumn(text),
+  columns = (
+    TextColumn('{task.description}'),
     BarColumn(),
     DownloadColumn(),
     TransferSpeedColumn(),
     TimeRemainingColumn(),
-    console=Console(stderr=True),
-  ) as bar:
-    task = bar.add_task(text, total=None)
-    yield lambda done, total: bar.update(task, completed=done, total=total)
+  )
+  with bars(Console(stderr=True), *columns) as progress:
+    yield functools.partial(progress, text)
 
 
 def _from_hf(args) -> int:

@@ -161,6 +161,40 @@ def dequantized(config: QwenVLConfig) -> QwenVLConfig:
   return _with_int4(config, None)
 
 
+def check_whole(folder: Path) -> None:
+  """Tells a run that trained a part from a model.
+
+  Raises:
+    CheckpointError: says what the folder holds, and which ones beside it are
+      whole.
+  """
+  found = _parts(folder)
+  missing = [part for part in layout.PARTS if part not in found]
+  if not found or not missing:
+    return
+  held = [part for part in layout.PARTS if part in found] or ['params']
+  whole = [
+    str(path)
+    for path in sorted(folder.absolute().parent.iterdir())
+    if path != folder.absolute() and set(layout.PARTS) <= _parts(path)
+  ]
+  beside = f'; whole models beside it: {", ".join(whole)}' if whole else ''
+  raise CheckpointError(
+    f'{folder} is no whole model, but the run of a part: it holds '
+    f'{", ".join(sorted(found))} and lacks {" and ".join(missing)}. Another '
+    f'run can start from it (InitFrom.{held[0]}){beside}'
+  )
+
+
+def _parts(folder: Path) -> set[str]:
+  """The top of the parameter tree in a folder of ours; empty of others."""
+  try:
+    stored = params_folder(folder)
+    return set(orbax_store.metadata(stored)) if stored else set()
+  except (CheckpointError, OSError):  # Said where parameters are read.
+    return set()
+
+
 def read_tokenizer(folder: Path, config: QwenVLConfig) -> Tokenizer | None:
   """The folder's own vocabulary for its model, None if it has none."""
   path = side_file(folder, VOCABULARY)

@@ -1,7 +1,6 @@
 """`qwenvl-data`: what data there is, preparing it, looking at it."""
 
 import argparse
-import contextlib
 import difflib
 import pathlib
 import re
@@ -9,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 import rich.console
-import rich.progress
 import rich.table
 
 from qwenvl_jax import entry
@@ -26,6 +24,7 @@ from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.data.cleaning import cli as cleaning_cli
 from qwenvl_jax.data.making import cli as making_cli
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
+from qwenvl_jax.progress import bars
 
 _EPILOG = """\
 examples:
@@ -180,7 +179,7 @@ def _list(arguments, console):
     return
   base = sources.data_path(arguments.data_dir)
   table = rich.table.Table(title=str(base))
-  for column in ('name', 'task', 'prepared', 'what', 'where'):
+  for column in ('name', 'task', 'prepared', 'what'):
     table.add_column(column, overflow='fold')
   _list_own(arguments, table)
   known = list(catalogue.DATA_SETS)
@@ -189,11 +188,13 @@ def _list(arguments, console):
     entry = catalogue.DATA_SETS.get(name)
     lengths = storage.split_lengths(storage.folder(base, name))
     state = '\n'.join(f'{k}: {sum(v):,}' for k, v in lengths.items())
-    about = ('', '', '')
-    if entry:
-      about = (entry.task, entry.size, entry.url)
-    table.add_row(name, about[0], state or 'no', *about[1:])
+    about = (entry.task, entry.size) if entry else ('', '')
+    table.add_row(name, about[0], state or 'no', about[1])
   console.print(table)
+  # Not in the table, which would break addresses to fit the terminal.
+  console.print('where to get them:')
+  for name, entry in catalogue.DATA_SETS.items():
+    _print_whole(console, f'  {name:<14} {entry.url}')
   console.print(
     '`qwenvl-data list --name NAME` tells what to download and under which '
     'licence.'
@@ -201,22 +202,27 @@ def _list(arguments, console):
 
 
 def _list_own(arguments, table):
-  what = 'composed scenes, boxes and names, English and Chinese'
+  what = 'composed scenes, boxes and names, English and Chinese (made here)'
   configs = sources.prepared_configs(arguments.data_dir)
   if not configs:
-    table.add_row('scenes', 'all', 'not prepared', what, 'made here')
+    table.add_row('scenes', 'all', 'not prepared', what)
   for config in configs:
     folder = sources.scenes_folder(arguments.data_dir, config)
     sizes = sources.split_sizes(folder).items()
     state = '\n'.join(f'{split}: {count:,}' for split, count in sizes)
     name = 'scenes' if config == 'default' else f'scenes ({config})'
-    table.add_row(name, 'all', state, what, 'made here')
+    table.add_row(name, 'all', state, what)
   state = '\n'.join(
     f'{split}: {len(sources.EasyVqa(split).open()):,}'
     for split in ('train', 'test')
   )
-  what = 'easy-VQA 1.0: questions about shapes (MIT)'
-  table.add_row('easy_vqa', 'vqa', state, what, 'the installed package')
+  what = 'easy-VQA 1.0: questions about shapes (MIT; the installed package)'
+  table.add_row('easy_vqa', 'vqa', state, what)
+
+
+def _print_whole(console, line):
+  """A line that is not broken, so that what it names can be copied."""
+  console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _describe(name, data_dir, console):
@@ -239,12 +245,12 @@ def _describe(name, data_dir, console):
     ('put into --manual_dir', entry.put),
     ('splits', ', '.join(entry.splits)),
   ):
-    console.print(f'[bold]{label}[/bold]: {text}', highlight=False)
+    _print_whole(console, f'{label}: {text}')
   files = {x for reader in entry.splits.values() for x in reader.files}
   if files:
     console.print('\nfiles and folders it reads:')
     for file in sorted(files):
-      console.print(f'  {file}', highlight=False, markup=False)
+      _print_whole(console, f'  {file}')
   console.print(f'\nqwenvl-data prepare {name} --manual_dir FOLDER')
 
 
@@ -272,7 +278,7 @@ def _prepare(arguments, console):
   if arguments.name != 'scenes':
     _prepare_public(arguments, console)
     return
-  with _progress_bars(console) as progress:
+  with bars(console) as progress:
     folder = prepare.scenes(
       arguments.data_dir, arguments.config, arguments.vocabulary, progress
     )
@@ -283,24 +289,6 @@ def _prepare(arguments, console):
     table.add_row(split, f'{count:,}')
   console.print(table)
   console.print(f'vocabulary: {sources.small_vocabulary(arguments.data_dir)}')
-
-
-@contextlib.contextmanager
-def _progress_bars(console):
-  """A function that shows what is done, how far it is, and of how much."""
-  with rich.progress.Progress(
-    *rich.progress.Progress.get_default_columns(),
-    rich.progress.MofNCompleteColumn(),
-    console=console,
-  ) as bars:
-    tasks = {}
-
-    def progress(what, done, total):
-      if what not in tasks:
-        tasks[what] = bars.add_task(what, total=total)
-      bars.update(tasks[what], completed=done)
-
-    yield progress
 
 
 def _prepare_public(arguments, console):
@@ -321,7 +309,7 @@ def _prepare_public(arguments, console):
       f'{name} has to be downloaded by hand (`qwenvl-data list --name {name}` '
       'tells where); then name the folder with --manual_dir'
     )
-  with _progress_bars(console) as progress:
+  with bars(console) as progress:
     report = shards.prepare(
       name,
       readers,

@@ -2,10 +2,11 @@
 
 import collections
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwenvl_jax.data import sources, storage
+from qwenvl_jax.data import catalogue, formats, sources, storage
 from qwenvl_jax.data.pipeline import Stream
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -17,7 +18,7 @@ def streams(
   table: Sequence[Entry],
   totals: Mapping[str, float] | None = None,
   temperature: float = 1.0,
-  data_dir: str | None = None,
+  data_dir: str | os.PathLike | None = None,
   split: str = 'train',
   missing: str = 'error',
 ) -> list[Stream]:
@@ -47,21 +48,15 @@ def streams(
     there = part in storage.split_lengths(folder)
     there = there or missing == 'allow'
     (present if there else absent).append(entry)
-  if absent and missing == 'error':
-    names = list(dict.fromkeys(_named(entry[1], split)[0] for entry in absent))
-    raise DataError(
-      f'{len(names)} data sets of the mixture are not prepared in '
-      f'{sources.data_path(data_dir)}: {", ".join(names)}. `qwenvl-data list '
-      '--name NAME` tells where to get each, `qwenvl-data prepare NAME` '
-      "prepares it; mixture.streams.missing='skip' trains without them"
-    )
-  for entry in absent:
-    logging.warning('%s is not prepared: the mixture goes without', entry[1])
-  if not present:
-    raise DataError(
-      f'no data set of the mixture is prepared in '
-      f'{sources.data_path(data_dir)}; see `qwenvl-data list`'
-    )
+  if absent:
+    said = _what_to_prepare(absent, split, data_dir)
+    if missing == 'error':
+      raise DataError(
+        f"{said}\nmixture.streams.missing='skip' trains without what is missing"
+      )
+    if not present:
+      raise DataError(f'{said}\nThere is nothing else in the mixture')
+    logging.warning('%s\nThe mixture goes without.', said)
   weights = _weights(present, totals, temperature)
   made = []
   for (group, dataset, task, _), weight in zip(present, weights):
@@ -69,6 +64,41 @@ def streams(
     source = sources.Prepared(name, part, data_dir)
     made.append(Stream(source, task, weight, group, f'{group}/{name}'))
   return made
+
+
+def _what_to_prepare(absent: Sequence[Entry], split, data_dir) -> str:
+  """All that is missing, with the command that makes each."""
+  names, commands = set(), []
+  for _, dataset, task, _ in absent:
+    name, part = _named(dataset, split)
+    names.add(name)
+    command = _command(name, task, data_dir)
+    if part != split:
+      command += f'  # split {part}'
+    commands.append(command)
+  count = len(names)
+  sets = 'data set' if count == 1 else 'data sets'
+  return '\n'.join(
+    [
+      f'{count} {sets} of the mixture not prepared in '
+      f'{sources.data_path(data_dir)}:',
+      *(f'  {command}' for command in dict.fromkeys(commands)),
+      '`qwenvl-data list --name NAME` tells what to download to FOLDER.',
+    ]
+  )
+
+
+def _command(name: str, task: Any, data_dir) -> str:
+  """What makes a data set."""
+  if isinstance(task, formats.Ocr):
+    kind = name if name in ('pdf', 'html') else 'pages'
+    folder = sources.data_path(data_dir) / name
+    return f'qwenvl-data make-ocr --kind {kind} --n N {folder}'
+  command = f'qwenvl-data prepare {name} --manual_dir FOLDER'
+  if name not in catalogue.DATA_SETS:
+    written = {formats.Text: 'text', formats.Conversations: 'conversations'}
+    command += f' --format {written.get(type(task), "FORMAT")}'
+  return command if data_dir is None else f'{command} --data_dir {data_dir}'
 
 
 def _named(dataset: str, split: str) -> tuple[str, str]:

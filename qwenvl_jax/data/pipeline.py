@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -73,7 +74,7 @@ class Pipeline:
   """
 
   streams: Sequence[Stream]
-  vocabulary: str | None = None
+  vocabulary: str | os.PathLike | None = None
   sequence_length: int = 512
   image_size: int = 112
   image_tokens: int = 64

@@ -49,7 +49,7 @@ class Prepared:
 
   name: str
   split: str = 'train'
-  data_dir: str | None = None
+  data_dir: str | os.PathLike | None = None
   limit: int | None = None
 
   def open(self) -> 'RecordSequence':
@@ -112,13 +112,15 @@ class Scenes:
     data_dir: the folder given to `prepare`; None for the default one.
     split: 'train', 'test' or 'combos'.
     config: which set of scenes, 'default' unless prepared otherwise.
+    min_objects: only scenes with at least so many objects.
     max_objects: only scenes with at most so many objects; None for all.
     limit: only the first so many scenes; None for all.
   """
 
-  data_dir: str | None = None
+  data_dir: str | os.PathLike | None = None
   split: str = 'train'
   config: str = 'default'
+  min_objects: int = 0
   max_objects: int | None = None
   limit: int | None = None
 
@@ -132,16 +134,19 @@ class Scenes:
     folder = scenes_folder(self.data_dir, self.config)
     sequence = SceneSequence(folder, self.split)
     chosen = None
-    if self.max_objects is not None:
-      chosen = np.flatnonzero(sequence.object_counts() <= self.max_objects)
+    if self.min_objects or self.max_objects is not None:
+      counts = sequence.object_counts()
+      most = counts.max() if self.max_objects is None else self.max_objects
+      chosen = np.flatnonzero((self.min_objects <= counts) & (counts <= most))
+      if not len(chosen):
+        raise ConfigError(
+          f'Scenes(min_objects={self.min_objects}, '
+          f'max_objects={self.max_objects}): the scenes of {folder} have '
+          f'{counts.min()} to {counts.max()} objects'
+        )
     if self.limit is not None:
       chosen = np.arange(len(sequence)) if chosen is None else chosen
       chosen = chosen[: self.limit]
-    if chosen is not None and not len(chosen):
-      raise ConfigError(
-        f'no scene of {folder} has at most {self.max_objects} objects; raise '
-        'Scenes.max_objects or Scenes.limit'
-      )
     return dataclasses.replace(sequence, chosen=chosen)
 
 
@@ -192,7 +197,7 @@ def split_sizes(folder: pathlib.Path) -> dict[str, int]:
     ) from error
 
 
-def small_vocabulary(data_dir: str | None = None) -> str:
+def small_vocabulary(data_dir: str | os.PathLike | None = None) -> str:
   """The vocabulary that `qwenvl-data prepare scenes` wrote beside the data.
 
   Raises:

@@ -192,17 +192,27 @@ def write_info(
     )
     for split, counts in lengths.items()
   ]
-  text = tfds.features.Text()
   tfds.folder_dataset.write_metadata(
     data_dir=directory,
-    features=tfds.features.FeaturesDict(
-      {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
-    ),
+    features=features(),
     split_infos=splits,
     version=VERSION,
     filename_template=template,
     check_data=False,
     **about,
+  )
+
+
+def features():
+  """What a record is to TFDS: a `tfds.features.FeaturesDict`.
+
+  Pictures are bytes: TFDS would decode them by rules that are not ours.
+  """
+  import tensorflow_datasets as tfds
+
+  text = tfds.features.Text()
+  return tfds.features.FeaturesDict(
+    {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
   )
 
 

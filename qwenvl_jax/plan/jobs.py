@@ -39,7 +39,7 @@ from qwenvl_jax.train.step import check_batch, compile_loss, compile_step
 WHATS = ('train', 'eval', 'prefill', 'decode')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
   """A program to compile, and what it is for.
 
@@ -49,12 +49,12 @@ class Job:
     lower: makes the `jax.stages.Lowered` program.
     mesh: of the topology's devices.
     params: abstract parameters as the program takes them.
-    trained: paths of the trained parameters.
     work: of a step.
-    accumulation: microbatches a step.
-    steps: of the whole run; None where there is no such thing.
     ideal_argument_bytes: of a chip, if all arguments were split as far as the
       mesh goes and nothing padded.
+    trained: paths of the trained parameters.
+    accumulation: microbatches a step.
+    steps: of the whole run; None where there is no such thing.
   """
 
   what: str
@@ -62,11 +62,11 @@ class Job:
   lower: Callable[[], Any]
   mesh: Mesh
   params: Any
-  trained: frozenset[str]
   work: Work
-  accumulation: int
-  steps: int | None
   ideal_argument_bytes: float
+  trained: frozenset[str] = frozenset()
+  accumulation: int = 1
+  steps: int | None = None
 
 
 def make(
@@ -155,22 +155,17 @@ def _train(config: TrainConfig, mesh: Mesh) -> Job:
   step = compile_step(
     config.objective, config.optimizer, config.accumulation, mesh, state
   )
-
-  def lower():
-    with use_mesh(mesh):
-      return step.jitted.lower(state, batch)
-
-  return Job(
-    'train',
-    config.objective.config,
-    lower,
+  return _job(
+    config,
     mesh,
-    params,
-    frozenset(flatten(split(params, config.optimizer)[0])),
-    work_of(config.data),
-    config.accumulation,
-    config.optimizer.steps,
-    _ideal_bytes(state, batch, mesh),
+    step.jitted,
+    (state, batch),
+    what='train',
+    params=params,
+    work=work_of(config.data),
+    trained=frozenset(flatten(split(params, config.optimizer)[0])),
+    accumulation=config.accumulation,
+    steps=config.optimizer.steps,
   )
 
 
@@ -181,22 +176,14 @@ def _eval(config: TrainConfig, mesh: Mesh, rows: int) -> Job:
   params = abstract_params(config.objective, config.optimizer, mesh)
   batch = abstract_batch(data, mesh)
   loss = compile_loss(config.objective, mesh, params)
-
-  def lower():
-    with use_mesh(mesh):
-      return loss.jitted.lower(params, batch)
-
-  return Job(
-    'eval',
-    config.objective.config,
-    lower,
+  return _job(
+    config,
     mesh,
-    params,
-    frozenset(),
-    work_of(data),
-    1,
-    None,
-    _ideal_bytes(params, batch, mesh),
+    loss.jitted,
+    (params, batch),
+    what='eval',
+    params=params,
+    work=work_of(data),
   )
 
 
@@ -219,22 +206,14 @@ def _prefill(config: TrainConfig, mesh: Mesh, rows: int, length: int) -> Job:
   cache = _abstract_cache(model.config, rows, length, mesh)
   places = jax.tree.map(lambda x: x.sharding, cache)
   program = jax.jit(read, out_shardings=(batch_sharding(mesh), places))
-
-  def lower():
-    with use_mesh(mesh):
-      return program.lower(params, batch)
-
-  return Job(
-    'prefill',
-    model.config,
-    lower,
+  return _job(
+    config,
     mesh,
-    params,
-    frozenset(),
-    dataclasses.replace(work_of(data), logits=1),
-    1,
-    None,
-    _ideal_bytes(params, batch, mesh),
+    program,
+    (params, batch),
+    what='prefill',
+    params=params,
+    work=dataclasses.replace(work_of(data), logits=1),
   )
 
 
@@ -255,22 +234,42 @@ def _decode(config: TrainConfig, mesh: Mesh, rows: int, length: int) -> Job:
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
   places = jax.tree.map(lambda x: x.sharding, cache)
   program = jax.jit(one, donate_argnums=1, out_shardings=(split, places))
+  return _job(
+    config,
+    mesh,
+    program,
+    (params, cache, tokens, tokens, step),
+    what='decode',
+    params=params,
+    work=Work(rows, 1, 0, config.data.image_size, keys=length),
+  )
+
+
+def _job(
+  config: TrainConfig, mesh: Mesh, program: Any, arguments: tuple, **about: Any
+) -> Job:
+  """The job of a jitted program.
+
+  Args:
+    config: of the run.
+    mesh: see `make_mesh`.
+    program: has `lower`.
+    arguments: abstract; first what is kept, then what is split as the batch is,
+      then what is too small to count.
+    **about: the other fields of `Job`.
+  """
 
   def lower():
     with use_mesh(mesh):
-      return program.lower(params, cache, tokens, tokens, step)
+      return program.lower(*arguments)
 
+  kept, batch, *_ = arguments
   return Job(
-    'decode',
-    model.config,
-    lower,
-    mesh,
-    params,
-    frozenset(),
-    Work(rows, 1, 0, config.data.image_size, keys=length),
-    1,
-    None,
-    _ideal_bytes(params, cache, mesh),
+    config=config.objective.config,
+    lower=lower,
+    mesh=mesh,
+    ideal_argument_bytes=_ideal_bytes(kept, batch, mesh),
+    **about,
   )
 
 

@@ -1,7 +1,8 @@
 """Options of the TPU compiler for a training step, by generation of chip.
 
-Others' measurements chose them. Further ones, for an experiment, go
-into the environment: LIBTPU_INIT_ARGS=--xla_tpu_...
+Others' measurements chose them, or the compiler's estimates where docs/pods.md
+has them. Further ones, for an experiment, go into the environment:
+LIBTPU_INIT_ARGS=--xla_tpu_...
 """
 
 from jax.sharding import Mesh
@@ -20,6 +21,9 @@ _OPTIONS = {
     'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
     'xla_enable_async_all_reduce': True,
     'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': True,
+    # Of 128 MiB of vector memory; by default 16, in which products of these
+    # sizes wait for their operands (docs/pods.md).
+    'xla_tpu_scoped_vmem_limit_kib': 32768,
   },
   # v4 and v5p
   'full': {

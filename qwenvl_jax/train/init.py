@@ -1,6 +1,7 @@
 """Where a run's first parameters come from."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ class InitFrom:
     decoder: for the decoder, before `params`.
   """
 
-  params: str | None = None
-  vision: str | None = None
-  adapter: str | None = None
-  decoder: str | None = None
+  params: str | os.PathLike | None = None
+  vision: str | os.PathLike | None = None
+  adapter: str | os.PathLike | None = None
+  decoder: str | os.PathLike | None = None
 
-  def folder(self, part: str) -> str | None:
+  def folder(self, part: str) -> str | os.PathLike | None:
     """The folder that a part of the tree comes from."""
     own = {
       'vision': self.vision,

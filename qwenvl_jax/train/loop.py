@@ -40,6 +40,9 @@ from qwenvl_jax.train.step import check_batch, compile_loss, compile_step
 # The resolved configuration, beside the checkpoints.
 CONFIG = 'config.gin'
 
+# Of the notice before a machine is taken away, what waiting for a step may use.
+_SHARE_OF_NOTICE = 1 / 3
+
 
 class Data(Protocol):
   """Where batches come from.
@@ -98,6 +101,9 @@ class TrainConfig:
     heldout: see `HeldOut`.
     guard: when to go back to the last good checkpoint; None is never.
     profile_steps: first and last step, counted from 1, of a profiler trace.
+    notice: seconds from SIGTERM to the end of a machine that is taken away, for
+      ending the running step and saving. Where steps take more than a third of
+      it, none is sent off before the one before has ended.
   """
 
   objective: Objective
@@ -113,10 +119,15 @@ class TrainConfig:
   heldout: HeldOut | None = None
   guard: Guard | None = None
   profile_steps: tuple[int, int] | None = None
+  notice: float = 30.0
 
   def __post_init__(self):
     if self.profile_steps is not None:
       check_steps(self.profile_steps)
+    if not self.notice > 0:
+      raise ConfigError(
+        f'TrainConfig.notice={self.notice} must be more than 0 seconds'
+      )
     for name in ('accumulation', 'log_every', 'max_skipped'):
       if getattr(self, name) < 1:
         raise ConfigError(
@@ -290,7 +301,9 @@ class _Run:
   """The loop over steps.
 
   The device works on step k while the host reads the metrics of step k-1 and
-  prepares batch k+1: nothing here waits for the newest metrics but saving.
+  prepares batch k+1: nothing here waits for the newest metrics but saving. Long
+  steps are waited for, since SIGTERM can only be obeyed when the device has
+  done all it was sent.
   """
 
   config: TrainConfig
@@ -308,6 +321,7 @@ class _Run:
     self._iterator = iterator
     self._pending = None
     self._spike = None
+    self._long_steps = False
     self._stop = stop
     # Counts on where the number of the step goes back.
     turn = step_number = int(state.step)
@@ -344,11 +358,16 @@ class _Run:
       self.checkpoints.check()
       heldout = config.heldout and step_number % config.heldout.every == 0
       saving = self.checkpoints.due(step_number) or step_number == stop
-      if heldout or saving:
+      if heldout or saving or self._long_steps:
         self._settle()
       if self._spike is not None:
+        sent_after = step_number - self._spike.step
         state = self._go_back(state)
         step_number = int(state.step)
+        if not sent_after:
+          # Whether a step was sent off after the spike's depends on the clock;
+          # which data are left out must not.
+          _next(iterator, step_number, stop)
         continue
       if heldout:
         self._report_heldout(step_number, state)
@@ -398,6 +417,19 @@ class _Run:
       record | compared, remark(compared, all_times, self.peers.name)
     )
     self._window = Window(time.perf_counter())
+    self._look_at_notice(min(x['step_seconds'] for x in all_times))
+
+  def _look_at_notice(self, step_seconds: float) -> None:
+    """Decides, as all processes do, whether steps are waited for."""
+    notice, before = self.config.notice, self._long_steps
+    self._long_steps = step_seconds > _SHARE_OF_NOTICE * notice
+    if step_seconds > notice and not before:
+      self.reporter.say(
+        f'warning: a step takes {step_seconds:.0f} s, longer than the '
+        f'{notice:.0f} s between SIGTERM and the end (TrainConfig.notice): a '
+        f'preemption costs up to CheckpointConfig.every='
+        f'{self.config.checkpoint.every} steps'
+      )
 
   def _judge(self, step_number: int, metrics: dict) -> None:
     """Finds out whether the run is still on its course."""
@@ -423,7 +455,7 @@ class _Run:
   def _go_back(self, state: TrainState) -> TrainState:
     """The state of the last good checkpoint; the data stay where they are.
 
-    So what was read since that checkpoint is left out.
+    So what was read since that checkpoint is left out, and one batch more.
     """
     spike, self._spike, self._pending = self._spike, None, None
     limit, rollbacks = self.config.guard.limit, self.watch.rollbacks

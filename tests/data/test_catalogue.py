@@ -1,10 +1,14 @@
 import json
+import pickle
 
 import downloads
 import pytest
+import tensorflow_datasets as tfds
 
-from qwenvl_jax.data import catalogue, shards, sources
-from qwenvl_jax.data.records import Qa, Record, Region
+from qwenvl_jax.data import catalogue, shards, sources, storage
+from qwenvl_jax.data.builders.public import PublicBuilder
+from qwenvl_jax.data.records import Qa, Region
+from qwenvl_jax.errors import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -105,17 +109,56 @@ def test_grit_boxes_are_pixels_of_the_picture(prepared_all):
   assert texts == ['a bee', 'an apricot flower', 'a bee on an apricot flower']
 
 
-def test_tfds_reads_what_was_prepared(prepared_all):
-  import tensorflow_datasets as tfds
+@pytest.mark.parametrize('name', catalogue.DATA_SETS)
+def test_tfds_reads_what_was_prepared(name, prepared_all):
+  data_dir, reports = prepared_all
+  for builder in (
+    tfds.builder_from_directory(reports[name].folder),
+    # Without the version, TFDS takes its own coco_captions.
+    tfds.builder(f'{name}:{storage.VERSION}', data_dir=data_dir),
+    PublicBuilder(name, data_dir),
+  ):
+    assert builder.info.name == name
+    assert str(builder.info.file_format) == 'FileFormat.ARRAY_RECORD'
+    assert set(builder.info.features) == {'id', 'images', 'annotation'}
+    lengths = {k: v.shard_lengths for k, v in builder.info.splits.items()}
+    assert lengths == reports[name].lengths
+  for split in lengths:
+    whole = f'{name}:{storage.VERSION}'
+    source = tfds.data_source(whole, split=split, data_dir=data_dir)
+    assert len(source) == sum(lengths[split])
+    theirs = builder.as_data_source(split=split)
+    ours = sources.Prepared(name, split, data_dir).open()
+    assert len(theirs) == len(ours)
+    for example, record in zip(theirs, ours, strict=True):
+      assert example['id'].decode() == record.id
+      assert tuple(example['images']) == record.images
+      annotation = json.loads(example['annotation'])
+      assert len(annotation.get('questions', ())) == len(record.questions)
+      assert tuple(annotation.get('captions', ())) == record.captions
 
-  folder = prepared_all[1]['vqav2'].folder
-  builder = tfds.builder_from_directory(folder)
-  example = builder.as_data_source(split='train')[0]
-  ours = sources.Prepared('vqav2', 'train', prepared_all[0]).open()[0]
-  assert isinstance(ours, Record)
-  assert example['id'].decode() == ours.id
-  assert example['images'][0] == ours.images[0]
-  assert json.loads(example['annotation'])['questions'][0]['answer'] == 'cat'
+
+def test_a_builder_prepares_what_is_missing_and_nothing_else(tmp_path):
+  manual = downloads.download('coco_captions', tmp_path / 'manual')
+  config = tfds.download.DownloadConfig(manual_dir=manual)
+  builder = PublicBuilder('coco_captions', tmp_path / 'data')
+  assert 'annotations/captions' in builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+  with pytest.raises(ConfigError, match='coco_captions has to be downloaded'):
+    builder.download_and_prepare()
+  builder.download_and_prepare(download_config=config)
+  assert 'flickr' in builder.info.redistribution_info.license.lower()
+
+  # As after an interruption in the second of its shards.
+  folder = tmp_path / 'data' / 'coco_captions' / storage.VERSION
+  first, second = sorted(folder.glob('*.array_record-*-of-00001'))
+  (folder / storage.INFO).unlink()
+  second.unlink()
+  written = first.stat().st_mtime_ns
+  again = pickle.loads(pickle.dumps(builder))
+  again.download_and_prepare(download_config=config)
+  assert first.stat().st_mtime_ns == written and second.exists()
+  (example,) = again.as_data_source('val')
+  assert json.loads(example['annotation'])['captions'][0] == 'A meal.'
 
 
 def test_every_entry_tells_where_and_under_which_licence():

@@ -1,6 +1,6 @@
 import pytest
 
-from qwenvl_jax.data import cli, prepare
+from qwenvl_jax.data import catalogue, cli, prepare
 from qwenvl_jax.errors import ConfigError
 
 
@@ -10,6 +10,14 @@ def test_list_shows_what_is_prepared(prepared, tmp_path, capsys):
   assert '400' in shown and 'combos' in shown and '4,000' in shown
   cli.main(['list', '--data_dir', str(tmp_path)])
   assert 'not prepared' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('arguments', [[], ['--name', 'flickr30k']])
+def test_addresses_can_be_copied_at_any_width(arguments, monkeypatch, capsys):
+  monkeypatch.setenv('COLUMNS', '40')
+  cli.main(['list', *arguments])
+  url = catalogue.DATA_SETS['flickr30k'].url
+  assert any(line.endswith(url) for line in capsys.readouterr().out.split('\n'))
 
 
 def test_prepare_again_changes_nothing(prepared, capsys):

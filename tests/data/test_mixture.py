@@ -31,15 +31,38 @@ def test_what_is_not_prepared(tmp_path):
     manual = downloads.download(name, tmp_path / 'in' / name)
     splits = DATA_SETS[name].splits
     shards.prepare(name, splits, manual, tmp_path)
-  with pytest.raises(DataError, match='1 data sets.*: sbu. .*qwenvl-data'):
+  with pytest.raises(DataError, match='1 data set of the mixture') as error:
     mixture.streams(_TABLE, data_dir=str(tmp_path))
+  command = f'prepare sbu --manual_dir FOLDER --data_dir {tmp_path}\n'
+  assert command in str(error.value)
   made = mixture.streams(_TABLE, data_dir=str(tmp_path), missing='skip')
   assert [(x.label, x.group, x.weight) for x in made] == [
     ('caption/cc3m', 'caption', 3), ('vqa/chartqa', 'vqa', 2),
   ]  # fmt: skip
   assert made[1].source.open()[0].questions
-  with pytest.raises(DataError, match='no data set of the mixture'):
+  with pytest.raises(DataError, match='3 data sets (.|\n)* nothing else'):
     mixture.streams(_TABLE, data_dir=str(tmp_path / 'x'), missing='skip')
+
+
+def test_all_that_is_missing_is_said_once_with_its_command(tmp_path, caplog):
+  manual = downloads.download('cc3m', tmp_path / 'in')
+  shards.prepare('cc3m', DATA_SETS['cc3m'].splits, manual, tmp_path)
+  table = [
+    *_TABLE,
+    ('caption', 'sbu', _CAPTIONS, 1.0),
+    ('ocr', 'pdf', formats.Ocr(), 1.0),
+    ('text', 'text_en', formats.Text(), 1.0),
+  ]
+  mixture.streams(table, data_dir=str(tmp_path), missing='skip')
+  (warning,) = caplog.messages
+  assert [x.strip() for x in warning.splitlines() if x.startswith('  ')] == [
+    f'qwenvl-data prepare sbu --manual_dir FOLDER --data_dir {tmp_path}',
+    f'qwenvl-data prepare chartqa --manual_dir FOLDER --data_dir {tmp_path}'
+    '  # split train_human',
+    f'qwenvl-data make-ocr --kind pdf --n N {tmp_path}/pdf',
+    'qwenvl-data prepare text_en --manual_dir FOLDER --format text '
+    f'--data_dir {tmp_path}',
+  ]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from qwenvl_jax.data import sources
@@ -44,6 +46,13 @@ def test_scenes_are_in_order_and_can_be_narrowed(small_scenes):
   assert [x.id for x in alone.open()] == [
     x.id for x in scenes if len(x.objects) == 1
   ]
+  several = sources.Scenes(small_scenes.data_dir, config='small', min_objects=2)
+  assert [x.id for x in several.open()] == [
+    x.id for x in scenes if len(x.objects) > 1
+  ]
+  crowded = dataclasses.replace(several, min_objects=4)
+  with pytest.raises(ConfigError, match='min_objects=4.*have 1 to 3 objects'):
+    crowded.open()
   few = sources.Scenes(small_scenes.data_dir, config='small', limit=3)
   assert [x.id for x in few.open()] == [scenes[i].id for i in range(3)]
 

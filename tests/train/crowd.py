@@ -28,6 +28,7 @@ import standin
 
 from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.checkpoint import CheckpointConfig, checksums
+from qwenvl_jax.train.guard import Guard
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.processes import find_place, joined
 from qwenvl_jax.train.signals import Interrupted
@@ -39,7 +40,7 @@ class Run:
 
   Attributes:
     workdir: of the run; notes on rows go to `rows/`, checksums of the last
-      state to `checksums.npy`.
+      state, as each process has it, to `checksums-PROCESS.npy`.
     processes: how many.
     devices: of each.
     mesh: sizes of the axes.
@@ -52,6 +53,7 @@ class Run:
     flip: first flip a bit in the largest file of this item of the newest step,
       and take away its manifest.
     every: steps between checkpoints.
+    bad: what the rows of batches 14 to 18 are multiplied by; with a guard.
   """
 
   workdir: str
@@ -66,17 +68,31 @@ class Run:
   delay: float = 0.0
   flip: str = ''
   every: int = 4
+  bad: float | None = None
 
 
 def work(run: Run, attempt: int) -> int:
   """What each process does."""
   rows = pathlib.Path(run.workdir, 'rows')
+  data = standin.Numbered(str(rows), attempt, pause=0.02)
+  changes = {}
+  if run.bad is not None:
+    size = data.batch_size
+    data = dataclasses.replace(
+      data, bad_from=14 * size, bad_until=19 * size, bad=run.bad
+    )
+    changes = {
+      'guard': Guard(window=6, sigmas=6.0, rise=2.0, steps=4, limit=2),
+      'max_skipped': 4,
+      'optimizer': {'peak': 0.02, 'end': 0.02},
+    }
   config = standin.line_run(
     steps=run.steps,
-    data=standin.Numbered(str(rows), attempt, pause=0.02),
+    data=data,
     checkpoint=CheckpointConfig(every=run.every, keep=3),
     log_every=1,
     mesh=MeshConfig(**run.mesh),
+    **changes,
   )
   with joined(find_place(os.environ), 30) as peers:
     try:
@@ -85,8 +101,7 @@ def work(run: Run, attempt: int) -> int:
       print(stop, file=sys.stderr)
       return 128 + stop.signum
     sums = np.asarray(checksums(state))
-    if not peers.index:
-      np.save(f'{run.workdir}/checksums.npy', sums)
+    np.save(f'{run.workdir}/checksums-{peers.index}.npy', sums)
   return 0
 
 

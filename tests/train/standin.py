@@ -166,18 +166,25 @@ class Numbered:
   Attributes:
     folder: where each process notes the rows that it reads.
     attempt: names its file.
+    bad_from: first row whose wanted values are multiplied by `bad`.
+    bad_until: the first after them.
   """
 
   folder: str
   attempt: int = 0
   batch_size: int = 8
   pause: float = 0.0
+  bad_from: int = 0
+  bad_until: int = 0
+  bad: float = np.nan
 
   def iterator(self, process_index=0, process_count=1):
     def point(row):
       rng = np.random.default_rng(row)
       x = rng.normal(size=4).astype(np.float32)
       y = np.array([x.sum() + 1, x[0] - x[1] + 1], np.float32)
+      if self.bad_from <= row < self.bad_until:
+        y *= self.bad
       weight = np.float32(rng.integers(1, 4))
       return {'x': x, 'y': y, 'weight': weight, 'row': np.int32(row)}
 

@@ -1,4 +1,8 @@
+import dataclasses
+import itertools
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -9,7 +13,10 @@ from tensorboardX.proto import event_pb2
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.checkpoint import CheckpointConfig
+from qwenvl_jax.train.guard import Guard
 from qwenvl_jax.train.loop import DivergedError, HeldOut, train
+from qwenvl_jax.train.reporting import Window
+from qwenvl_jax.train.signals import Interrupted
 
 
 def log(workdir):
@@ -104,6 +111,38 @@ def test_skipped_steps_are_counted_and_a_run_of_them_ends_it(tmp_path):
     train(config, tmp_path / 'many')
   assert 'last 3 steps, up to step 7' in str(error.value)
   assert 'OptimizerConfig.peak' in str(error.value)
+
+
+def test_sigterm_finds_no_second_long_step_queued(tmp_path, monkeypatch):
+  ended = itertools.count(1)
+  add = Window.add
+
+  def noticed(window, metrics):
+    if next(ended) == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+    add(window, metrics)
+
+  monkeypatch.setattr(Window, 'add', noticed)
+  # Every step is long, measured by such a notice.
+  config = standin.line_run(log_every=1, notice=1e-9)
+  with pytest.raises(Interrupted, match='at step 6, which is saved'):
+    train(config, tmp_path)
+  (saved,) = (tmp_path / 'checkpoints').iterdir()
+  assert saved.name == '6'
+
+
+def test_what_a_rollback_leaves_out_does_not_depend_on_waiting(tmp_path):
+  config = standin.line_run(
+    steps=24,
+    data=standin.Points(bad_from=14, bad_until=19, bad=50.0),
+    optimizer={'peak': 0.02, 'end': 0.02},
+    checkpoint=CheckpointConfig(every=4, keep=3),
+    guard=Guard(window=6, sigmas=6.0, rise=2.0, steps=4, limit=2),
+    log_every=1,
+  )
+  waiting = dataclasses.replace(config, notice=1e-9)
+  same(train(waiting, tmp_path / 'waiting'), train(config, tmp_path / 'not'))
+  assert any('rolled_back_from' in r for r in log(tmp_path / 'waiting'))
 
 
 def test_held_out_loss(tmp_path):

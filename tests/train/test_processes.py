@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import os
 import pathlib
 import random
@@ -89,8 +90,8 @@ def test_one_of_four_killed_the_others_say_so_and_the_restart_is_identical(
   assert killed['seconds'] < 30
   assert again['statuses'] == [0] * 4
   np.testing.assert_array_equal(
-    np.load(tmp_path / 'run' / 'checksums.npy'),
-    np.load(undisturbed / 'checksums.npy'),
+    np.load(tmp_path / 'run' / 'checksums-0.npy'),
+    np.load(undisturbed / 'checksums-0.npy'),
   )
   assert losses(tmp_path / 'run') == losses(undisturbed)
 
@@ -132,6 +133,47 @@ def test_stopped_and_damaged_it_goes_on_with_other_numbers_of_processes(
     batches |= dict(enumerate(rows, begin))
   taken = collections.Counter(sum((batches[x] for x in range(24)), []))
   assert taken == collections.Counter(range(24 * BATCH))
+
+
+def ended(folder):
+  """Checksums of the last state, one row for each process that had it."""
+  return np.stack([np.load(p) for p in sorted(folder.glob('checksums-*.npy'))])
+
+
+@pytest.mark.slow
+def test_all_go_back_to_one_step_and_leave_out_the_same_data(tmp_path):
+  spike, nan, killed = (tmp_path / x for x in ('spike', 'nan', 'killed'))
+  two = {'processes': 2, 'bad': 50.0}
+  delay = random.SystemRandom().uniform(0, 0.4)
+  kill = {'signum': 9, 'victim': 1, 'after': 16, 'delay': delay}
+  *whole, gone, again = run(
+    spike,
+    two,
+    two | {'bad': math.nan, 'workdir': str(nan)},
+    two | kill | {'workdir': str(killed)},
+    two | {'workdir': str(killed)},
+  )
+  for folder, result in zip((spike, nan), whole, strict=True):
+    assert result['statuses'] == [0, 0]
+    assert 'back to step 12, leaving out that data' in result['said'][0]
+    log = (folder / 'log.jsonl').read_text().splitlines()
+    records = [json.loads(line) for line in log]
+    (back,) = [r for r in records if 'rolled_back_from' in r]
+    assert back == {'step': 12, 'rolled_back_from': 18}
+    after = records[records.index(back) + 1 :]
+    assert [r['step'] for r in after] == list(range(13, 25))
+    assert all(r['loss'] < 20 and not r['skipped'] for r in after)
+    # Each batch once and in turn, in both: what went into steps 13 to 18, and
+    # the one after, is not read again.
+    (batches,) = read_rows(folder)
+    assert sum(batches, []) == list(range((24 + 7) * BATCH))
+    state = ended(folder)
+    np.testing.assert_array_equal(state[0], state[1])
+
+  # Killed about when it goes back and started again, it does the same.
+  assert gone['statuses'] == [LOST, -9]
+  assert again['statuses'] == [0, 0]
+  np.testing.assert_array_equal(ended(killed), ended(spike))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import rich.console
-import rich.progress
 import rich.table
 from etils import epath
 
@@ -13,6 +12,7 @@ from qwenvl_jax.data import storage
 from qwenvl_jax.data.cleaning import inputs, pipeline, report
 from qwenvl_jax.data.cleaning.tally import KEPT
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.progress import bars
 
 DESCRIPTION = """
 Cleans picture-text pairs as the paper's Appendix A lists it.
@@ -89,22 +89,14 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
       "*.tar'"
     )
   job = cleaning.job()
-  # Now: while TFDS is imported no other thread can import, as drawing does.
+  # Now: while threads of Beam import TFDS, this one could not, as drawing does.
   storage.prepare_imports()
-  with rich.progress.Progress(
-    *rich.progress.Progress.get_default_columns(),
-    rich.progress.MofNCompleteColumn(),
-    console=console,
-    auto_refresh=False,
-  ) as bars:
-    tasks = {}
-
-    def progress(what, done, total):
-      if what not in tasks:
-        tasks[what] = bars.add_task(f'{what} shards', total=total)
-      bars.update(tasks[what], completed=done, refresh=True)
-
-    tally = pipeline.run(job, beam_options, progress)
+  with bars(console) as progress:
+    tally = pipeline.run(
+      job,
+      beam_options,
+      lambda step, done, total: progress(f'{step} shards', done, total),
+    )
   console.print(_table(job, tally))
   console.print(f'{epath.Path(job.output) / "report.html"}: open it in a '
                 'browser')  # fmt: skip

@@ -19,13 +19,18 @@ from qwenvl_jax.errors import ConfigError
 # What is known about a pair when pairs are compared.
 FINGERPRINT = np.dtype([('image', 'V16'), ('text', 'V16'), ('length', '<i4')])
 
+# Of an image's key, bytes that tell it from billions of others. The rest is
+# coarser, survives more, and serves among pictures of the same text.
+_FINE = 12
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """A pair that passed its shard's rules.
 
   Attributes:
-    image, text: keys; equal keys mean alike.
+    image, text: keys; equal keys mean alike. Of the image's, `_FINE` bytes for
+      themselves, and the rest where the text is the same.
     length: characters of the text.
     shard, index: where it is; also decides between equals.
   """
@@ -49,7 +54,7 @@ class DuplicatePairs:
   keep: ClassVar[int] = 1
 
   def key(self, entry: Entry) -> bytes:
-    return entry.image + entry.text
+    return entry.image[_FINE:] + entry.text
 
   def rank(self, entry: Entry) -> tuple:
     """Smaller is better; ends in the place, so that no two are equal."""
@@ -64,7 +69,7 @@ class LongestText:
   keep: ClassVar[int] = 1
 
   def key(self, entry: Entry) -> bytes:
-    return entry.image
+    return entry.image[:_FINE]
 
   def rank(self, entry: Entry) -> tuple:
     return (-entry.length, *entry.place)
@@ -127,22 +132,28 @@ _FREQUENCIES = 8
 _STRENGTH = 12.0
 # A picture with fewer strong frequencies looks like too many others.
 _LEAST_STRONG = 12
+# The same for the coarser part of the key.
+_COARSE_FREQUENCIES = 5
+_COARSE_STRENGTH = 30.0
 
 
 def look_of(picture: Image.Image) -> bytes | None:
   """16 bytes that mostly stay when a picture is resized or compressed again.
 
   Which of the 63 lowest frequencies (but the mean) of its brightness are
-  clearly positive. None for pictures so plain that they have no look of their
-  own.
+  clearly positive; in the last bytes, which of the 24 lowest are more so. None
+  for pictures so plain that they have no look of their own.
   """
   small = picture.convert('L').resize((_SIDE, _SIDE), Image.Resampling.BOX)
   cosines = _cosines()
   waves = cosines @ np.asarray(small, np.float64) @ cosines.T
+  lowest = waves[:_COARSE_FREQUENCIES, :_COARSE_FREQUENCIES].ravel()[1:]
   waves = waves.ravel()[1:]
   if (np.abs(waves) > _STRENGTH).sum() < _LEAST_STRONG:
     return None
-  return np.packbits(waves > _STRENGTH).tobytes().ljust(16, b'\0')
+  fine = np.packbits(waves > _STRENGTH).tobytes().ljust(_FINE, b'\0')
+  coarse = np.packbits(lowest > _COARSE_STRENGTH).tobytes()
+  return (fine + coarse).ljust(16, b'\0')
 
 
 @functools.lru_cache(maxsize=1)

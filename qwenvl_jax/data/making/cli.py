@@ -1,13 +1,14 @@
 """`qwenvl-data make-ocr`: pages with text, to learn reading."""
 
+import functools
 from collections.abc import Sequence
 
 import rich.console
-import rich.progress
 
 from qwenvl_jax import entry
 from qwenvl_jax.data.making import make
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.progress import bars
 
 DESCRIPTION = """
 Makes pages with text in English and Chinese, and knows where every line is.
@@ -103,20 +104,13 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
     chromium=flags.chromium,
     per_shard=flags.per_shard,
   )
-  with rich.progress.Progress(
-    *rich.progress.Progress.get_default_columns(),
-    rich.progress.MofNCompleteColumn(),
-    console=console,
-    # Drawn by this thread: while TFDS is imported, others cannot import, as
-    # drawing does.
-    auto_refresh=False,
-  ) as bars:
-    task = bars.add_task(f'making {flags.kind}', total=flags.n)
-
-    def progress(done, total):
-      bars.update(task, completed=done, total=total, refresh=True)
-
-    made = make.make(making, flags.output, flags.workers, progress)
+  with bars(console) as progress:
+    made = make.make(
+      making,
+      flags.output,
+      flags.workers,
+      functools.partial(progress, f'making {flags.kind}'),
+    )
   console.print(
     f'{made.folder}: {sum(made.lengths):,} pages in {len(made.lengths)} shards'
   )

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import datetime
 import io
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -223,6 +224,8 @@ def compose(
     import fpdf
   except ImportError as error:
     raise ConfigError(_MISSING) from error
+  # It warns of tables without outlines (bitmaps), which no page needs.
+  logging.getLogger('fontTools.subset').setLevel(logging.ERROR)
   width, height = rng.choice(_PAPERS)
   # OpenType fonts of Chinese are too large to embed for every page.
   able = [

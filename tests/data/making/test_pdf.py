@@ -10,6 +10,7 @@ from qwenvl_jax.text import fonts
 
 fpdf = pytest.importorskip('fpdf')
 pypdfium2 = pytest.importorskip('pypdfium2')
+ttLib = pytest.importorskip('fontTools.ttLib')
 
 
 def document(width=400, height=300):
@@ -105,3 +106,15 @@ def test_composed_documents_are_functions_of_their_seed():
     assert one == other
     page = pdf.read(one, 0, 600)
     assert len(page.lines) >= 5 and max(page.picture.size) == 600
+
+
+def test_a_font_with_bitmaps_is_no_reason_to_warn(tmp_path, caplog):
+  path = str(tmp_path / 'bitmaps.ttf')
+  with ttLib.TTFont(fonts.PACKAGED_FONT) as font:
+    font['BDF '] = ttLib.newTable('BDF ')
+    font['BDF '].data = b'bitmaps'
+    font.save(path)
+  face = typefaces.Typeface(path, fonts.characters(path), ('en',))
+  vocabulary = words.from_vocabulary()
+  assert pdf.compose(random.Random(3), vocabulary, (face,), 'en')
+  assert not caplog.messages

@@ -1,0 +1,52 @@
+"""Progress bars of the console commands."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, ProgressColumn
+
+# Seconds between two drawings.
+_PAUSE = 0.1
+
+
+@contextlib.contextmanager
+def bars(
+  console: Console, *columns: ProgressColumn
+) -> Iterator[Callable[[str, float, float], None]]:
+  """Shows how far a long work is.
+
+  Nothing is drawn before the first call: what is wrong with the input is found
+  before, and should stand alone. The thread that calls draws. A thread of
+  Rich's own would fail in the midst of TFDS's first use: that imports lazily,
+  by changing what an import does for all threads, and Rich imports as it draws.
+
+  Args:
+    console: where to.
+    *columns: of a bar; else description, bar, share, time left and counts.
+
+  Yields:
+    A function to call with what is being done, how far it is, and of how much.
+    There is a bar for each description.
+  """
+  if not columns:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+  shown = Progress(*columns, console=console, auto_refresh=False)
+  tasks, drawn = {}, -_PAUSE
+
+  def say(what: str, done: float, total: float) -> None:
+    nonlocal drawn
+    if what not in tasks:
+      shown.start()
+      tasks[what] = shown.add_task(what, total=total)
+    now = time.monotonic()
+    due = done >= total or now - drawn >= _PAUSE
+    drawn = now if due else drawn
+    shown.update(tasks[what], completed=done, total=total, refresh=due)
+
+  try:
+    yield say
+  finally:
+    if tasks:
+      shown.stop()
