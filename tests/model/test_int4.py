@@ -154,7 +154,8 @@ import jax, numpy as np
 import qwenvl_jax
 from qwenvl_jax.sharding import MeshConfig, make_mesh, use_mesh
 
-ids = np.load({folder!r} + '/expected.npz')['ids']
+# A row for each shard of the batch.
+ids = np.tile(np.load({folder!r} + '/expected.npz')['ids'], (2, 1))
 alone = qwenvl_jax.load({folder!r}, 'float32', keep_int4=True)
 wanted = np.asarray(alone.logits(ids))
 new = alone.generate(ids[:, :9], max_new_tokens=4)
