@@ -3,8 +3,9 @@
   python benchmarks/convert_full_size.py --folder SCRATCH
 
 Makes a synthetic Qwen-VL in the released layout (853 tensors, 19.3 GB in
-bfloat16, shards of 2 GB, PyTorch's with --torch), then measures one after the
-other, each with its source out of the page cache and everything synced to disk:
+bfloat16, shards of 2 GB, PyTorch's with --torch; with --int4 the Int4 release's
+1,461 tensors, which are kept packed), then measures one after the other, each
+with its source out of the page cache and everything synced to disk:
 
   copy      the shards, as they are: what this disk takes
   from-hf   to an Orbax checkpoint
@@ -13,7 +14,8 @@ other, each with its source out of the page cache and everything synced to disk:
 and compares the round trip with the original, byte for byte. Prints the peak
 resident memory of each conversion above that of the interpreter with its
 imports, and its time as a multiple of the copy's; exits with status 1 if they
-exceed 3 GiB or 2.5. Needs 60 GB of disk and leaves nothing behind.
+exceed 3 GiB or 2.5. Needs 60 GB of disk (31 with --int4) and leaves nothing
+behind.
 """
 
 import argparse
@@ -30,13 +32,14 @@ import time
 
 import numpy as np
 
-from qwenvl_jax.conversion import layout
+from qwenvl_jax.conversion import gptq, layout
 from qwenvl_jax.conversion.hf_config import config_to_hf
 from qwenvl_jax.conversion.reader import open_released
+from qwenvl_jax.conversion.writer import ReleasedWriter
 from qwenvl_jax.model.config import DecoderConfig, qwen_vl_7b
 
 MAX_GIB, MAX_RATIO = 3.0, 2.5
-NEEDED = 60 * 10**9
+NEEDED, NEEDED_INT4 = 60 * 10**9, 31 * 10**9
 SHARD = 2 * 10**9
 
 # Run in a process of its own: imports, then a conversion, with the resident
@@ -52,7 +55,8 @@ def status(key):
       return int(line.split()[1]) * 1024
 
 before, start = status('VmRSS'), time.perf_counter()
-getattr(convert, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
+name, source, target, options = sys.argv[1:]
+getattr(convert, name)(Path(source), Path(target), **json.loads(options))
 print(json.dumps({
   'before': before,
   # Not getrusage, whose peak is that of the parent if that was larger.
@@ -78,42 +82,53 @@ def main() -> int:
     default=32,
     help='of the decoder; fewer for a quick look (default: the release)',
   )
-  parser.add_argument(
+  kind = parser.add_mutually_exclusive_group()
+  kind.add_argument(
     '--torch',
     action='store_true',
     help='start from .bin shards (needs torch, and memory for one)',
   )
+  kind.add_argument(
+    '--int4',
+    action='store_true',
+    help="the Int4 release's layout, its weights kept packed",
+  )
   args = parser.parse_args()
   free = shutil.disk_usage(args.folder).free
-  if args.layers == 32 and free < NEEDED:
+  needed = NEEDED_INT4 if args.int4 else NEEDED
+  if args.layers == 32 and free < needed:
     print(
-      f'{args.folder} has {free / 1e9:.0f} GB free, 60 are needed: choose '
-      'another --folder',
+      f'{args.folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} are '
+      'needed: choose another --folder',
       file=sys.stderr,
     )
     return 2
   # Clean up as after control-C.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-    return measure(pathlib.Path(scratch), args.layers, args.torch)
+    original = pathlib.Path(scratch, 'original')
+    if args.int4:
+      size = make_int4(original, args.layers)
+    else:
+      size = make(original, args.layers, args.torch)
+    return measure(pathlib.Path(scratch), size, args.int4)
 
 
-def measure(scratch: pathlib.Path, layers: int, pickled: bool) -> int:
-  """Makes, converts and compares; prints as it goes."""
+def measure(scratch: pathlib.Path, size: int, int4: bool) -> int:
+  """Converts `original` and compares; prints as it goes."""
   original, ours, back = (scratch / n for n in ('original', 'ours', 'back'))
-  size = make(original, layers, pickled)
   print(f'synthetic checkpoint: {size / 1e9:.2f} GB', flush=True)
   forget(original)
   copied = copy(original, scratch / 'copy')
   shutil.rmtree(scratch / 'copy')
   print(f'copy     {copied:7.1f} s  {size / copied / 1e9:.2f} GB/s', flush=True)
   failed = False
-  for name, source, target in (
-    ('from_hf', original, ours),
-    ('to_hf', ours, back),
+  for name, source, target, options in (
+    ('from_hf', original, ours, {'keep_int4': int4}),
+    ('to_hf', ours, back, {}),
   ):
     forget(source)
-    found = convert(name, source, target)
+    found = convert(name, source, target, options)
     memory = (found['peak'] - found['before']) / 2**30
     ratio = found['seconds'] / copied
     failed |= memory > MAX_GIB or ratio > MAX_RATIO
@@ -133,9 +148,7 @@ def make(folder: pathlib.Path, layers: int, pickled: bool) -> int:
   folder.mkdir()
   config = qwen_vl_7b(decoder=DecoderConfig(layers=layers))
   (folder / 'config.json').write_text(json.dumps(config_to_hf(config)))
-  # Finite bfloat16 of all sizes; every tensor starts elsewhere in the block.
-  noise = np.random.default_rng(0).integers(0, 2**16, 2**24, np.uint16)
-  noise &= 0xBFFF
+  noise = make_noise()
   shards = [[]]
   for name, rule in layout.released_order(layout.rules(config)):
     if sum(2 * math.prod(shape) for _, shape in shards[-1]) > SHARD:
@@ -152,6 +165,43 @@ def make(folder: pathlib.Path, layers: int, pickled: bool) -> int:
   index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
   (folder / f'{stem}.{suffix}.index.json').write_text(json.dumps(index))
   return total
+
+
+def make_noise() -> np.ndarray:
+  """Finite bfloat16 (and float16) of all sizes, as their bits.
+
+  Every tensor starts elsewhere in it.
+  """
+  noise = np.random.default_rng(0).integers(0, 2**16, 2**24, np.uint16)
+  return noise & np.uint16(0xBFFF)
+
+
+def make_int4(folder: pathlib.Path, layers: int) -> int:
+  """`make` of the Int4 layout, in float16."""
+  folder.mkdir()
+  config = qwen_vl_7b(decoder=DecoderConfig(layers=layers, int4_group=128))
+  (folder / 'config.json').write_text(json.dumps(config_to_hf(config)))
+  table, noise, total = layout.rules(config), make_noise(), 0
+  implied = dict(gptq.implied(table, 128, np.dtype(np.float16)))
+  tensors = [
+    (name, rule.shape, np.dtype(np.int32 if words(name) else np.float16))
+    for name, rule in layout.released_order(table)
+  ]
+  everything = [*tensors, *((n, x.shape, x.dtype) for n, x in implied.items())]
+  with ReleasedWriter(folder, everything, SHARD) as writer:
+    for number, (name, shape, dtype) in enumerate(tensors):
+      count = math.prod(shape) * dtype.itemsize // noise.itemsize
+      values = np.concatenate(list(parts(noise, number, count)))
+      writer.write_rows(name, 0, values)
+      total += values.nbytes
+    for name, values in implied.items():
+      writer.write_rows(name, 0, values)
+      total += values.nbytes
+  return total
+
+
+def words(name: str) -> bool:
+  return name.endswith(('.qweight', '.qzeros'))
 
 
 def write_shard(path, tensors, noise) -> int:
@@ -211,10 +261,12 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> float:
   return time.perf_counter() - start
 
 
-def convert(name: str, source: pathlib.Path, target: pathlib.Path) -> dict:
+def convert(
+  name: str, source: pathlib.Path, target: pathlib.Path, options: dict
+) -> dict:
   """Runs one conversion in a process of its own."""
   done = subprocess.run(
-    [sys.executable, '-c', _CHILD, name, str(source), str(target)],
+    [sys.executable, '-c', _CHILD, name, source, target, json.dumps(options)],
     env=os.environ | {'JAX_PLATFORMS': 'cpu'},
     stdout=subprocess.PIPE,
     text=True,

@@ -35,7 +35,12 @@ from qwenvl_jax.train.loss import next_token_loss
 
 
 @buckets.refusals_told()
-def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
+def load(
+  folder: str | Path,
+  dtype: Any = None,
+  shardings=None,
+  keep_int4: bool = False,
+) -> 'Handle':
   """Opens a checkpoint folder.
 
   Args:
@@ -43,16 +48,20 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
       checkpoint, or a training run (its newest complete step); on a disk or
       in a bucket (`gs://..`).
     dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
-      dtype that is stored.
+      dtype that is stored, and in bfloat16 with int4 weights.
     shardings: tree of shardings like the parameters; None splits them over the
       mesh in use (`sharding.use_mesh`), if there is one. Each device's shard is
       read by itself.
+    keep_int4: of the Int4 release, keep the decoder's kernels at 4 bits, which
+      halves the memory of the whole model. Otherwise they are dequantized. A
+      checkpoint that was converted with them always keeps them.
 
   Returns:
     A `Handle`.
 
   Raises:
-    CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged.
+    CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged, or has
+      no int4 weights to keep.
     ConfigError: no such dtype, or a bucket that may not be used.
   """
   try:
@@ -63,8 +72,10 @@ def load(folder: str | Path, dtype: Any = None, shardings=None) -> 'Handle':
       "'float32' are"
     ) from error
   folder = buckets.as_path(folder)
-  config = folders.read_config(folder)
+  config = folders.read_config(folder, keep_int4)
   folders.check_whole(folder)
+  if config.decoder.int4_group is not None:
+    dtype = dtype or jnp.dtype('bfloat16')
   if shardings is None:
     shardings = shardings_in_use(config)
   params = folders.read_params(folder, config, dtype, shardings)

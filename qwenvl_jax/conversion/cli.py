@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         qwenvl-convert inspect Qwen-VL-Chat
         qwenvl-convert from-hf Qwen-VL-Chat checkpoints/chat
         qwenvl-convert from-hf Qwen/Qwen-VL-Chat checkpoints/chat
+        qwenvl-convert from-hf Qwen-VL-Chat-Int4 checkpoints/int4 --keep_int4
         qwenvl-convert verify Qwen-VL-Chat checkpoints/chat
         qwenvl-convert to-hf runs/stage3 release --dtype bfloat16
         qwenvl-convert init-stage1 --vision CLIP-ViT-bigG --decoder Qwen-7B \\
@@ -96,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     ('destination', 'new folder for the converted checkpoint'),
   )
   _dtype(sub)
+  sub.add_argument(
+    '--keep_int4',
+    action='store_true',
+    help='of an int4 (GPTQ) checkpoint: keep its packed weights, for chat and '
+    'evaluation in half the memory; --dtype is then of all others. '
+    'Without this they are dequantized (to bfloat16), which training needs',
+  )
   sub = command(
     'to-hf',
     _to_hf,
@@ -198,7 +206,11 @@ def _from_hf(args) -> int:
   source = local_folder(args.source)
   with _progress('converting') as progress:
     convert.from_hf(
-      source, buckets.as_path(args.destination), args.dtype, progress
+      source,
+      buckets.as_path(args.destination),
+      args.dtype,
+      progress,
+      args.keep_int4,
     )
   print(f'wrote {args.destination}')
   return 0

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.conversion import folder as folders
-from qwenvl_jax.conversion import layout, openclip, reader
+from qwenvl_jax.conversion import gptq, layout, openclip, reader
 from qwenvl_jax.conversion.atomic import new_folder, new_local_folder
 from qwenvl_jax.conversion.blocks import Block, chunk_shapes, plan
 from qwenvl_jax.conversion.orbax_store import OrbaxWriter
@@ -50,14 +50,18 @@ def from_hf(
   destination: Path,
   dtype: str | None = None,
   progress: Progress = _silent,
+  keep_int4: bool = False,
 ) -> None:
   """Released layout to Orbax.
 
   Args:
-    source: folder with config.json and weights; Int4 ones are dequantized.
+    source: folder with config.json and weights.
     destination: a new folder.
     dtype: to cast to; None keeps the stored dtype (bfloat16 for Int4).
     progress: see `Progress`.
+    keep_int4: keep the packed weights of an Int4 checkpoint as they are, for
+      inference, and all else in its stored dtype unless `dtype` is given.
+      Otherwise they are dequantized.
 
   Raises:
     CheckpointError: the source is incomplete, damaged or of another model, a
@@ -68,6 +72,8 @@ def from_hf(
     raise CheckpointError(
       f'{source} holds no released weights (safetensors or .bin)'
     )
+  if keep_int4:
+    config = folders.read_config(source, keep_int4)
   values, table = folders.open_source(source, config, _dtype(dtype))
   _require_all_parts(table, source)
   write_ours(values, config, source, destination, progress)
@@ -81,6 +87,8 @@ def to_hf(
   progress: Progress = _silent,
 ) -> None:
   """A checkpoint of ours (or a training run) to the released layout.
+
+  Int4 weights that were kept become the Int4 layout again.
 
   Args:
     source: see `folder.params_folder`.
@@ -101,9 +109,16 @@ def to_hf(
     for name, rule in layout.released_order(table)
   ]
   size = sum(math.prod(s) * np.dtype(d).itemsize for _, s, d in tensors)
+  implied, group = {}, config.decoder.int4_group
+  if group is not None:
+    biases = values.dtypes['decoder/blocks/attn/q/bias']
+    implied = dict(gptq.implied(table, group, biases))
+  tensors += [(name, x.shape, x.dtype) for name, x in implied.items()]
   with new_local_folder(destination, size) as partial:
     with ReleasedWriter(partial, tensors, shard_bytes) as writer:
       copy(values, plan(table), writer.write, size, progress)
+      for name, array in implied.items():
+        writer.write_rows(name, 0, array)
     folders.carry_side_files(source, partial, config, _common(values))
 
 
@@ -234,6 +249,11 @@ def init_stage1(
     CheckpointError: tensors do not match the configs; see `from_hf`.
   """
   stored, kind = folders.read_config(decoder), _dtype(dtype)
+  if stored.decoder.int4_group is not None:
+    raise CheckpointError(
+      f'{decoder} keeps int4 weights, which cannot be trained: take what they '
+      'were converted from, which is then dequantized'
+    )
   vocabulary = vocabulary_size(stored)
   config = stored.replace(
     vision=openclip.read_config(vision),

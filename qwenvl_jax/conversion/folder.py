@@ -9,6 +9,7 @@ opening it means its newest complete step. Of OpenCLIP's folders the vision
 transformer is read, of Qwen-7B's the decoder.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -52,6 +53,9 @@ _TRAVELLERS = (
   'LICENSE*',
   'NOTICE*',
 )
+
+# What the release says of its packed weights beside them.
+_QUANTIZE = 'quantize_config.json'
 
 # The released code for the same model, which `verify --logits` runs.
 _CODE = ('*.py', 'SimSun.ttf')
@@ -112,12 +116,17 @@ def side_files(folder: Path, code: bool = True) -> list[Path]:
   return sorted({path for name in names for path in root.glob(name)})
 
 
-def read_config(folder: Path) -> QwenVLConfig:
+def read_config(folder: Path, keep_int4: bool = False) -> QwenVLConfig:
   """The config of a checkpoint folder of any kind.
 
+  Args:
+    folder: the checkpoint.
+    keep_int4: of int4 weights in the released layout, whether they are to stay
+      packed, rather than be dequantized as they are read.
+
   Raises:
-    CheckpointError: the folder does not exist, has no valid config.json, or is
-      of another model family.
+    CheckpointError: the folder does not exist, has no valid config.json, is of
+      another model family, or has no int4 weights that can be kept.
   """
   if not folder.is_dir():
     raise CheckpointError(
@@ -137,7 +146,26 @@ def read_config(folder: Path) -> QwenVLConfig:
     raise CheckpointError(
       f'{folder} is no checkpoint itself, but holds some: name one of {names}'
     )
-  return config_from_hf(read_json(path), str(path))
+  released = has_released_weights(folder)
+  config = config_from_hf(read_json(path), str(path), int4=not released)
+  if keep_int4 and released:
+    group = gptq.group_size(folder, open_released(folder))
+    return _with_int4(config, group)
+  if keep_int4 and config.decoder.int4_group is None:
+    raise CheckpointError(
+      f'{folder} holds no int4 weights: leave out keep_int4'
+    )
+  return config
+
+
+def _with_int4(config: QwenVLConfig, group: int | None) -> QwenVLConfig:
+  decoder = dataclasses.replace(config.decoder, int4_group=group)
+  return config.replace(decoder=decoder)
+
+
+def dequantized(config: QwenVLConfig) -> QwenVLConfig:
+  """The same model with plain kernels."""
+  return _with_int4(config, None)
 
 
 def check_whole(folder: Path) -> None:
@@ -187,9 +215,9 @@ def open_source(
 
   Args:
     folder: the checkpoint.
-    config: from `read_config`.
-    dtype: to cast to; None keeps what is stored, and dequantizes int4 weights
-      to bfloat16.
+    config: from `read_config`, which says whether int4 weights are kept.
+    dtype: to cast to, but for packed kernels; None keeps what is stored, and
+      dequantizes int4 weights to bfloat16.
 
   Returns:
     The source, and the conversion table of what it holds.
@@ -213,7 +241,9 @@ def open_source(
     parts, rules = ['vision'], openclip.openclip_rules(config)
   else:
     tensors = open_released(folder)
-    if gptq.is_quantized(tensors):
+    if config.decoder.int4_group is not None:
+      tensors = gptq.kept(tensors, config)
+    elif gptq.is_quantized(tensors):
       tensors = gptq.dequantized(folder, tensors, config)
       dtype = dtype or 'bfloat16'
     parts = layout.PARTS
@@ -226,6 +256,19 @@ def open_source(
     ReleasedSource(tensors, rules, str(folder)),
     layout.rules(config, parts),
   )
+
+
+def open_dequantized(
+  folder: Path, config: QwenVLConfig
+) -> tuple[Source, list[layout.Rule]]:
+  """`open_source` with plain kernels, also where packed ones were kept."""
+  source, table = open_source(folder, config)
+  if config.decoder.int4_group is not None:
+    source = gptq.DequantizedSource(source)
+    parts = {layout.part_of(rule.paths[0]) for rule in table}
+    parts = [part for part in layout.PARTS if part in parts]
+    table = layout.rules(dequantized(config), parts)
+  return source, table
 
 
 def cast(name: str, tensor: Tensor, dtype) -> Tensor:
@@ -241,8 +284,8 @@ def cast(name: str, tensor: Tensor, dtype) -> Tensor:
     except OverflowError as error:
       raise CheckpointError(f'{tensor.file}: {error}') from error
 
-  if tensor.dtype.kind not in 'fV':
-    return tensor  # An error later, as if there was no cast.
+  if tensor.dtype.kind not in 'fV' or layout.is_packed(name):
+    return tensor  # If that is an error, then later, as if there was no cast.
   return Tensor(tensor.shape, np.dtype(dtype), tensor.file, read)
 
 
@@ -253,9 +296,8 @@ def read_params(
 
   Args:
     folder: the checkpoint.
-    config: from `read_config`.
-    dtype: to cast to; None keeps what is stored, and dequantizes int4 weights
-      to bfloat16.
+    config: see `open_source`.
+    dtype: see there.
     shardings: tree of `jax.sharding.Sharding` like the parameters (may be
       partial with `keep`); None puts everything on the default device.
     keep: predicate on paths ('decoder/embed'); others are left out unread.
@@ -289,7 +331,9 @@ def _read_orbax(path: Path, dtype, placements, keep) -> dict:
   wanted = layout.unflatten(
     {
       name: jax.ShapeDtypeStruct(
-        leaf.shape, dtype or leaf.dtype, sharding=placements.get(name, device)
+        leaf.shape,
+        leaf.dtype if layout.is_packed(name) else dtype or leaf.dtype,
+        sharding=placements.get(name, device),
       )
       for name, leaf in layout.flatten(orbax_store.metadata(path))
       if keep(name)
@@ -355,7 +399,11 @@ def carry_side_files(
   if not written.exists():
     write_side_files(folder, config, None)
   raw = read_json(side_file(source, 'config.json'))
-  raw.pop('quantization_config', None)
+  quantize = side_file(source, _QUANTIZE)
+  if config.decoder.int4_group is None:
+    raw.pop('quantization_config', None)
+  elif quantize.exists():
+    shutil.copyfile(quantize, folder / _QUANTIZE)
   ours = config_to_hf(config)
   if config_from_hf(raw) != config:
     raw |= ours

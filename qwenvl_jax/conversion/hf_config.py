@@ -28,17 +28,29 @@ _EXTRAS = {
   'global_every': 4,
 }
 
+# How packed kernels are, in the words of the release.
+_GPTQ = {'quant_method': 'gptq', 'bits': 4, 'desc_act': False}
+
+
+def _int4_group(raw: dict) -> int | None:
+  quantization = raw.get('quantization_config')
+  return quantization and quantization['group_size']
+
 
 def _adapter_heads(dim: int) -> int:
   return max(dim // _ADAPTER_HEAD_DIM, 1)
 
 
-def config_from_hf(raw: dict, where: str = 'config.json') -> QwenVLConfig:
+def config_from_hf(
+  raw: dict, where: str = 'config.json', int4: bool = True
+) -> QwenVLConfig:
   """Reads a released (or our) config.json.
 
   Args:
     raw: the parsed file.
     where: its path, for messages.
+    int4: whether kernels that `quantization_config` calls packed are so in the
+      model; they are not where they are dequantized on reading.
 
   Returns:
     The config; a Qwen-7B without `visual` gets the default vision tower.
@@ -66,6 +78,7 @@ def config_from_hf(raw: dict, where: str = 'config.json') -> QwenVLConfig:
       max_position_embeddings=raw['max_position_embeddings'],
       dynamic_ntk=raw['use_dynamic_ntk'],
       logn=raw['use_logn_attn'],
+      int4_group=_int4_group(raw) if int4 else None,
     )
     visual = raw.get('visual')
     if visual is None:
@@ -126,7 +139,7 @@ def config_to_hf(config: QwenVLConfig) -> dict:
   }
   released = _EXTRAS | {'adapter_heads': _adapter_heads(adapter.dim)}
   visual |= {k: v for k, v in extras.items() if v != released[k]}
-  return {
+  raw = {
     'architectures': ['QWenLMHeadModel'],
     'auto_map': {
       'AutoConfig': 'configuration_qwen.QWenConfig',
@@ -156,6 +169,9 @@ def config_to_hf(config: QwenVLConfig) -> dict:
     'seq_length': decoder.seq_length,
     'visual': visual,
   }
+  if decoder.int4_group is not None:
+    raw['quantization_config'] = _GPTQ | {'group_size': decoder.int4_group}
+  return raw
 
 
 def _mlp_ratio(vision: VisionConfig) -> float:

@@ -13,6 +13,7 @@ from qwenvl_jax.conversion import gptq, layout, openclip, orbax_store
 from qwenvl_jax.conversion.reader import has_released_weights, open_released
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.int4 import PER_WORD
 
 # As the paper's Table 1 calls them.
 _PART_NAMES = {
@@ -76,6 +77,13 @@ def inspect(folder: Path) -> Report:
     tensors = dict(layout.flatten(orbax_store.metadata(stored)))
     parts = _parts_of(tensors)
     expected = layout.parameter_shapes(config, parts)
+    if config.decoder.int4_group is not None:
+      form += ', int4 (GPTQ) kept'
+      notes.append(
+        "the decoder's kernels are packed, 4 bits a weight, with a scale and a "
+        f'zero point for each {config.decoder.int4_group} inputs; the table '
+        'counts the weights that they stand for'
+      )
   elif openclip.is_openclip(folder) and not has_released_weights(folder):
     form, parts, tensors = 'OpenCLIP', ['vision'], openclip.open_vision(folder)
     table = openclip.openclip_rules(config)
@@ -95,7 +103,7 @@ def inspect(folder: Path) -> Report:
       )
     parts = _parts_of(tensors)
     expected = layout.released_shapes(layout.rules(config, parts))
-  stored_bytes = _bytes(tensors)
+  stored_bytes = sum(map(_bytes, tensors.values()))
   if gptq.is_quantized(tensors):
     notes.append(f'{stored_bytes / 1e9:,.2f} GB as stored')
     tensors = gptq.dequantized(folder, tensors, config)
@@ -145,25 +153,36 @@ def _size(config: QwenVLConfig, part: str) -> str:
 
 def _table(tensors: Mapping, parts) -> tuple[Part, ...]:
   groups = {part: [] for part in parts}
-  for name, tensor in tensors.items():
+  for name in tensors:
     part = parts[0] if len(parts) == 1 else layout.part_of(name)
-    groups[part].append(tensor)
-  rows = [_row(_PART_NAMES[part], group) for part, group in groups.items()]
-  return (*rows, _row('total', list(tensors.values())))
+    groups[part].append(name)
+  rows = [
+    _row(_PART_NAMES[part], {name: tensors[name] for name in group})
+    for part, group in groups.items()
+  ]
+  return (*rows, _row('total', tensors))
 
 
-def _row(name: str, group: list) -> Part:
+def _row(name: str, group: Mapping) -> Part:
   return Part(
     name,
     len(group),
-    sum(math.prod(t.shape) for t in group),
-    sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in group),
-    tuple(sorted({np.dtype(t.dtype).name for t in group})),
+    sum(_weights(path, tensor) for path, tensor in group.items()),
+    sum(map(_bytes, group.values())),
+    tuple(sorted({np.dtype(t.dtype).name for t in group.values()})),
   )
 
 
-def _bytes(tensors: Mapping) -> int:
-  return _row('', list(tensors.values())).bytes
+def _weights(path: str, tensor) -> int:
+  """Parameters that a tensor holds: words hold those of a packed kernel."""
+  size = math.prod(tensor.shape)
+  if layout.is_packed(path):
+    return size * PER_WORD if path.endswith('/words') else 0
+  return size
+
+
+def _bytes(tensor) -> int:
+  return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
 def _problem(expected, tensors, folder) -> str | None:

@@ -15,7 +15,8 @@ import einops
 import numpy as np
 
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.config import DecoderConfig, QwenVLConfig
+from qwenvl_jax.model.int4 import PER_WORD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,8 @@ def _expand(path: str) -> tuple[str, ...]:
 # Released name, our path, pattern. Axes: v vocabulary, d decoder width, n heads
 # h head dim, f decoder mlp, w vision width, m heads and j head dim of vision,
 # u vision mlp, i k patch, s position rows, q queries, a heads and b head dim of
-# the adapter, r colour, c fused (q, k, v).
+# the adapter, r colour, c fused (q, k, v). Of packed kernels: p words (8 values
+# each) of d, t of f, x of (n h), o of h; g groups of d, z of f, y of (n h).
 _DECODER = (
   ('transformer.wte.weight', 'decoder/embed', 'v d -> v d'),
   ('transformer.ln_f.weight', 'decoder/ln_f/scale', 'd -> d'),
@@ -93,6 +95,24 @@ _DECODER_BLOCK = (
   ('mlp.w1.weight', 'mlp/up/kernel', 'f d -> d f'),
   ('mlp.w2.weight', 'mlp/gate/kernel', 'f d -> d f'),
   ('mlp.c_proj.weight', 'mlp/down/kernel', 'd f -> f d'),
+)
+# Packed, in place of the weights of the same name.
+_INT4_KERNELS = (
+  ('attn.c_attn.qweight', 'attn/{q,k,v}/kernel/words', 'p (c n h) -> c p n h'),
+  ('attn.c_attn.qzeros', 'attn/{q,k,v}/kernel/zeros', 'g (c n o) -> c g n o'),
+  ('attn.c_attn.scales', 'attn/{q,k,v}/kernel/scales', 'g (c n h) -> c g n h'),
+  ('attn.c_proj.qweight', 'attn/out/kernel/words', 'x d -> x d'),
+  ('attn.c_proj.qzeros', 'attn/out/kernel/zeros', 'y p -> y p'),
+  ('attn.c_proj.scales', 'attn/out/kernel/scales', 'y d -> y d'),
+  ('mlp.w1.qweight', 'mlp/up/kernel/words', 'p f -> p f'),
+  ('mlp.w1.qzeros', 'mlp/up/kernel/zeros', 'g t -> g t'),
+  ('mlp.w1.scales', 'mlp/up/kernel/scales', 'g f -> g f'),
+  ('mlp.w2.qweight', 'mlp/gate/kernel/words', 'p f -> p f'),
+  ('mlp.w2.qzeros', 'mlp/gate/kernel/zeros', 'g t -> g t'),
+  ('mlp.w2.scales', 'mlp/gate/kernel/scales', 'g f -> g f'),
+  ('mlp.c_proj.qweight', 'mlp/down/kernel/words', 't d -> t d'),
+  ('mlp.c_proj.qzeros', 'mlp/down/kernel/zeros', 'z p -> z p'),
+  ('mlp.c_proj.scales', 'mlp/down/kernel/scales', 'z d -> z d'),
 )
 _VISION = (
   ('conv1.weight', 'vision/patch_embed/kernel', 'w r i k -> i k r w'),
@@ -152,7 +172,7 @@ def rules(config: QwenVLConfig, parts: Iterable[str] = PARTS) -> list[Rule]:
   """The table for one model.
 
   Args:
-    config: sizes.
+    config: sizes, and whether the decoder's kernels are packed.
     parts: which parts of the model; Qwen-7B has the decoder only.
 
   Returns:
@@ -179,11 +199,16 @@ def rules(config: QwenVLConfig, parts: Iterable[str] = PARTS) -> list[Rule]:
     'r': 3,
     'c': 3,
   }
+  block = _DECODER_BLOCK
+  if decoder.int4_group is not None:
+    sizes |= _packed_sizes(decoder)
+    packed = {row[0].replace('.qweight', '.weight') for row in _INT4_KERNELS}
+    block = [row for row in block if row[0] not in packed] + [*_INT4_KERNELS]
   visual = 'transformer.visual.'
   groups = {
     'decoder': (
       ('', '', None, _DECODER),
-      ('transformer.h.*.', 'decoder/blocks/', decoder.layers, _DECODER_BLOCK),
+      ('transformer.h.*.', 'decoder/blocks/', decoder.layers, block),
     ),
     'vision': (
       (visual, '', None, _VISION),
@@ -209,6 +234,30 @@ def rules(config: QwenVLConfig, parts: Iterable[str] = PARTS) -> list[Rule]:
     for prefix, root, layers, table in groups[part]
     for tensor, path, pattern in table
   ]
+
+
+def _packed_sizes(decoder: DecoderConfig) -> dict[str, int]:
+  joined, group = decoder.heads * decoder.head_dim, decoder.int4_group
+  return {
+    'p': decoder.dim // PER_WORD,
+    't': decoder.mlp_dim // PER_WORD,
+    'x': joined // PER_WORD,
+    'o': decoder.head_dim // PER_WORD,
+    'g': decoder.dim // group,
+    'z': decoder.mlp_dim // group,
+    'y': joined // group,
+  }
+
+
+def is_packed(name: str) -> bool:
+  """Whether a parameter is part of a packed kernel, whose dtypes are fixed.
+
+  Args:
+    name: a path, or the released name.
+  """
+  return name.endswith(
+    ('/words', '/zeros', '/scales', '.qweight', '.qzeros', '.scales')
+  )
 
 
 def _released_shape(pattern: str, sizes: dict[str, int]) -> tuple[int, ...]:

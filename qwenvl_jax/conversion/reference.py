@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from qwenvl_jax.conversion import gptq, layout
+from qwenvl_jax.conversion.hf_config import config_from_hf
+from qwenvl_jax.conversion.reader import open_released, read_json
 from qwenvl_jax.errors import CheckpointError
 
 
@@ -19,8 +22,14 @@ def has_released_code(folder: Path) -> bool:
 def released_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
   """Logits of the released code, which this imports and runs.
 
+  It was written for transformers 4.31. Newer ones make models without memory
+  and fill in what is stored, which leaves the release's rotary and LogN tables
+  empty: they are no parameters. So the model is made whole, and the weights are
+  read by us, the same way under any version.
+
   Args:
-    folder: released layout with its code. All weights are loaded.
+    folder: released layout with its code. All weights are loaded; Int4 ones
+      are dequantized.
     tokens: [1,T] ids; pictures are named by their path within `<img>` spans.
 
   Returns:
@@ -38,17 +47,49 @@ def released_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
       "'qwenvl_jax[torch]' and what the release asks for"
     ) from error
   try:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, trust_remote_code=True, dtype=torch.float32
-    ).eval()
+    config = transformers.AutoConfig.from_pretrained(
+      folder, trust_remote_code=True
+    )
+    # Unless told, the release takes the precision that suits the machine.
+    config.bf16, config.fp16, config.fp32 = False, False, True
+    # As new and old versions call it.
+    kind = 'dtype' if hasattr(config, 'dtype') else 'torch_dtype'
+    setattr(config, kind, torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(
+      config, trust_remote_code=True
+    )
+    _fill(model, folder)
     with torch.no_grad():
-      logits = model(torch.from_numpy(tokens)).logits
+      logits = model.eval()(torch.from_numpy(tokens)).logits
+  except CheckpointError:
+    raise
   except Exception as error:  # Code of others, made for other versions.
     raise CheckpointError(
       f'the released code in {folder} does not run here '
       f'({type(error).__name__}: {error})'
     ) from error
   return logits.float().numpy()
+
+
+def _fill(model, folder: Path) -> None:
+  """Reads the parameters of a torch model from a released folder."""
+  import torch
+
+  tensors = open_released(folder)
+  if gptq.is_quantized(tensors):
+    raw = read_json(folder / 'config.json')
+    config = config_from_hf(raw, str(folder / 'config.json'), int4=False)
+    tensors = gptq.dequantized(folder, tensors, config)
+  wanted = model.state_dict()
+  layout.check_shapes(
+    {name: tuple(x.shape) for name, x in model.named_parameters()},
+    {name: tensors[name].shape for name in wanted.keys() & tensors.keys()},
+    f'the released code in {folder}',
+  )
+  with torch.no_grad():
+    for name in wanted.keys() & tensors.keys():
+      values = tensors[name].load().astype(np.float32)
+      wanted[name].copy_(torch.from_numpy(values))
 
 
 @contextlib.contextmanager

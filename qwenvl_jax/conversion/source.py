@@ -55,7 +55,8 @@ class ReleasedSource:
       where: the checkpoint, for messages.
 
     Raises:
-      CheckpointError: tensors are missing, unknown, misshapen or no floats.
+      CheckpointError: tensors are missing, unknown, misshapen or no floats
+        (but for packed ones).
     """
     expected = layout.released_shapes(table)
     family = of_names(tensors.keys() - expected.keys())
@@ -75,7 +76,8 @@ class ReleasedSource:
     first = self._tensors[names[0]].dtype
     for name in names:
       tensor = self._tensors[name]
-      if tensor.dtype not in map(np.dtype, DTYPES.values()):
+      floats = tensor.dtype in map(np.dtype, DTYPES.values())
+      if not floats and not layout.is_packed(name):
         raise CheckpointError(
           f'{tensor.file}: tensor {name} has dtype {tensor.dtype}, which is '
           'not supported for parameters '
@@ -178,7 +180,7 @@ class PartsSource:
 
 @dataclasses.dataclass(frozen=True)
 class CastSource:
-  """Another source in one dtype.
+  """Another source in one dtype, but for packed kernels.
 
   Attributes:
     source: the other.
@@ -192,9 +194,14 @@ class CastSource:
 
   @property
   def dtypes(self) -> dict[str, np.dtype]:
-    return dict.fromkeys(self.source.dtypes, np.dtype(self.dtype))
+    return {
+      path: stored if layout.is_packed(path) else np.dtype(self.dtype)
+      for path, stored in self.source.dtypes.items()
+    }
 
   def read(self, block: Block) -> list[np.ndarray]:
+    if layout.is_packed(block.paths[0]):
+      return self.source.read(block)
     names = block.names[0]
     if len(block.names) > 1:
       names += f' to {block.names[-1]}'

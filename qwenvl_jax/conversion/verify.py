@@ -10,6 +10,8 @@ from qwenvl_jax.conversion import layout
 from qwenvl_jax.conversion.blocks import Block, plan
 from qwenvl_jax.conversion.convert import Progress, copy
 from qwenvl_jax.conversion.writer import narrow
+from qwenvl_jax.errors import QwenVLError
+from qwenvl_jax.model.config import QwenVLConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,8 @@ def verify(
 ) -> Comparison:
   """Compares every tensor of two checkpoint folders, bit for bit.
 
+  Int4 weights are compared packed if both have them so, else dequantized.
+
   Args:
     first: a checkpoint folder of any kind.
     second: another.
@@ -53,11 +57,15 @@ def verify(
   Raises:
     CheckpointError: one of them is incomplete or damaged.
   """
-  configs = [folders.read_config(folder) for folder in (first, second)]
-  (a, table), (b, other) = (
-    folders.open_source(folder, config)
-    for folder, config in zip((first, second), configs, strict=True)
-  )
+  configs = _packed_configs(first, second)
+  if configs is None:
+    configs = [folders.read_config(folder) for folder in (first, second)]
+    (a, table), (b, other) = map(
+      folders.open_dequantized, (first, second), configs
+    )
+    configs = list(map(folders.dequantized, configs))
+  else:
+    (a, table), (b, other) = map(folders.open_source, (first, second), configs)
   shapes, others = layout.released_shapes(table), layout.released_shapes(other)
   shared = [
     rule
@@ -91,6 +99,14 @@ def verify(
     cast=tuple(sorted(casts)),
     settings=tuple(_settings(first, second, *configs)),
   )
+
+
+def _packed_configs(first: Path, second: Path) -> list[QwenVLConfig] | None:
+  """Configs for reading both with packed kernels, None if one has none."""
+  try:
+    return [folders.read_config(f, keep_int4=True) for f in (first, second)]
+  except QwenVLError:
+    return None  # What is damaged says so again when it is read otherwise.
 
 
 def _difference(path: str, one: np.ndarray, two: np.ndarray) -> float | None:

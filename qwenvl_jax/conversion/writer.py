@@ -24,7 +24,7 @@ DTYPES = {
   'float32': np.float32,
 }
 
-_NAMES = {np.dtype(np.float64): 'F64'} | {
+_NAMES = {np.dtype(np.float64): 'F64', np.dtype(np.int32): 'I32'} | {
   np.dtype(dtype): name
   for name, dtype in zip(('BF16', 'F16', 'F32'), DTYPES.values(), strict=True)
 }
@@ -103,12 +103,16 @@ class ReleasedWriter:
       boxes: the values as our parameters have them, one for each path.
     """
     for name, rows in zip(block.names, block.to_released(boxes), strict=True):
-      place = self._places[name]
-      data = memoryview(rows.reshape(-1).view(np.uint8))
-      offset = place.offset + block.start * place.row_bytes
-      while data:  # One write is at most 2 GiB, and may be cut short.
-        done = os.pwrite(self._files[place.file], data, offset)
-        data, offset = data[done:], offset + done
+      self.write_rows(name, block.start, rows)
+
+  def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
+    """Writes rows of a tensor, C-ordered, from row `start` on."""
+    place = self._places[name]
+    data = memoryview(rows.reshape(-1).view(np.uint8))
+    offset = place.offset + start * place.row_bytes
+    while data:  # One write is at most 2 GiB, and may be cut short.
+      done = os.pwrite(self._files[place.file], data, offset)
+      data, offset = data[done:], offset + done
 
   def close(self) -> None:
     for file in self._files.values():

@@ -140,6 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     choices=('bfloat16', 'float16', 'float32'),
     help='number format to compute in (default: that of the checkpoint)',
   )
+  parser.add_argument(
+    '--keep_int4',
+    action='store_true',
+    help='of a released Int4 folder: keep its weights at 4 bits, in half the '
+    'memory, rather than dequantize them (a checkpoint converted with '
+    '--keep_int4 is always used so)',
+  )
   return parser
 
 
@@ -161,7 +168,9 @@ def _run(args: argparse.Namespace) -> int:
   # Before the model, which takes longer to open.
   pictures = [open_picture(path) for path in args.image]
   with spinner(f'opening {args.checkpoint}'):
-    model = api.load(args.checkpoint, dtype=args.dtype)
+    model = api.load(
+      args.checkpoint, dtype=args.dtype, keep_int4=args.keep_int4
+    )
   if model.tokenizer is None:
     raise CheckpointError(
       f'{args.checkpoint}: there is no vocabulary in this folder, so text '

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.model import attention, remat
+from qwenvl_jax.model.int4 import PER_WORD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,8 @@ class DecoderConfig:
     mlp_dim: width of gate and up (half of config.json's `intermediate_size`).
     seq_length: length the decoder was pre-trained at; in inference, longer
       rows get dynamic NTK frequencies and LogN query scaling.
+    int4_group: not None if the kernels of the blocks are held at 4 bits, for
+      inference: so many of their inputs share a scale (128 in the release).
   """
 
   vocab_size: int = 151936
@@ -120,6 +123,24 @@ class DecoderConfig:
   max_position_embeddings: int = 8192
   dynamic_ntk: bool = True
   logn: bool = True
+  int4_group: int | None = None
+
+  def __post_init__(self):
+    group = self.int4_group
+    if group is None:
+      return
+    inputs = (self.dim, self.heads * self.head_dim, self.mlp_dim)
+    outputs = (self.dim, self.head_dim, self.mlp_dim)
+    if group < 1 or any(n % group for n in inputs) or group % PER_WORD:
+      raise ConfigError(
+        f'DecoderConfig.int4_group={group} must be a multiple of {PER_WORD} '
+        f'that divides the inputs of all kernels: {inputs}'
+      )
+    if any(n % PER_WORD for n in outputs):
+      raise ConfigError(
+        f'DecoderConfig.int4_group: {PER_WORD} zero points make a word, so '
+        f'outputs of kernels must be multiples of that, not {outputs}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,11 @@ class SelfAttention(nn.Module):
   @nn.compact
   def __call__(self, x, store, layer, context):
     c = self.config
-    kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    kinds = {
+      'dtype': self.dtype,
+      'param_dtype': self.param_dtype,
+      'int4_group': c.int4_group,
+    }
 
     def project(name):
       return Projection(
@@ -88,7 +92,11 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):
     c = self.config
-    kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    kinds = {
+      'dtype': self.dtype,
+      'param_dtype': self.param_dtype,
+      'int4_group': c.int4_group,
+    }
 
     def project(name):
       return Projection(

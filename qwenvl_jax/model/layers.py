@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.model.int4 import Int4Kernel
 from qwenvl_jax.sharding import multiply
 
 # Of tables: tokens, positions, queries.
@@ -76,6 +77,7 @@ class Projection(nn.Module):
     axes: logical axis names of the kernel.
     bias_axes: how many trailing axes of the output carry a bias; 0 for none.
     kernel_init: None for a normal distribution scaled by the inputs' number.
+    int4_group: not None if the kernel is packed, see `Int4Kernel`.
   """
 
   equation: str
@@ -85,25 +87,23 @@ class Projection(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   kernel_init: Callable | None = None
+  int4_group: int | None = None
 
   @nn.compact
   def __call__(self, x):
     _, weights, outputs = re.split(',|->', self.equation)
     contracted = len(set(weights) - set(outputs))
-    # 0.016 at the release's width of 4096, where the release has 0.02; small
-    # models need more to learn fast.
-    scale = math.prod(self.shape[:contracted]) ** -0.5
-    kernel = self.param(
-      'kernel',
-      nn.with_logical_partitioning(
-        self.kernel_init or nn.initializers.normal(scale), self.axes
-      ),
-      self.shape,
-      self.param_dtype,
-    )
-    y = multiply(
-      x.astype(self.dtype), kernel.astype(self.dtype), self.axes, contracted
-    )
+    if self.int4_group is None:
+      y = self._multiply(x, contracted)
+    else:
+      y = Int4Kernel(
+        self.shape,
+        self.axes,
+        contracted,
+        self.int4_group,
+        self.dtype,
+        name='kernel',
+      )(x)
     if self.bias_axes:
       bias = self.param(
         'bias',
@@ -115,3 +115,19 @@ class Projection(nn.Module):
       )
       y = y + bias.astype(self.dtype)
     return y
+
+  def _multiply(self, x, contracted: int):
+    # 0.016 at the release's width of 4096, where the release has 0.02; small
+    # models need more to learn fast.
+    scale = math.prod(self.shape[:contracted]) ** -0.5
+    kernel = self.param(
+      'kernel',
+      nn.with_logical_partitioning(
+        self.kernel_init or nn.initializers.normal(scale), self.axes
+      ),
+      self.shape,
+      self.param_dtype,
+    )
+    return multiply(
+      x.astype(self.dtype), kernel.astype(self.dtype), self.axes, contracted
+    )

@@ -277,9 +277,13 @@ def _inference_params(config: TrainConfig, mesh: Mesh) -> Any:
   """Parameters in the dtype of the computation, as they are loaded to run."""
   params = abstract_params(config.objective, config.optimizer, mesh)
   dtype = config.objective.config.dtype
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params
-  )
+
+  def loaded(x):
+    packed = jnp.issubdtype(x.dtype, jnp.integer)
+    kind = x.dtype if packed else dtype
+    return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
+
+  return jax.tree.map(loaded, params)
 
 
 def _abstract_cache(config, rows: int, length: int, mesh: Mesh) -> KVCache:

@@ -5,6 +5,7 @@ import math
 import time
 from typing import Any
 
+from qwenvl_jax.model.int4 import PER_WORD
 from qwenvl_jax.plan import compiling, estimate, flops, hlo
 from qwenvl_jax.plan.jobs import Job
 from qwenvl_jax.plan.model_flops import model_flops
@@ -144,10 +145,19 @@ def make_plan(job: Job, topology: Topology, effort: float = 0.0) -> Plan:
 
 
 def _setting(job: Job, topology: Topology) -> dict[str, Any]:
-  leaves = flatten(job.params)
-  shapes = {path: leaf.shape for path, leaf in leaves.items()}
+  # Of packed kernels, the words hold the parameters.
+  leaves = {
+    path: leaf
+    for path, leaf in flatten(job.params).items()
+    if not path.endswith(('/zeros', '/scales'))
+  }
+  held = {p: PER_WORD if p.endswith('/words') else 1 for p in leaves}
+  shapes = {
+    path.removesuffix('/words'): (*leaf.shape, held[path])
+    for path, leaf in leaves.items()
+  }
   shards = data_shards(job.mesh)
-  parameters = sum(leaf.size for leaf in leaves.values())
+  parameters = sum(leaf.size * held[path] for path, leaf in leaves.items())
   return {
     'topology': topology.name,
     'what': job.what,
@@ -160,8 +170,8 @@ def _setting(job: Job, topology: Topology) -> dict[str, Any]:
     'parameters': parameters,
     'trained_parameters': sum(leaves[path].size for path in job.trained),
     'parameters_per_chip': sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape))
-      for leaf in leaves.values()
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * held[path]
+      for path, leaf in leaves.items()
     ),
     'model_flops': (
       model_flops(job.config, shapes, job.trained, job.work) / topology.chips

@@ -76,10 +76,16 @@ def initial_params(
 
 def read_parts(folder: Path, target: Any) -> Any:
   """Reads the parts of the tree that `target` names from one folder."""
-  wanted = flatten(target)
+  wanted, config = flatten(target), read_config(folder)
+  if config.decoder.int4_group is not None:
+    raise CheckpointError(
+      f'{folder} keeps int4 weights, which cannot be trained: convert the Int4 '
+      'release once more with qwenvl-convert from-hf, without --keep_int4 '
+      '(qwenvl-convert to-hf makes it from this folder)'
+    )
   found = read_params(
     folder,
-    read_config(folder),
+    config,
     shardings=jax.tree.map(lambda t: t.sharding, target),
     keep=lambda path: path in wanted,
   )

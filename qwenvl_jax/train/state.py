@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.sharding import param_shardings, replicated
 from qwenvl_jax.train.objective import Objective
 from qwenvl_jax.train.optimizer import (
@@ -77,6 +78,9 @@ def abstract_params(
   shapes = flatten(nn.meta.unbox(boxed))
   shardings = flatten(param_shardings(boxed, mesh))
   dtypes = _stored_dtypes(nn.meta.unbox(boxed), objective, config)
+  for path, leaf in shapes.items():
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+      dtypes[path] = leaf.dtype  # Of packed kernels, in plans of inference.
   return unflatten(
     {
       path: jax.ShapeDtypeStruct(
@@ -151,13 +155,23 @@ def create_state(
 def abstract_state(
   params: Any, config: OptimizerConfig, mesh: Mesh
 ) -> TrainState:
-  """`create_state` without values: `ShapeDtypeStruct`s with shardings."""
+  """`create_state` without values: `ShapeDtypeStruct`s with shardings.
+
+  Raises:
+    ConfigError: a parameter that is to be trained is no float.
+  """
 
   def struct(x, sharding):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   params = jax.tree.map(lambda x: struct(x, x.sharding), params)
   trained, frozen = split(params, config)
+  for path, leaf in flatten(trained).items():
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise ConfigError(
+        f'{path} is {leaf.dtype}: kernels of 4 bits (DecoderConfig.int4_group) '
+        'are for inference and cannot be trained'
+      )
   optimizer = make_optimizer(config)
   everywhere = replicated(mesh)
   # Moments live where their parameters live; counters everywhere.

@@ -6,7 +6,7 @@ import shutil
 import golden
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from qwenvl_jax.conversion import reference
 from qwenvl_jax.errors import CheckpointError
@@ -21,7 +21,9 @@ class QWenConfig(PretrainedConfig):
   model_type = 'qwen'
 """
 
-# A stand-in with two of the tensors: the release's code is not ours to copy.
+# A stand-in with two of the tensors: the release's code is not ours to copy. It
+# has the release's ways: a table that is no parameter, made with the model, and
+# a precision of its own choice unless it is told one.
 _MODELING = """
 import torch
 from transformers import PreTrainedModel
@@ -32,6 +34,7 @@ class Inner(torch.nn.Module):
   def __init__(self, config):
     super().__init__()
     self.wte = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+    self.table = torch.arange(1, config.vocab_size + 1).float()
 
 class QWenLMHeadModel(PreTrainedModel):
   config_class = QWenConfig
@@ -41,11 +44,14 @@ class QWenLMHeadModel(PreTrainedModel):
     self.transformer = Inner(config)
     self.lm_head = torch.nn.Linear(
       config.hidden_size, config.vocab_size, bias=False)
+    if not config.fp32:
+      self.bfloat16()
     self.post_init()
 
   def forward(self, input_ids):
-    return CausalLMOutput(
-      logits=self.lm_head(self.transformer.wte(input_ids)))
+    inner = self.transformer
+    logits = self.lm_head(inner.wte(input_ids)) / inner.table
+    return CausalLMOutput(logits=logits)
 """
 
 
@@ -70,7 +76,16 @@ def test_logits(folder):
   embed = tensors['transformer.wte.weight'].astype(np.float32)
   head = tensors['lm_head.weight'].astype(np.float32)
   assert logits.dtype == np.float32
-  np.testing.assert_allclose(logits, embed[tokens] @ head.T, atol=1e-5)
+  wanted = embed[tokens] @ head.T / np.arange(1, len(head) + 1)
+  np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+
+def test_weights_that_the_code_lacks(folder):
+  tensors = load_file(folder / 'model.safetensors')
+  del tensors['lm_head.weight']
+  save_file(tensors, folder / 'model.safetensors')
+  with pytest.raises(CheckpointError, match='1 missing: lm_head.weight'):
+    reference.released_logits(folder, np.array([[3]]))
 
 
 def test_code_that_fails(folder):

@@ -153,6 +153,12 @@ def test_a_line_that_cannot_be_done(session, lines, message):
   assert session._chat.history[-1].query == 'Still there?'
 
 
+def test_int4_weights_that_are_not_there(chat_checkpoint, capsys):
+  folder = str(chat_checkpoint)
+  assert chat_cli.main(['--checkpoint', folder, '--keep_int4']) == 2
+  assert 'holds no int4 weights' in capsys.readouterr().err
+
+
 def test_commands(session, capsys):
   session.obey('/image white.png')
   session.obey('Hi')

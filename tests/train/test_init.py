@@ -8,13 +8,21 @@ import pytest
 import standin
 
 from qwenvl_jax.conversion import convert, layout, openclip
-from qwenvl_jax.conversion.folder import write_params, write_side_files
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.conversion.folder import (
+  read_config,
+  write_params,
+  write_side_files,
+)
+from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.objective import NextToken
 from qwenvl_jax.train.optimizer import OptimizerConfig, flatten, unflatten
-from qwenvl_jax.train.state import abstract_params, random_params
+from qwenvl_jax.train.state import (
+  abstract_params,
+  abstract_state,
+  random_params,
+)
 
 MODEL = NextToken(standin.small_config(dtype='bfloat16'))
 
@@ -50,6 +58,20 @@ def test_a_stage_starts_from_a_bucket(folder, bucket):
   bucket.put_folder(path, 'start')
   init = InitFrom(params=f'{bucket.url}/start')
   same(initial_params(MODEL, target(), init, seed=0), params)
+
+
+def test_packed_kernels_are_not_trained(tmp_path):
+  int4 = golden.FOLDER.parent / 'int4'
+  convert.from_hf(int4, tmp_path / 'kept', keep_int4=True)
+  model = NextToken(read_config(tmp_path / 'kept'))
+  everything = OptimizerConfig(peak=1.0, end=0.1, warmup=0, steps=9)
+  mesh = make_mesh()
+  wanted = abstract_params(model, everything, mesh)
+  with pytest.raises(ConfigError, match=r'kernel/words is int32: .*int4_group'):
+    abstract_state(wanted, everything, mesh)
+  init = InitFrom(params=str(tmp_path / 'kept'))
+  with pytest.raises(CheckpointError, match='keeps int4 .*without --keep_int4'):
+    initial_params(model, wanted, init, seed=0)
 
 
 def test_random_parts_depend_on_the_seed(folder):

@@ -1,0 +1,96 @@
+"""Kernels of 4 bits, kept packed as the Int4 release has them.
+
+A kernel [in,*out] is three arrays, all as released:
+
+  words   [in/8,*out] int32       8 values along `in`, the lowest bits first
+  zeros   [groups,*out/8] int32   zero points less one, 8 along the last axis
+  scales  [groups,*out]           of `group` inputs each
+
+and stands for scales[g] * (value - zero[g]). Integers of 32 bits are stored
+and held at 4 bits a weight everywhere; arrays of `jnp.int4` are so only on
+devices.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwenvl_jax.sharding import gathered
+
+PER_WORD = 8  # Values of 4 bits in 32.
+
+
+class Int4Kernel(nn.Module):
+  """A packed kernel, multiplied by.
+
+  Its values exist only for the product, of one layer at a time. They are those
+  that dequantizing gives: computed in float32, then cast.
+
+  Attributes:
+    shape: of the kernel that this stands for, inputs first.
+    axes: logical axis names of that kernel.
+    contracted: how many of its axes are inputs. They are packed as one axis,
+      which is split over the mesh like the first of them.
+    group: how many inputs share a scale and a zero point.
+    dtype: of the product.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  contracted: int
+  group: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    """[...,*in] to [...,*out]."""
+    inputs = math.prod(self.shape[: self.contracted])
+    outputs = self.shape[self.contracted :]
+    axes = (self.axes[0], *self.axes[self.contracted :])
+
+    def param(name, shape, dtype):
+      init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+      return gathered(self.param(name, init, shape, dtype), axes)
+
+    groups = inputs // self.group
+    words = param('words', (inputs // PER_WORD, *outputs), jnp.int32)
+    packed = (*outputs[:-1], outputs[-1] // PER_WORD)
+    zeros = param('zeros', (groups, *packed), jnp.int32)
+    scales = param('scales', (groups, *outputs), jnp.float16)
+    values = dequantized(words, zeros, scales).astype(self.dtype)
+    lead = x.shape[: x.ndim - self.contracted]
+    x = x.astype(self.dtype).reshape(*lead, -1, PER_WORD)
+    # Two axes contracted, not one: joining them would move split inputs.
+    contract = ((x.ndim - 1, x.ndim - 2), (0, 1))
+    return jax.lax.dot_general(x, values, (contract, ((), ())))
+
+
+def dequantized(words, zeros, scales) -> jax.Array:
+  """The values of a kernel.
+
+  Args:
+    words: [in/8,*out] int32.
+    zeros: [groups,*out/8] int32.
+    scales: [groups,*out] float.
+
+  Returns:
+    [8,in/8,*out] float32: input 8 * i + j is at [j,i].
+  """
+  outputs = scales.shape[1:]
+  grouped = (PER_WORD, len(scales), len(words) // len(scales), *outputs)
+  zeros = _nibbles(zeros, zeros.ndim).reshape(scales.shape) + 1
+  shifted = _nibbles(words, 0).reshape(grouped) - zeros[:, None]
+  values = shifted.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]
+  return values.reshape(PER_WORD, *words.shape)
+
+
+def _nibbles(words, axis: int) -> jax.Array:
+  """The 8 values of each word along a new axis."""
+  shifts = 4 * jnp.arange(PER_WORD, dtype=words.dtype)
+  shifts = jnp.expand_dims(
+    shifts, [i for i in range(words.ndim + 1) if i != axis]
+  )
+  return (jnp.expand_dims(words, axis) >> shifts) & 15
