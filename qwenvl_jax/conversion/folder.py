@@ -403,7 +403,7 @@ def carry_side_files(
   if config.decoder.int4_group is None:
     raw.pop('quantization_config', None)
   elif quantize.exists():
-    shutil.copyfile(quantize, folder / _QUANTIZE)
+    buckets.copy(quantize, folder / _QUANTIZE)
   ours = config_to_hf(config)
   if config_from_hf(raw) != config:
     raw |= ours
