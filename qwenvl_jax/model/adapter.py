@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.initializers import ones
 
+from qwenvl_jax.fsdp import gathered, multiply
 from qwenvl_jax.model.attention import attend, full_mask
 from qwenvl_jax.model.config import AdapterConfig
 from qwenvl_jax.model.layers import (
@@ -18,7 +19,7 @@ from qwenvl_jax.model.layers import (
   default_init,
 )
 from qwenvl_jax.model.positions import resize_positions, sincos_positions
-from qwenvl_jax.sharding import constrain, gathered, multiply
+from qwenvl_jax.sharding import constrain
 
 
 def _scaled_identity(scale: float):

@@ -11,13 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.fsdp import take_rows
 from qwenvl_jax.model import rope
 from qwenvl_jax.model.attention import attend, cached_mask, causal_mask
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import DecoderConfig
 from qwenvl_jax.model.layers import Projection, RMSNorm
 from qwenvl_jax.model.remat import GATE, RESIDUAL, UP, keep, remat
-from qwenvl_jax.sharding import constrain, take_rows
+from qwenvl_jax.sharding import constrain
 
 # A random decoder only ever stands in for the released one. With its 0.02 a
 # token's identity would drown in what the first blocks add to it.

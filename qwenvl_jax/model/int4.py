@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qwenvl_jax.sharding import gathered
+from qwenvl_jax.fsdp import gathered
 
 PER_WORD = 8  # Values of 4 bits in 32.
 

@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.fsdp import multiply
 from qwenvl_jax.model.int4 import Int4Kernel
-from qwenvl_jax.sharding import multiply
 
 # Of tables: tokens, positions, queries.
 default_init = nn.initializers.normal(0.02)

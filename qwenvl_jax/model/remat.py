@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from qwenvl_jax.sharding import GATHERED, splits_params
+from qwenvl_jax.fsdp import GATHERED, splits_params
 
 # Values of a layer of width D, with MLP width F and T tokens, by name:
 QUERY_KEY_VALUE = 'qkv'  # 3 T D, after the rotary embedding

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.errors import DataError
+from qwenvl_jax.fsdp import gathered
 from qwenvl_jax.model.attention import attend, full_mask
 from qwenvl_jax.model.config import VisionConfig
 from qwenvl_jax.model.layers import LayerNorm, Projection
 from qwenvl_jax.model.positions import resize_positions, sincos_positions
 from qwenvl_jax.model.remat import RESIDUAL, UP, keep, remat
-from qwenvl_jax.sharding import constrain, gathered
+from qwenvl_jax.sharding import constrain
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)

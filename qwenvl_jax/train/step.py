@@ -9,13 +9,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.fsdp import whole_vectors
 from qwenvl_jax.sharding import (
   BATCH_AXES,
   batch_sharding,
   data_shards,
   replicated,
   use_mesh,
-  whole_vectors,
 )
 from qwenvl_jax.train.compiler import compiler_options
 from qwenvl_jax.train.objective import Objective
