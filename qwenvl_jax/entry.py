@@ -504,6 +504,13 @@ class _explained:
 def _hint(text: str) -> str:
   """What is close to the name that gin did not find."""
   if match := re.search(r"'(\w+)' was not provided by an import", text):
+    elsewhere = _imports().get(match[1])
+    if elsewhere:
+      package = elsewhere.rpartition('.')[0]
+      return (
+        f'; another file imports it, and each needs its own line: from '
+        f'{package} import {match[1]}'
+      )
     return _suggest(match[1], _imports())
   if match := re.search(r"resolve selector ([\w.]+); <module '([\w.]+)'", text):
     module = sys.modules[match[2]]

@@ -163,6 +163,13 @@ def test_a_misspelt_file_says_what_is_close_and_where(here, text, said):
   assert said in error and 'bad.gin' in error
 
 
+def test_what_only_another_file_imports_is_said(here):
+  text = "include 'run.gin'\noptimizer.OptimizerConfig.peak = 1\n"
+  (here / 'more.gin').write_text(HEADER + text)
+  said = 'own line: from qwenvl_jax.train import optimizer'
+  assert said in message(file='more.gin')
+
+
 def test_what_is_left_open_must_be_given(here):
   (here / 'open.gin').write_text(RUN.replace('1e-3', '%gin.REQUIRED'))
   error = message(file='open.gin')

@@ -136,8 +136,8 @@ def test_command_prepares_and_lists(tmp_path, capsys, monkeypatch):
   capsys.readouterr()
   cli.main(['list', '--data_dir', str(tmp_path)])
   shown = capsys.readouterr().out
-  (line,) = [x for x in shown.splitlines() if 'vqav2' in x]
-  assert 'train: 1' in line and 'visualqa.org' in line
+  row, address = [x for x in shown.splitlines() if 'vqav2' in x]
+  assert 'train: 1' in row and 'visualqa.org' in address
   (line,) = [x for x in shown.splitlines() if 'mine' in x]
   assert 'train: 3' in line
 

@@ -63,7 +63,7 @@ def test_the_same_rows_every_time(stage2_data, tmp_path):
     (['show', '--gin_file=stage2.gin', '--n', '0'], 'at least one row'),
     (
       ['show', '--gin_file=stage2.gin', '--data_dir', 'nowhere'],
-      'data sets of the mixture are not prepared in nowhere: laion_en',
+      'prepare laion_en --manual_dir FOLDER --data_dir nowhere\n',
     ),
     (['show', '--gin_file=stage9.gin'], 'stage9.gin'),
     (['show', '--gin_file=stage2.gin', '--gin.MISING=1'], 'MISSING'),
@@ -74,4 +74,4 @@ def test_mistakes(arguments, says, capsys):
     cli.main(arguments)
   assert stop.value.code == 2
   error = capsys.readouterr().err
-  assert says in error and error.count('\n') == 1
+  assert says in error and error.count('qwenvl-data: ') == 1
