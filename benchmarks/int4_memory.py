@@ -3,7 +3,7 @@
   python benchmarks/int4_memory.py [--topology v5e:1x1] [--length 2048]
 
 Compiles the full-size model for a TPU that is not there (pip install
-'qwenvl_jax[tpu]'; a few minutes): reading a prompt with four pictures, which
+'qwenvl_jax[plan]'; a few minutes): reading a prompt with four pictures, which
 needs all parameters, and one more token, which needs no vision. Prints the
 compiler's peak of memory with the decoder's kernels in bfloat16 and packed, and
 the ratio.

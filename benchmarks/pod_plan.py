@@ -3,7 +3,7 @@
   python benchmarks/pod_plan.py [--row NAME ..] [--keep DIR] [--json]
 
 Compiles the full-size training steps ahead of time, on a machine without TPUs
-(pip install 'qwenvl_jax[tpu]'; minutes a row). Times, and the utilization that
+(pip install 'qwenvl_jax[plan]'; minutes a row). Times, and the utilization that
 follows from them, are estimates. Answers are kept, so that a second call prints
 at once what an unchanged package gave.
 """

@@ -22,8 +22,8 @@ it will take: memory a chip, FLOPs, what is sent between chips, estimated time,
 utilization, days and chip-hours.
 
 Needs no TPU, no data and no checkpoint, but the compiler: pip install
-'qwenvl_jax[tpu]' (Linux on x86-64). A full-size step compiles in one to several
-minutes on a few cores.
+'qwenvl_jax[plan]' (Linux on x86-64). A full-size step compiles in five to
+fifteen minutes.
 
 Exit status: 0 if it fits, 1 if it does not (the table then says what would
 help), 2 for a mistake in configuration or arguments.

@@ -169,7 +169,7 @@ def devices(topology: Topology) -> Sequence:
   if not importlib.util.find_spec('libtpu'):
     raise ConfigError(
       "libtpu, which holds the TPU's compiler, is not installed: pip install "
-      "'qwenvl_jax[tpu]' (there is one for Linux on x86-64)"
+      "'qwenvl_jax[plan]' (there is one for Linux on x86-64)"
     )
   _prepare_environment()
   options = dict(topology.chip.options)
