@@ -15,25 +15,27 @@ _OVERLAP = {
   'xla_tpu_overlap_compute_collective_tc': True,
   'xla_enable_async_all_gather': True,
 }
+# Twice the vector memory that a product gets by default: with less it waits for
+# its operands (docs/pods.md).
+_MEMORY = {'xla_tpu_scoped_vmem_limit_kib': 32768}
+_CUBES = {
+  **_OVERLAP,
+  'xla_tpu_enable_data_parallel_all_reduce_opt': True,
+  'xla_tpu_data_parallel_opt_different_sized_ops': True,
+  'xla_tpu_megacore_fusion_allow_ags': False,
+  'xla_enable_async_collective_permute': True,
+  'xla_tpu_enable_ag_backward_pipelining': True,
+}
+# By what the kind of a chip contains; v5e and v6e are 'lite', v5p is 'TPU v5'.
 _OPTIONS = {
-  # v5e and v6e
   'lite': {
+    **_MEMORY,
     'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
     'xla_enable_async_all_reduce': True,
     'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': True,
-    # Of 128 MiB of vector memory; by default 16, in which products of these
-    # sizes wait for their operands (docs/pods.md).
-    'xla_tpu_scoped_vmem_limit_kib': 32768,
   },
-  # v4 and v5p
-  'full': {
-    **_OVERLAP,
-    'xla_tpu_enable_data_parallel_all_reduce_opt': True,
-    'xla_tpu_data_parallel_opt_different_sized_ops': True,
-    'xla_tpu_megacore_fusion_allow_ags': False,
-    'xla_enable_async_collective_permute': True,
-    'xla_tpu_enable_ag_backward_pipelining': True,
-  },
+  'v4': _CUBES,  # Has no more vector memory to give.
+  '': {**_MEMORY, **_CUBES},
 }
 
 
@@ -42,4 +44,4 @@ def compiler_options(mesh: Mesh) -> dict | None:
   device = mesh.devices.flat[0]
   if device.platform != 'tpu' or mesh.size == 1:
     return None
-  return _OPTIONS['lite' if 'lite' in device.device_kind else 'full']
+  return next(o for kind, o in _OPTIONS.items() if kind in device.device_kind)
