@@ -96,6 +96,12 @@ def make_folder(path: Path) -> None:
     )
 
 
+def hold(folder: Path) -> None:
+  """Lets a bucket's folder be there when nothing is in it, as on a disk."""
+  if in_bucket(folder):
+    write(folder / '.folder', '')
+
+
 def write(path: Path, content: str | bytes) -> None:
   """Writes a file that appears whole or not at all, instead of an old one."""
   data = content.encode() if isinstance(content, str) else content

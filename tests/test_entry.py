@@ -117,15 +117,15 @@ def test_files_are_found_here_beside_their_includer_and_in_the_project(here):
   )
   entry.load(['stage3.gin'])
   assert 'warmup = 3000' in entry.resolved()
-  assert "INIT = 'x'" in entry.resolved()
+  assert f"INIT = '{here}/x'" in entry.resolved()
 
 
 def test_the_configuration_of_a_run_in_a_bucket(here, bucket):
   bucket.put('run/config.gin', RUN.encode())
   url = f'{bucket.url}/run/config.gin'
-  assert build('STEPS=7', file=url).steps == 7
-  (here / 'more.gin').write_text(f"include '{url}'\nSTEPS = 8\n")
-  assert build(file='more.gin').steps == 8
+  assert build('STEPS=70', file=url).steps == 70
+  (here / 'more.gin').write_text(f"include '{url}'\nSTEPS = 80\n")
+  assert build(file='more.gin').steps == 80
   assert 'gs://' in message(file=f'{bucket.url}/none.gin')
 
 

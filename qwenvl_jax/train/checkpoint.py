@@ -45,6 +45,9 @@ from qwenvl_jax.train.state import TrainState, run_once_options
 # Of one chunk of a large parameter.
 _CHUNK_BYTES = 32 * 2**20
 
+# Of a run's folder, the part that holds them.
+FOLDER = 'checkpoints'
+
 # Orbax's mark of a complete step in a bucket.
 COMPLETE = 'commit_success.txt'
 
@@ -97,7 +100,7 @@ class Checkpoints:
     self._peers = peers or Peers()
     self._reader = reader or Reader()
     self._unsealed = None
-    self.folder = buckets.absolute(workdir) / 'checkpoints'
+    self.folder = buckets.absolute(workdir) / FOLDER
     self._quiet = NoLateCallbacks()
     with self._explained(f'opening {self.folder}'):
       self._manager = ocp.CheckpointManager(

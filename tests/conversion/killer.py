@@ -23,13 +23,13 @@ from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.errors import CheckpointError
 
 
-def child(name, source, target) -> int:
-  """Forks a conversion; returns its pid."""
+def child(function, *arguments) -> int:
+  """Forks a call; returns its pid."""
   pid = os.fork()
   if not pid:
     status = 1
     try:
-      getattr(convert, name)(source, target)
+      function(*arguments)
       status = 0
     finally:
       os._exit(status)
@@ -48,13 +48,17 @@ def opens(folder) -> bool:
   return True
 
 
-def kill_at(moments, name, source, target):
+def read(folder):
+  folders.read_params(folder, folders.read_config(folder))
+
+
+def kill_at(moments, function, source, target):
   start = time.perf_counter()
-  assert status(child(name, source, target)) == 0
+  assert status(child(function, source, target)) == 0
   seconds = time.perf_counter() - start
   for moment in moments:
     shutil.rmtree(target, ignore_errors=True)
-    pid = child(name, source, target)
+    pid = child(function, source, target)
     time.sleep(moment * seconds)
     os.kill(pid, signal.SIGKILL)
     killed = status(pid) == -signal.SIGKILL
@@ -62,16 +66,17 @@ def kill_at(moments, name, source, target):
     assert killed or target.exists()
     assert not opens(target.with_name(target.name + '.partial'))
     if target.exists():  # Renamed: all was written and synced by then.
-      folders.read_params(target, folders.read_config(target))
+      # In a child: what it starts here would keep TensorStore from forking.
+      assert status(child(read, target)) == 0
   shutil.rmtree(target, ignore_errors=True)
-  assert status(child(name, source, target)) == 0
+  assert status(child(function, source, target)) == 0
 
 
 def main(source, folder, *moments):
   folder, moments = Path(folder), [float(moment) for moment in moments]
   half = len(moments) // 2
-  kill_at(moments[:half], 'from_hf', Path(source), folder / 'ours')
-  kill_at(moments[half:], 'to_hf', folder / 'ours', folder / 'back')
+  kill_at(moments[:half], convert.from_hf, Path(source), folder / 'ours')
+  kill_at(moments[half:], convert.to_hf, folder / 'ours', folder / 'back')
 
 
 if __name__ == '__main__':

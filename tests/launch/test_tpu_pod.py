@@ -460,7 +460,7 @@ def test_a_reboot_is_no_crash(pod):
   for job in pod.folder.glob('tpu 1/worker */qwenvl_jax/job'):
     (job / 'boot').write_text('an earlier one\n')
     os.killpg(int((job / 'pid').read_text()), signal.SIGKILL)
-  out, err = running.communicate(timeout=60)
+  out, err = running.communicate(timeout=300)
   assert not running.returncode, err
   assert 'the workers say: rebooted' in err
   assert steps(out) == [4, 5] and len(pod.calls('create')) == 1
@@ -474,7 +474,7 @@ def test_what_does_not_end_is_killed_in_the_end(pod):
       break
   stopped = pod.run('stop', '--grace=1')
   assert 'worker 1: stage2 did not end within 1 s: killed' in stopped.out
-  assert 'stage2 was stopped' in running.communicate(timeout=60)[1]
+  assert 'stage2 was stopped' in running.communicate(timeout=300)[1]
   assert running.returncode == 143
 
 
@@ -522,7 +522,7 @@ def test_detached_looked_at_and_stopped(pod):
       break
   assert 'looks after pod1 already' in pod.stage(status=1).err
   running.send_signal(signal.SIGINT)
-  assert 'detached: stage2 goes on' in running.communicate(timeout=60)[1]
+  assert 'detached: stage2 goes on' in running.communicate(timeout=300)[1]
   assert running.returncode == 130
   status = pod.run('status').out
   assert 'TPU pod1 in us-west4-a: READY (queued resource: ACTIVE' in status
@@ -536,7 +536,7 @@ def test_detached_looked_at_and_stopped(pod):
   pod.wait_for(lambda: len(pod.calls('ssh')) > 11)
   stopped = pod.run('stop')
   assert 'worker 1: stage2 stopped (exit 143)' in stopped.out
-  out, err = running.communicate(timeout=60)
+  out, err = running.communicate(timeout=300)
   assert running.returncode == 143 and 'stage2 was stopped' in err
   assert steps(out) == [] and len(pod.starts(0)) == 1
   assert 'stage2 stopped (exit 143)' in pod.run('status').out
@@ -712,7 +712,7 @@ def test_local_signals_are_passed_on_and_waited_for(pod, signum):
     log = pod.log(worker)
     pod.wait_for(lambda log=log: 'step 5' in log.read_text())
   running.send_signal(signum)
-  err = running.communicate(timeout=60)[1]
+  err = running.communicate(timeout=300)[1]
   assert running.returncode == 128 + signum, err
   for worker in (0, 1):
     assert pod.log(worker).read_text().count('saved by SIGTERM') == 1

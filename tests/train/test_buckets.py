@@ -36,6 +36,7 @@ def log(bucket):
 def steps(bucket, folder='run/checkpoints'):
   """Complete steps, and all that have any object."""
   found = [n.removeprefix(f'{folder}/') for n in bucket.objects if folder in n]
+  found = [n for n in found if '/' in n]
   done = [n for n in found if n.count('/') == 1 and 'commit_success' in n]
   return (
     sorted({int(n.split('/')[0]) for n in done}),
