@@ -59,5 +59,5 @@ def test_all_topologies_are_shapes_of_the_network(chip):
 
 def test_a_missing_compiler_is_said(monkeypatch):
   monkeypatch.setattr(topology.importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ConfigError, match=r"pip install 'qwenvl_jax\[tpu\]'"):
+  with pytest.raises(ConfigError, match=r"pip install 'qwenvl_jax\[plan\]'"):
     topology.devices(topology.parse('v5e:2x2'))
