@@ -42,6 +42,10 @@ from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 VOCABULARY = 'qwen.tiktoken'
+# Of a training run: where its steps are, and Orbax's mark of a complete one if
+# that is in a bucket.
+CHECKPOINTS = 'checkpoints'
+COMPLETE = 'commit_success.txt'
 
 GENERATION = 'generation_config.json'
 
@@ -79,7 +83,7 @@ def params_folder(folder: Path) -> Path | None:
   """
   if (folder / 'params').is_dir():
     return folder / 'params'
-  steps = folder / 'checkpoints'
+  steps = folder / CHECKPOINTS
   if not steps.is_dir():
     return None
   complete = [
@@ -96,7 +100,7 @@ def params_folder(folder: Path) -> Path | None:
 
 def _complete(step: Path) -> bool:
   """Whether Orbax has finished a step; in a bucket it says so in the end."""
-  if buckets.in_bucket(step) and not (step / 'commit_success.txt').exists():
+  if buckets.in_bucket(step) and not (step / COMPLETE).exists():
     return False
   return (step / 'params').is_dir()
 

@@ -170,15 +170,16 @@ class Scenes:
       counts = sequence.object_counts()
       most = counts.max() if self.max_objects is None else self.max_objects
       chosen = np.flatnonzero((self.min_objects <= counts) & (counts <= most))
-      if not len(chosen):
-        raise ConfigError(
-          f'Scenes(min_objects={self.min_objects}, '
-          f'max_objects={self.max_objects}): the scenes of {folder} have '
-          f'{counts.min()} to {counts.max()} objects'
-        )
     if self.limit is not None:
       chosen = np.arange(len(sequence)) if chosen is None else chosen
       chosen = chosen[: self.limit]
+    if chosen is not None and not len(chosen):
+      counts = sequence.object_counts()
+      raise ConfigError(
+        f'Scenes(min_objects={self.min_objects}, '
+        f'max_objects={self.max_objects}, limit={self.limit}) leaves none: the '
+        f'scenes of {folder} have {counts.min()} to {counts.max()} objects'
+      )
     return dataclasses.replace(sequence, chosen=chosen)
 
 

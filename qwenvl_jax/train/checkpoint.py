@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from qwenvl_jax import buckets
+from qwenvl_jax.conversion.folder import CHECKPOINTS, COMPLETE
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import manifest
 from qwenvl_jax.train.data_state import (
@@ -44,12 +45,6 @@ from qwenvl_jax.train.state import TrainState, run_once_options
 
 # Of one chunk of a large parameter.
 _CHUNK_BYTES = 32 * 2**20
-
-# Of a run's folder, the part that holds them.
-FOLDER = 'checkpoints'
-
-# Orbax's mark of a complete step in a bucket.
-COMPLETE = 'commit_success.txt'
 
 _COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
 
@@ -100,7 +95,7 @@ class Checkpoints:
     self._peers = peers or Peers()
     self._reader = reader or Reader()
     self._unsealed = None
-    self.folder = buckets.absolute(workdir) / FOLDER
+    self.folder = buckets.absolute(workdir) / CHECKPOINTS
     self._quiet = NoLateCallbacks()
     with self._explained(f'opening {self.folder}'):
       self._manager = ocp.CheckpointManager(

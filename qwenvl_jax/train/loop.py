@@ -14,12 +14,16 @@ import jax
 from jax.sharding import Mesh
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion.folder import VOCABULARY, write_side_files
+from qwenvl_jax.conversion.folder import (
+  CHECKPOINTS,
+  VOCABULARY,
+  write_side_files,
+)
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
 from qwenvl_jax.text.tokenizer import Tokenizer
-from qwenvl_jax.train.checkpoint import FOLDER, CheckpointConfig, Checkpoints
+from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from qwenvl_jax.train.guard import Guard, Spike, Watch
 from qwenvl_jax.train.hosts import compare, remark, times
 from qwenvl_jax.train.init import InitFrom, initial_params
@@ -183,7 +187,7 @@ def train(
   with _writing(workdir):
     buckets.make_folder(workdir)
     # Orbax clears away in one thread what it lists in another.
-    buckets.hold(workdir / FOLDER)
+    buckets.hold(workdir / CHECKPOINTS)
   iterator = config.data.iterator(reader.index, reader.count)
   # Opening data may take one host long, and collectives know no time-outs.
   peers.gather('the data being open')

@@ -53,6 +53,8 @@ def test_scenes_are_in_order_and_can_be_narrowed(small_scenes):
   crowded = dataclasses.replace(several, min_objects=4)
   with pytest.raises(ConfigError, match='min_objects=4.*have 1 to 3 objects'):
     crowded.open()
+  with pytest.raises(ConfigError, match='limit=0. leaves none'):
+    dataclasses.replace(several, limit=0).open()
   few = sources.Scenes(small_scenes.data_dir, config='small', limit=3)
   assert [x.id for x in few.open()] == [scenes[i].id for i in range(3)]
 
