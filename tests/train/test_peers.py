@@ -79,7 +79,8 @@ class Group:
     """Closes the connections of one, as the kernel does for a dead process."""
     dead = self.peers[index]
     dead._leaving = True
-    for writer in dead._writers.values():
+    # The loop's thread forgets a connection as soon as it is closed.
+    for writer in list(dead._writers.values()):
       dead._call(writer.transport.abort)
 
 
