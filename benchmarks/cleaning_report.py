@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration
 from qwenvl_jax.data import shard_files, things
 from qwenvl_jax.data.builders import compose
 from qwenvl_jax.data.cleaning import pipeline, shards
@@ -320,8 +320,8 @@ def main():
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(flags.output or scratch)
     sources = write(folder, corpus)
-    entry.load(['clean.gin'])
-    configured = entry.build(pipeline.Cleaning)
+    configuration.load(['clean.gin'])
+    configured = configuration.build(pipeline.Cleaning)
     job = dataclasses.replace(
       configured, sources=sources, output=str(folder / 'cleaned')
     ).job()

@@ -34,7 +34,7 @@ import numpy as np
 import synthetic
 import tiktoken
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration
 from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data import image
 from qwenvl_jax.data.packed import Packer
@@ -49,8 +49,8 @@ _VISION, _DECODER, _PATCH = 1.9e9, 7.7e9, 14
 
 def stage(config: str) -> Pipeline:
   """A stage's pipeline on synthetic records with photographs."""
-  entry.load([config], ["MISSING='allow'"])
-  made = entry.build(Pipeline, whole=False)
+  configuration.load([config], ["MISSING='allow'"])
+  made = configuration.build(Pipeline, whole=False)
   pictures = synthetic.photographs()
   streams = [
     dataclasses.replace(

@@ -17,7 +17,7 @@ import rich.console
 import rich.table
 import synthetic
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration
 from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data.batches import NOTE
 from qwenvl_jax.data.pipeline import Pipeline
@@ -25,8 +25,8 @@ from qwenvl_jax.data.pipeline import Pipeline
 
 def pipeline(config: str) -> Pipeline:
   """The pipeline of a stage on synthetic records and tiny pictures."""
-  entry.load([config], ["MISSING='allow'"])
-  made = entry.build(Pipeline, whole=False)
+  configuration.load([config], ["MISSING='allow'"])
+  made = configuration.build(Pipeline, whole=False)
   streams = [
     dataclasses.replace(x, source=synthetic.Synthetic(x.source.name))
     for x in made.streams

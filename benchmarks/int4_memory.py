@@ -12,7 +12,7 @@ the ratio.
 import argparse
 import sys
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration
 from qwenvl_jax.plan import jobs, topology
 from qwenvl_jax.plan.main import UNREAD
 from qwenvl_jax.plan.plan import Plan, make_plan
@@ -63,8 +63,8 @@ def compiled(what, wanted, devices, length: int, group: int | None) -> Plan:
     'MeshConfig.data=1',
     'MeshConfig.tensor=1',
   ]
-  entry.load(['stage3.gin'], bindings)
-  config = entry.build(TrainConfig, whole=False)
+  configuration.load(['stage3.gin'], bindings)
+  config = configuration.build(TrainConfig, whole=False)
   job = jobs.make(what, config, devices, rows=1, length=length)
   return make_plan(job, wanted, effort=-1.0)
 

@@ -19,7 +19,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan import topology
 from qwenvl_jax.plan.kept import kept_plan
@@ -68,8 +68,8 @@ def plan(row: Row, folder: Path) -> Plan:
   wanted = topology.parse(row.topology)
   devices = topology.devices(wanted)
   pod = f'{wanted.chip.name}_{wanted.chips}'
-  entry.load([row.stage, f'topology/{pod}/{row.stage}'], UNREAD)
-  config = entry.build(TrainConfig, whole=False)
+  configuration.load([row.stage, f'topology/{pod}/{row.stage}'], UNREAD)
+  config = configuration.build(TrainConfig, whole=False)
   return kept_plan(config, wanted, devices, folder)
 
 

@@ -5,6 +5,9 @@ Entry points print the message without a traceback and exit with status 2; any
 other exception is a bug and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class QwenVLError(Exception):
   """Base of every error caused by input rather than by this package."""
@@ -20,3 +23,28 @@ class CheckpointError(QwenVLError):
 
 class DataError(QwenVLError):
   """A record, image or data folder that cannot be used."""
+
+
+def did_you_mean(
+  name: str, known: Iterable[str], also: Iterable[str] = ()
+) -> str:
+  """The end of a message about a name that does not exist.
+
+  Args:
+    name: as it was written.
+    known: names that exist.
+    also: what else may have been meant.
+
+  Returns:
+    What is close, or all that is known if that is little, or nothing.
+  """
+  names = {x.lower(): x for x in sorted(set(known))}
+  for cutoff in (0.75, 0.5):  # Beside what is close, the far only confuses.
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=cutoff)
+    if near:
+      break
+  meant = dict.fromkeys([*(names[x] for x in near), *also])
+  if meant:
+    return f'; did you mean {" or ".join(meant)}?'
+  few = 0 < len(names) <= 12
+  return f'; there is {", ".join(names.values())}' if few else ''

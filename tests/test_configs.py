@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 FILES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob('*.gin'))
@@ -18,10 +18,10 @@ def test_every_stage_has_its_file():
 def test_resolves(file, tmp_path, monkeypatch):
   # Commands find configs wherever they are started.
   monkeypatch.chdir(tmp_path)
-  entry.load([file])  # Unknown names, parameters and macros fail here.
-  resolved = entry.resolved()
+  configuration.load([file])  # Unknown names, parameters and macros fail here.
+  resolved = configuration.resolved()
   # What is saved beside the checkpoints is a config file itself.
   saved = tmp_path / 'config.gin'
   saved.write_text(resolved)
-  entry.load([str(saved)])
-  assert entry.resolved() == resolved
+  configuration.load([str(saved)])
+  assert configuration.resolved() == resolved

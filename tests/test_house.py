@@ -22,6 +22,7 @@ ROOMS = {
   'model': ('sharding', 'fsdp'),
   'fsdp': ('sharding',),
   'sharding': (),
+  'configuration': (),
   'entry': (),
   'conversion': ('model', 'text', 'sharding'),
   'data': ('text',),
@@ -40,13 +41,13 @@ ROOMS = {
   'progress': (),
 }
 # Console commands start a program, so they may also import what is made for
-# that: the shared command line, progress bars and the public face.
+# that: the shared command line, configs, progress bars and the public face.
 MAINS = ('main', 'cli', 'chat_cli')
-FOR_MAINS = ('entry', 'api', 'progress')
+FOR_MAINS = ('entry', 'configuration', 'api', 'progress')
 # Put everything together; nobody imports them.
 TOPS = ('__init__', 'quickstart')
 # Packages of others that only some rooms may import.
-GUESTS = {'torch': ('conversion',), 'gin': ('entry',), 'tensorflow': ()}
+GUESTS = {'torch': ('conversion',), 'gin': ('configuration',), 'tensorflow': ()}
 
 
 def modules():

@@ -1,7 +1,6 @@
 """`qwenvl-data`: what data there is, preparing it, looking at it."""
 
 import argparse
-import difflib
 import pathlib
 import re
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 import rich.console
 import rich.table
 
-from qwenvl_jax import buckets, entry
+from qwenvl_jax import buckets, configuration, entry
 from qwenvl_jax.data import (
   catalogue,
   pipeline,
@@ -23,7 +22,7 @@ from qwenvl_jax.data import (
 from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.data.cleaning import cli as cleaning_cli
 from qwenvl_jax.data.making import cli as making_cli
-from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
+from qwenvl_jax.errors import ConfigError, DataError, QwenVLError, did_you_mean
 from qwenvl_jax.progress import bars
 
 _EPILOG = """\
@@ -259,12 +258,11 @@ def _known(name):
   if name in catalogue.DATA_SETS:
     return catalogue.DATA_SETS[name]
   names = [*catalogue.DATA_SETS, *_OWN]
-  near = difflib.get_close_matches(name, names, 3, 0.6)
-  near = near or [x for x in names if name in x]
-  meant = f'; did you mean {" or ".join(near)}?' if near else ''
+  parts = [x for x in names if name in x]
   raise ConfigError(
-    f'there is no data set {name!r}{meant} `qwenvl-data list` names all; for '
-    'data of your own say how it is written with --format'
+    f'there is no data set {name!r}{did_you_mean(name, names, parts)}; '
+    '`qwenvl-data list` names all; for data of your own say how it is written '
+    'with --format'
   )
 
 
@@ -372,9 +370,9 @@ def _stage_page(arguments) -> str:
   bindings = arguments.bindings
   if arguments.data_dir:
     bindings = [*bindings, f'DATA={arguments.data_dir!r}']
-  entry.load(arguments.gin_file, bindings)
+  configuration.load(arguments.gin_file, bindings)
   # Its checkpoints need not be there yet.
-  config = entry.build(pipeline.Pipeline, whole=False)
+  config = configuration.build(pipeline.Pipeline, whole=False)
   title = ' '.join([*arguments.gin_file, *arguments.bindings])
   return show.stage_page(config, title, arguments.rows)
 

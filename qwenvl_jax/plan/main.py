@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration, entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan import jobs, report, search, topology
 from qwenvl_jax.plan.plan import make_plan
@@ -115,8 +115,8 @@ def command(argv: Sequence[str]) -> int:
   # The chips that this machine may have are not those that are planned for.
   jax.config.update('jax_platforms', 'cpu')
   devices = topology.devices(wanted)
-  entry.load(flags.gin_file, [*bindings, *UNREAD])
-  config = entry.build(TrainConfig, whole=False)
+  configuration.load(flags.gin_file, [*bindings, *UNREAD])
+  config = configuration.build(TrainConfig, whole=False)
   if flags.search:
     return _search(config, wanted, devices, flags)
   job = jobs.make(flags.what, config, devices, flags.rows, flags.length)

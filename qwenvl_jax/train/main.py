@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration, entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.loop import TrainConfig, train
 from qwenvl_jax.train.processes import ARRIVAL, find_place, joined
@@ -77,13 +77,13 @@ def command(argv: Sequence[str]) -> int:
     )
   place = find_place(os.environ, flags.distributed)
   with joined(place, flags.arrival_timeout) as peers:
-    entry.load(flags.gin_file, bindings)
-    config = entry.build(TrainConfig)
+    configuration.load(flags.gin_file, bindings)
+    config = configuration.build(TrainConfig)
     if flags.profile_steps:
       steps = parse_steps(flags.profile_steps)
       config = dataclasses.replace(config, profile_steps=steps)
     try:
-      train(config, flags.workdir, flags.steps, entry.resolved(), peers)
+      train(config, flags.workdir, flags.steps, configuration.resolved(), peers)
     except Interrupted as stop:
       print(stop, file=sys.stderr, flush=True)
       return 128 + stop.signum

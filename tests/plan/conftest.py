@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration
 from qwenvl_jax.plan import topology
 from qwenvl_jax.plan.main import UNREAD
 from qwenvl_jax.train.loop import TrainConfig
@@ -52,8 +52,8 @@ def configured():
     stage: str, *bindings: str, small: bool = True, files=()
   ) -> TrainConfig:
     changes = SMALL if small else ()
-    entry.load([stage, *files], [*changes, *bindings, *UNREAD])
-    return entry.build(TrainConfig, whole=False)
+    configuration.load([stage, *files], [*changes, *bindings, *UNREAD])
+    return configuration.build(TrainConfig, whole=False)
 
   return build
 

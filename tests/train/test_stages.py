@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration
 from qwenvl_jax.sharding import MESH_AXES
 from qwenvl_jax.train.loop import TrainConfig
 from qwenvl_jax.train.step import check_batch
@@ -28,7 +28,7 @@ TABLE_8 = {
 
 TOPOLOGY_FILES = sorted(
   path
-  for path in (entry.CONFIGS / 'topology').glob('*/*.gin')
+  for path in (configuration.CONFIGS / 'topology').glob('*/*.gin')
   if path.name != 'mesh.gin'
 )
 
@@ -37,8 +37,8 @@ def stage(name, *more):
   given = ['INIT="i"']
   if name.startswith('stage1'):
     given = ['VISION="v"', 'DECODER="d"']
-  entry.load([f'{name}.gin', *more], ['STREAMS=[]', *given])
-  return entry.build(TrainConfig)
+  configuration.load([f'{name}.gin', *more], ['STREAMS=[]', *given])
+  return configuration.build(TrainConfig)
 
 
 @pytest.mark.parametrize('name', TABLE_8)

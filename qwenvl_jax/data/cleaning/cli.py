@@ -7,7 +7,7 @@ import rich.console
 import rich.table
 from etils import epath
 
-from qwenvl_jax import entry
+from qwenvl_jax import configuration, entry
 from qwenvl_jax.data import storage
 from qwenvl_jax.data.cleaning import inputs, pipeline, report
 from qwenvl_jax.data.cleaning.tally import KEPT
@@ -73,8 +73,8 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
       f'--direct_num_workers={flags.workers}',
       *beam_options,
     ]
-  entry.load(flags.gin_file or ['clean.gin'], bindings)
-  cleaning = entry.build(pipeline.Cleaning)
+  configuration.load(flags.gin_file or ['clean.gin'], bindings)
+  cleaning = configuration.build(pipeline.Cleaning)
   if flags.input:
     cleaning = dataclasses.replace(
       cleaning, sources=[_source(x) for x in flags.input]
