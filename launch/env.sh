@@ -99,6 +99,15 @@ _qwenvl_env() {
     printf '%s\nroot=%s\n' "$wanted" "$root" >"$stamp" || return 1
     _qwenvl_say "ready: $root/.venv"
   fi
+  # Large arrays in huge pages, where glibc has them: with small ones, a fifth
+  # of training on a CPU goes into mapping them (benchmarks/huge_pages.py).
+  case ${GLIBC_TUNABLES:-} in
+    *glibc.malloc.hugetlb=*) ;;
+    *)
+      GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1
+      export GLIBC_TUNABLES
+      ;;
+  esac
   # shellcheck disable=SC1091  # made above
   . "$root/.venv/bin/activate"
 }

@@ -220,6 +220,8 @@ def take_rows(
     return jnp.take(table, rows, axis=0).astype(dtype)
   columns = _names(param_spec(names, table.shape, mesh_in_use())[1])
   groups = tuple(a for a in BATCH_AXES if a not in columns)
+  if rows.shape[0] % math.prod(mesh_in_use().shape[a] for a in groups):
+    groups = ()  # As `spec` has it for a batch that is split unevenly.
   place = jax.lax.with_sharding_constraint
   table = _gathered(table.astype(dtype), tuple(names), columns)
   rows = place(rows, PartitionSpec(groups, None))

@@ -1,10 +1,13 @@
 """`qwenvl-chat`: a conversation about pictures in the terminal."""
 
 import argparse
+import contextlib
 import inspect
 import os
 import sys
 from collections.abc import Sequence
+
+import jax
 
 from qwenvl_jax import api
 from qwenvl_jax.errors import CheckpointError, DataError, QwenVLError
@@ -15,6 +18,7 @@ from qwenvl_jax.infer.terminal import (
   open_picture,
   spinner,
 )
+from qwenvl_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,6 +171,19 @@ def _run(args: argparse.Namespace) -> int:
     check_writable(args.save)
   # Before the model, which takes longer to open.
   pictures = [open_picture(path) for path in args.image]
+  with _all_devices():
+    return _converse(args, settings, pictures)
+
+
+def _all_devices() -> contextlib.AbstractContextManager:
+  """Splits every layer over the devices of this machine, if it has several."""
+  devices = jax.local_devices()
+  if len(devices) == 1:
+    return contextlib.nullcontext()
+  return use_mesh(make_mesh(MeshConfig(fsdp=1, tensor=-1), devices))
+
+
+def _converse(args, settings, pictures) -> int:
   with spinner(f'opening {args.checkpoint}'):
     model = api.load(
       args.checkpoint, dtype=args.dtype, keep_int4=args.keep_int4

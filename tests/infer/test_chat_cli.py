@@ -203,3 +203,23 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
   monkeypatch.setattr(chatting, 'answer', interrupted)
   with pytest.raises(KeyboardInterrupt):
     session.obey('Hi')
+
+
+SPLIT = """
+from qwenvl_jax import api
+from qwenvl_jax.infer import chat_cli
+
+opened, load = [], api.load
+api.load = lambda *a, **b: opened.append(load(*a, **b)) or opened[-1]
+assert not chat_cli.main(['--checkpoint', {folder!r}, '--prompt', 'What?'])
+kernel = opened[0].params['decoder']['blocks']['mlp']['down']['kernel']
+assert len(kernel.sharding.device_set) == 2
+assert not kernel.sharding.is_fully_replicated
+"""
+
+
+def test_all_devices_of_the_machine_share_the_model(
+  chat_checkpoint, recited, run_on_devices
+):
+  out = run_on_devices(2, SPLIT.format(folder=str(chat_checkpoint)))
+  assert out == f'{recited}\n'

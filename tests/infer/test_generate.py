@@ -1,4 +1,5 @@
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
@@ -179,3 +180,35 @@ def test_bad_input_names_the_row(golden):
     run([[1]], max_new_tokens=0)
   with pytest.raises(ConfigError, match='temperature=-1'):
     run([[1]], temperature=-1)
+
+
+SPLIT = """
+import sys
+sys.path[:0] = [{tests!r}, {here!r}]
+import conftest, golden
+import jax, numpy as np
+import qwenvl_jax
+from qwenvl_jax.sharding import MeshConfig, make_mesh, use_mesh
+
+files = conftest.Golden(golden.model(), golden.params(), golden.expected())
+# One row on a mesh that splits a batch four ways, and heads split two ways.
+for mesh in MeshConfig(fsdp=4), MeshConfig(fsdp=1, inner=1, tensor=4):
+  with use_mesh(make_mesh(mesh)):
+    qwen = qwenvl_jax.load(golden.FOLDER, dtype='float32')
+    kernel = qwen.params['decoder']['blocks']['mlp']['down']['kernel']
+    assert not kernel.sharding.is_fully_replicated
+    ids, pixels = files.prompt('one_image')
+    new = qwen.generate([ids], pixels, max_new_tokens=48)[0]
+    assert new == files.new('one_image'), mesh
+    logits = qwen.logits([ids], pixels)
+    alone = files.model.apply(
+      {{'params': files.params}}, qwen._batch([ids], None, pixels),
+      inference=True,
+    )
+    np.testing.assert_allclose(logits, alone, atol=golden.ATOL)
+"""
+
+
+def test_a_row_may_run_on_several_devices(run_on_devices):
+  here = pathlib.Path(__file__).parent
+  run_on_devices(4, SPLIT.format(tests=str(here.parent), here=str(here)))
