@@ -23,7 +23,7 @@ from qwenvl_jax import configuration
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan import topology
 from qwenvl_jax.plan.kept import kept_plan
-from qwenvl_jax.plan.main import UNREAD
+from qwenvl_jax.plan.main import UNREAD, pod_settings
 from qwenvl_jax.plan.plan import Plan
 from qwenvl_jax.train.loop import TrainConfig
 
@@ -67,8 +67,8 @@ def plan(row: Row, folder: Path) -> Plan:
   """The stage on the pod, used as configs/topology/ says."""
   wanted = topology.parse(row.topology)
   devices = topology.devices(wanted)
-  pod = f'{wanted.chip.name}_{wanted.chips}'
-  configuration.load([row.stage, f'topology/{pod}/{row.stage}'], UNREAD)
+  files, _ = pod_settings([row.stage], wanted)
+  configuration.load(files, UNREAD)
   config = configuration.build(TrainConfig, whole=False)
   return kept_plan(config, wanted, devices, folder)
 

@@ -100,7 +100,7 @@ _qwenvl_env() {
     _qwenvl_say "ready: $root/.venv"
   fi
   # Large arrays in huge pages, where glibc has them: with small ones, a fifth
-  # of training on a CPU goes into mapping them (benchmarks/huge_pages.py).
+  # of training on a CPU goes into mapping them (benchmarks/cpu_training.py).
   case ${GLIBC_TUNABLES:-} in
     *glibc.malloc.hugetlb=*) ;;
     *)

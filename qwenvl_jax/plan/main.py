@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,11 +32,11 @@ help), 2 for a mistake in configuration or arguments.
 
 EXAMPLES = """
 qwenvl-plan --gin_file=stage2.gin --topology=v5e:16x16
-qwenvl-plan --gin_file=stage2.gin --topology=v5p:4x4x4 --json \\
-  --gin.MeshConfig.tensor=1 --gin.TrainConfig.accumulation=4
+qwenvl-plan --gin_file=stage2.gin --topology=v5e:8x8 --json \\
+  --gin.MeshConfig.tensor=1 --gin.TrainConfig.accumulation=16
 qwenvl-plan --gin_file=stage1.gin --topology=v5e:16x16 --slices=2
 qwenvl-plan --gin_file=stage3.gin --topology=v5p:2x2x1 --search
-qwenvl-plan --gin_file=stage3.gin --topology=v5e:4x4 --what=decode \
+qwenvl-plan --gin_file=stage3.gin --topology=v5e:4x4 --what=decode \\
   --gin.MeshConfig.tensor=4 --rows=16
 """
 
@@ -56,6 +57,13 @@ def command(argv: Sequence[str]) -> int:
     type=int,
     default=1,
     help='of these, connected by the data center network (default: 1)',
+  )
+  arguments.add_argument(
+    '--plain',
+    action='store_true',
+    help='only what the files say: otherwise what configs/topology/ has for '
+    'this stage on these chips is read after the first of them, as '
+    'launch/tpu_pod.sh does',
   )
   arguments.add_argument(
     '--what',
@@ -115,7 +123,10 @@ def command(argv: Sequence[str]) -> int:
   # The chips that this machine may have are not those that are planned for.
   jax.config.update('jax_platforms', 'cpu')
   devices = topology.devices(wanted)
-  configuration.load(flags.gin_file, [*bindings, *UNREAD])
+  files, more = pod_settings(flags.gin_file, wanted, flags.plain)
+  if len(files) > len(flags.gin_file) and not flags.json:
+    print(f'with configs/{files[1]} (without: --plain)', file=sys.stderr)
+  configuration.load(files, [*more, *bindings, *UNREAD])
   config = configuration.build(TrainConfig, whole=False)
   if flags.search:
     return _search(config, wanted, devices, flags)
@@ -127,6 +138,32 @@ def command(argv: Sequence[str]) -> int:
   else:
     report.show(plan, Console())
   return 0 if plan.fits else 1
+
+
+def pod_settings(
+  files: Sequence[str], wanted: topology.Topology, plain: bool = False
+) -> tuple[list[str], list[str]]:
+  """What to read for these chips.
+
+  Args:
+    files: config files, that of the stage first.
+    wanted: the chips.
+    plain: nothing else.
+
+  Returns:
+    (the files and, after the first, how the project uses a slice like this, if
+    it says so and no file is about topologies already; bindings that repeat the
+    parameters in several slices).
+  """
+  stage, *others = files
+  pod = f'topology/{wanted.chip.name}_{math.prod(wanted.shape)}'
+  about = [f'{pod}/{Path(stage).name}', f'{pod}/mesh.gin']
+  found = [x for x in about if (configuration.CONFIGS / x).is_file()][:1]
+  if plain or any('topology' in Path(x).parts for x in files):
+    found = []
+  slices = found and wanted.slices > 1
+  more = [f'MeshConfig.data={wanted.slices}'] if slices else []
+  return [stage, *found, *others], more
 
 
 def _search(config, wanted, devices, flags) -> int:

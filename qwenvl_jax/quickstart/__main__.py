@@ -41,18 +41,16 @@ class Settings:
   Attributes:
     out: receives everything.
     smoke: a few steps of everything, to see that all parts work.
-    devices: virtual CPU devices that training splits a batch over.
   """
 
   out: Path
   smoke: bool
-  devices: int
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns the exit status."""
   args = _parser().parse_args(argv)
-  settings = Settings(args.out.resolve(), args.smoke, _devices())
+  settings = Settings(args.out.resolve(), args.smoke)
   try:
     return _run(settings)
   except QwenVLError as error:
@@ -86,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _devices() -> int:
-  """The largest power of two up to the number of cores, at most 8."""
+  """How many to split a batch over: a power of two, a core each, at most 8."""
   cores = min(len(os.sched_getaffinity(0)), 8)
   return 1 << (cores.bit_length() - 1)
 
@@ -149,12 +147,15 @@ def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
       f'--gin.OptimizerConfig.steps={_SMOKE_STEPS}',
       '--gin.OptimizerConfig.warmup=1',
     ]
-  return _command(
-    'qwenvl_jax.train.main',
-    *options,
-    JAX_NUM_CPU_DEVICES=str(settings.devices),
-    XLA_FLAGS=f'{os.environ.get("XLA_FLAGS", "")} {_XLA_FLAGS}'.strip(),
-  )
+  return _command('qwenvl_jax.train.main', *options, **training_environment())
+
+
+def training_environment() -> dict[str, str]:
+  """Variables that make training on a CPU fast (benchmarks/cpu_training.py)."""
+  return {
+    'JAX_NUM_CPU_DEVICES': str(_devices()),
+    'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {_XLA_FLAGS}'.strip(),
+  }
 
 
 def _quoted(path: Path) -> str:

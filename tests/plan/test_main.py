@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.plan import jobs, main, report, search
+from qwenvl_jax.plan import jobs, main, report, search, topology
 from qwenvl_jax.plan.plan import Plan, advice
 
 STAGE = '--gin_file=stage2.gin'
@@ -37,6 +37,33 @@ STAGE = '--gin_file=stage2.gin'
 def test_mistakes_are_said_before_anything_is_compiled(libtpu, flags, message):
   with pytest.raises(ConfigError, match=message):
     main.command(flags)
+
+
+@pytest.mark.parametrize(
+  ('files', 'chips', 'slices', 'plain', 'read', 'bindings'),
+  [
+    (['x/stage2.gin'], 'v5e:16x16', 1, False, 'v5e_256/stage2.gin', []),
+    (
+      ['stage2.gin', 'mine.gin'],
+      *('v5p:4x4x4', 2, False),
+      *('v5p_64/stage2.gin', ['MeshConfig.data=2']),
+    ),
+    # How a stage without settings of its own lies on the chips.
+    (['mine.gin'], 'v5e:4x4', 1, False, 'v5e_16/mesh.gin', []),
+    (['stage2.gin'], 'v5e:16x16', 2, True, None, []),
+    (['stage2.gin'], 'v5e:8x8', 2, False, None, []),
+    (['stage2.gin', 'topology/my.gin'], 'v5e:16x16', 1, False, None, []),
+  ],
+)
+def test_what_the_project_says_of_a_pod_is_read(
+  files, chips, slices, plain, read, bindings
+):
+  wanted = topology.parse(chips, slices)
+  more = [f'topology/{read}'] if read else []
+  assert main.pod_settings(files, wanted, plain) == (
+    [files[0], *more, *files[1:]],
+    bindings,
+  )
 
 
 def plan(**changes) -> Plan:
