@@ -5,6 +5,7 @@ that are reported come from the compiler.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from qwenvl_jax.plan.model_flops import model_flops, work_of
@@ -13,9 +14,9 @@ from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.loop import TrainConfig
 from qwenvl_jax.train.optimizer import flatten, split
 
-# By remat policy, at least: what a decoder layer keeps beside its input, in
-# widths of the model and of the MLP's hidden units; the work of a step, in
-# units of one that recomputes nothing.
+# By remat policy, at least: what a layer keeps beside its input, in widths of
+# the model and of the MLP's hidden units (a vision layer has no gate); the work
+# of a step, in units of one that recomputes nothing.
 _POLICIES = {
   'none': (6, 3, 1.0),
   'products': (5, 2, 1.02),
@@ -49,6 +50,19 @@ class Sizes:
   shapes: dict[str, tuple[int, ...]]
   trained_paths: frozenset[str]
 
+  @property
+  def trains_vision(self) -> bool:
+    """Whether vision layers have a backward pass."""
+    return any(path.startswith('vision/') for path in self.trained_paths)
+
+  def count(self, part: str) -> int:
+    """Number of parameters of 'vision', 'adapter' or 'decoder'."""
+    return sum(
+      math.prod(shape)
+      for path, shape in self.shapes.items()
+      if path.startswith(f'{part}/')
+    )
+
   @classmethod
   def of(cls, config: TrainConfig, params: Any) -> 'Sizes':
     """From `abstract_params`."""
@@ -80,9 +94,10 @@ def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
     decoder.layers * data.sequence_length * (decoder.dim + inner / tensor)
     + data.sequence_length * decoder.vocab_size / tensor
   )
-  if any(path.startswith('vision/') for path in sizes.trained_paths):
-    patches = data.image_slots * (data.image_size // vision.patch_size) ** 2
-    kept += vision.layers * patches * vision.width
+  if sizes.trains_vision:
+    widths, hidden, _ = _POLICIES[model.vision_remat or model.remat]
+    inner = widths * vision.width + min(hidden, 1) * vision.mlp_dim
+    kept += vision.layers * _patches(config) * (vision.width + inner / tensor)
   rows = data.batch_size / config.accumulation / (copies * fsdp)
   return state / (fsdp * tensor) + rows * kept * compute
 
@@ -94,7 +109,13 @@ def promise(config: TrainConfig, sizes: Sizes, topology: Topology) -> float:
   needed = model_flops(
     model, sizes.shapes, sizes.trained_paths, work_of(config.data)
   )
-  _, _, factor = _POLICIES[model.remat]
+  # Of the work, by how much each part takes.
+  vision = sizes.count('vision') * _patches(config)
+  decoder = sizes.count('decoder') * config.data.sequence_length
+  _, _, again = _POLICIES[model.remat]
+  _, _, seen = _POLICIES[model.vision_remat or model.remat]
+  seen = seen if sizes.trains_vision else 1.0
+  factor = (again * decoder + seen * vision) / (decoder + vision)
   computing = factor * needed / topology.chips / chip.peak_flops / _PRODUCTS
   # Gathered forward and backward, and the gradient scattered.
   sent = 2 * (sizes.trained + sizes.frozen) + sizes.trained
@@ -113,6 +134,13 @@ def promise(config: TrainConfig, sizes: Sizes, topology: Topology) -> float:
   sending = config.accumulation * sent / chip.collective_bandwidth
   longer, shorter = max(computing, sending), min(computing, sending)
   return longer + _EXPOSED * shorter
+
+
+def _patches(config: TrainConfig) -> int:
+  """Of a row."""
+  data = config.data
+  side = data.image_size // config.objective.config.vision.patch_size
+  return data.image_slots * side**2
 
 
 def _mesh(mesh: MeshConfig, chips: int) -> tuple[int, int, int]:

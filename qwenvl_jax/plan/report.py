@@ -156,7 +156,7 @@ def show_ranking(
   )
   for name in (
     'data', 'fsdp', 'tensor', 'accumulation', 'rows a shard', 'remat',
-    'peak GiB', 'program/model', 'step s', 'MFU',
+    'vision', 'peak GiB', 'program/model', 'step s', 'MFU',
   ):  # fmt: skip
     table.add_column(name, justify='right')
   for candidate, plan in ranked:
@@ -167,6 +167,7 @@ def show_ranking(
       str(candidate.accumulation),
       f'{plan.rows_per_chip:g}',
       candidate.remat,
+      candidate.vision_remat or 'the same',
       f'{plan.peak_hbm_bytes / GIB:.2f}',
       f'{plan.flops_ratio:.3f}',
       f'{plan.estimated_step_seconds:.3f}',

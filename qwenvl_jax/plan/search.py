@@ -48,6 +48,8 @@ class Candidate:
     accumulation: microbatches a step.
     rows: of a microbatch on each shard of the batch; follows from the others.
     remat: see `QwenVLConfig`.
+    vision_remat: see there.
+    inner: see `MeshConfig`; follows from the topology.
   """
 
   data: int
@@ -56,13 +58,16 @@ class Candidate:
   accumulation: int
   rows: int
   remat: str
+  vision_remat: str | None = None
+  inner: int = 1
 
   @property
   def text(self) -> str:
     """In a line."""
+    vision = f', vision {self.vision_remat}' if self.vision_remat else ''
     return (
       f'data {self.data}, fsdp {self.fsdp}, tensor {self.tensor}, '
-      f'accumulation {self.accumulation}, remat {self.remat}'
+      f'accumulation {self.accumulation}, remat {self.remat}{vision}'
     )
 
   @property
@@ -72,21 +77,21 @@ class Candidate:
       f'--gin.MeshConfig.data={self.data}',
       f'--gin.MeshConfig.fsdp={self.fsdp}',
       f'--gin.MeshConfig.tensor={self.tensor}',
+      f'--gin.MeshConfig.inner={self.inner}',
       f'--gin.TrainConfig.accumulation={self.accumulation}',
-      f'--gin.QwenVLConfig.remat=\'"{self.remat}"\'',
+      f'--gin.QwenVLConfig.remat={_shell(self.remat)}',
+      f'--gin.QwenVLConfig.vision_remat={_shell(self.vision_remat)}',
     ]
 
   def apply(self, config: TrainConfig) -> TrainConfig:
     """The configuration with these values."""
-    objective = dataclasses.replace(
-      config.objective, config=config.objective.config.replace(remat=self.remat)
+    model = config.objective.config.replace(
+      remat=self.remat, vision_remat=self.vision_remat
     )
     return dataclasses.replace(
       config,
-      objective=objective,
-      mesh=dataclasses.replace(
-        config.mesh, data=self.data, fsdp=self.fsdp, tensor=self.tensor
-      ),
+      objective=dataclasses.replace(config.objective, config=model),
+      mesh=MeshConfig(self.data, self.fsdp, self.tensor, self.inner),
       accumulation=self.accumulation,
     )
 
@@ -97,6 +102,8 @@ class Candidate:
       and self.fsdp <= other.fsdp
       and self.rows >= other.rows
       and POLICIES.index(self.remat) <= POLICIES.index(other.remat)
+      and POLICIES.index(self.vision_remat or self.remat)
+      <= POLICIES.index(other.vision_remat or other.remat)
     )
 
 
@@ -116,15 +123,18 @@ def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
     if heads % tensor or data % topology.slices or chips % (data * tensor):
       continue
     fsdp = chips // data // tensor
+    inner = _inner(topology, fsdp)
     shards = data * fsdp
     for per_shard in range(1, rows // shards + 1):
       if rows % (shards * per_shard):
         continue
+      microbatches = rows // shards // per_shard
       found += [
         Candidate(
-          data, fsdp, tensor, rows // shards // per_shard, per_shard, remat
+          data, fsdp, tensor, microbatches, per_shard, remat, vision, inner
         )
         for remat in policies
+        for vision in ((None,) if remat == 'full' else (None, 'full'))
       ]
   return found
 
@@ -159,6 +169,8 @@ def search(
   )
   promising = []
   for candidate in candidates(config, topology):
+    if candidate.vision_remat and not sizes.trains_vision:
+      continue  # Without a backward pass, nothing is kept.
     changed = candidate.apply(config)
     needed = lower_bound(changed, sizes, topology.chips)
     if needed <= topology.chip.hbm_bytes:
@@ -198,6 +210,17 @@ def search(
       too_large.append(candidate)
     yield candidate, plan
   said(total, total, 'done')
+
+
+def _inner(topology: Topology, fsdp: int) -> int:
+  """A side of the torus, where `fsdp` reaches over more than that."""
+  side = next((n for n in reversed(topology.shape) if n > 1), 1)
+  return side if fsdp > side and fsdp % side == 0 else 1
+
+
+def _shell(value: str | None) -> str:
+  """A value of gin, quoted for the shell if it is a string."""
+  return 'None' if value is None else f'\'"{value}"\''
 
 
 def _has_policy(config: TrainConfig, name: str) -> bool:

@@ -55,6 +55,8 @@ def test_candidates_divide(config):
     assert one.data % 2 == 0  # Parameters are not split over slices.
     assert 2 % one.tensor == 0  # Two heads.
     assert one.data * one.fsdp * one.accumulation * one.rows == 16
+    # Two axes to split parameters by where they lie on both sides of a slice.
+    assert one.inner == (2 if one.fsdp == 4 else 1)
 
 
 def test_what_fits_is_ranked_by_time(config, pod, compiled, tmp_path):
@@ -100,18 +102,24 @@ def test_answers_belong_to_a_configuration_and_a_topology(
 
 
 def test_overrides_say_what_was_tried(config):
-  one = search.Candidate(2, 4, 1, 2, 4, 'dots')
+  one = search.Candidate(2, 4, 1, 2, 4, 'dots', inner=2)
   assert one.overrides == [
     '--gin.MeshConfig.data=2',
     '--gin.MeshConfig.fsdp=4',
     '--gin.MeshConfig.tensor=1',
+    '--gin.MeshConfig.inner=2',
     '--gin.TrainConfig.accumulation=2',
     '--gin.QwenVLConfig.remat=\'"dots"\'',
+    '--gin.QwenVLConfig.vision_remat=None',
   ]
   changed = one.apply(config)
   assert changed.mesh.sizes(8)[:3] == (2, 4, 1)
   assert changed.accumulation == 2
   assert changed.objective.config.remat == 'dots'
+  full = dataclasses.replace(one, vision_remat='full')
+  assert full.overrides[-1].endswith('vision_remat=\'"full"\'')
+  assert full.apply(config).objective.config.vision_remat == 'full'
+  assert one.needs_more_than(full) and not full.needs_more_than(one)
 
 
 def test_a_model_too_large_for_the_chips_is_said(configured, pod, tmp_path):
