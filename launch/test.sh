@@ -14,19 +14,30 @@ Usage: launch/test.sh [--fast | --pods] [PYTEST ARGUMENTS]
 
 Everything else goes to pytest; paths count from the repository's root:
   launch/test.sh tests/model -k rope -x
+Without, the tests run in a process for each core, four at most; -n 1 is one.
 TEXT
 }
 
+# One file's tests stay in one process: they share what is dear to make.
+cores=$(getconf _NPROCESSORS_ONLN)
+parallel=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)
 args=()
 for arg in "$@"; do
   case $arg in
     --fast) args+=(-m 'not slow and not pods') ;;
-    --pods) args+=(-m pods) ;;
+    # A stage takes gigabytes to compile.
+    --pods)
+      args+=(-m pods)
+      parallel=()
+      ;;
     -h | --help)
       usage
       exit 0
       ;;
-    *) args+=("$arg") ;;
+    *)
+      args+=("$arg")
+      parallel=()
+      ;;
   esac
 done
 
@@ -35,4 +46,5 @@ export EXTRAS=${EXTRAS:-dev,gcs,plan}
 # shellcheck source=launch/env.sh
 source "$root/launch/env.sh"
 cd "$root"
-exec python -m pytest "${args[@]+"${args[@]}"}"
+exec python -m pytest "${parallel[@]+"${parallel[@]}"}" \
+  "${args[@]+"${args[@]}"}"

@@ -28,7 +28,7 @@ ROOMS = {
   'data': ('text',),
   'train': ('model', 'data', 'sharding', 'fsdp', 'conversion', 'text'),
   'plan': ('train', 'infer', 'model', 'data', 'sharding'),
-  'infer': ('model', 'text', 'data.image', 'conversion'),
+  'infer': ('model', 'text', 'data.image', 'conversion', 'sharding'),
   'eval': ('infer', 'data', 'text', 'model'),
   'api': (
     'conversion',
