@@ -7,6 +7,7 @@ A command that runs a configured job takes `--gin_file=FILE` (repeatable) and
 import argparse
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -98,24 +99,33 @@ def parse(
   return flags, bindings
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(
+  command: Callable[[Sequence[str]], int | None],
+  argv: Sequence[str] | None = None,
+  interrupted: str = 'interrupted',
+) -> int:
   """Runs a command: errors for people go to stderr, without a traceback.
 
   Args:
-    main: takes the arguments, returns the exit status.
+    command: takes the arguments, returns the exit status (None for 0).
+    argv: the arguments, None for those of this process.
+    interrupted: what is said after Ctrl-C.
+
+  Returns:
+    The exit status: 2 after such an error, 130 after Ctrl-C.
   """
   # Orbax logs, with a traceback, what it also raises.
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   try:
-    status = main(sys.argv[1:])
+    return command(sys.argv[1:] if argv is None else argv) or 0
   except QwenVLError as error:
     print(f'error: {error}', file=sys.stderr)
-    status = 2
+    return 2
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    status = 130
+    print(interrupted, file=sys.stderr)
+    return 130
   except BrokenPipeError:  # `| head` is no error.
-    sys.stderr.close()
-    status = 0
-  sys.exit(status)
+    # Python would complain once more at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

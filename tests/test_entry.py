@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 
@@ -28,16 +29,32 @@ def test_command_line():
   ],
 )
 def test_errors_for_people_come_without_a_traceback(
-  raised, status, said, capsys, monkeypatch
+  raised, status, said, capsys
 ):
   def main(argv):
     raise eval(raised)
 
-  monkeypatch.setattr(sys, 'argv', ['x'])
-  with pytest.raises(SystemExit) as stop:
-    entry.run(main)
-  assert stop.value.code == status
+  assert entry.run(main, []) == status
   assert capsys.readouterr().err == said
+
+
+def test_a_reader_that_leaves_is_no_error():
+  source = (
+    'import sys; from qwenvl_jax import entry; '
+    'sys.exit(entry.run(lambda _: print("x" * 10**6)))'
+  )
+  done = subprocess.run(
+    [
+      'bash',
+      '-o',
+      'pipefail',
+      '-c',
+      f"{shlex.quote(sys.executable)} -c '{source}' | head -c 1",
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (0, 'x', '')
 
 
 def test_train_says_how_it_is_used():

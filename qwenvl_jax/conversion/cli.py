@@ -21,13 +21,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from qwenvl_jax import api, buckets
+from qwenvl_jax import api, buckets, entry
 from qwenvl_jax.conversion import convert, inspection, reference
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion.hub import local_folder
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
-from qwenvl_jax.errors import CheckpointError, QwenVLError
+from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.progress import bars
 
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}
@@ -40,16 +40,18 @@ _LOGITS_TOLERANCE = 2e-3
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit status."""
+  return entry.run(_run, argv, interrupted='interrupted: nothing was written')
+
+
+def _run(argv: Sequence[str]) -> int:
   args = _parser().parse_args(argv)
   try:
     with buckets.refusals_told():
       return args.run(args)
-  except (QwenVLError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('interrupted: nothing was written', file=sys.stderr)
-    return 130
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    raise CheckpointError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:

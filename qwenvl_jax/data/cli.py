@@ -22,7 +22,7 @@ from qwenvl_jax.data import (
 from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.data.cleaning import cli as cleaning_cli
 from qwenvl_jax.data.making import cli as making_cli
-from qwenvl_jax.errors import ConfigError, DataError, QwenVLError, did_you_mean
+from qwenvl_jax.errors import ConfigError, DataError, did_you_mean
 from qwenvl_jax.progress import bars
 
 _EPILOG = """\
@@ -48,23 +48,20 @@ _JOBS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command line; exits with status 2 on bad input."""
-  argv = sys.argv[1:] if argv is None else list(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns the exit status."""
+  return entry.run(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> None:
   console = rich.console.Console()
-  try:
-    if argv and argv[0] in _JOBS:
-      _JOBS[argv[0]][0](argv[1:], console)
-      return
-    arguments, bindings = entry.parse(_parser(), argv)
-    arguments.bindings = bindings
-    with buckets.refusals_told():
-      arguments.run(arguments, console)
-  except QwenVLError as error:
-    print(f'qwenvl-data: {error}', file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    sys.exit(130)
+  if argv and argv[0] in _JOBS:
+    _JOBS[argv[0]][0](argv[1:], console)
+    return
+  arguments, bindings = entry.parse(_parser(), argv)
+  arguments.bindings = bindings
+  with buckets.refusals_told():
+    arguments.run(arguments, console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -378,4 +375,4 @@ def _stage_page(arguments) -> str:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import jax
 
-from qwenvl_jax import api
-from qwenvl_jax.errors import CheckpointError, DataError, QwenVLError
+from qwenvl_jax import api, entry
+from qwenvl_jax.errors import CheckpointError, DataError
 from qwenvl_jax.infer.chat import Chat, ChatSettings
 from qwenvl_jax.infer.terminal import (
   Session,
@@ -23,22 +23,7 @@ from qwenvl_jax.sharding import MeshConfig, make_mesh, use_mesh
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit status."""
-  args = _parser().parse_args(argv)
-  # Names and answers are Unicode whatever the terminal is.
-  for stream in (sys.stdin, sys.stdout, sys.stderr):
-    if hasattr(stream, 'reconfigure'):
-      stream.reconfigure(errors='replace')
-  try:
-    return _run(args)
-  except QwenVLError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    return 130
-  except BrokenPipeError:
-    # The reader of our output left; Python would complain once more at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+  return entry.run(_run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +139,12 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: Sequence[str]) -> int:
+  args = _parser().parse_args(argv)
+  # Names and answers are Unicode whatever the terminal is.
+  for stream in (sys.stdin, sys.stdout, sys.stderr):
+    if hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='replace')
   settings = ChatSettings(
     system=args.system,
     max_window_size=args.window,

@@ -210,9 +210,9 @@ def _working(what: str, quiet: bool):
   return console.status(f'{what} ..')
 
 
-def main() -> None:
-  entry.run(command)
+def main() -> int:
+  return entry.run(command)
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

@@ -12,9 +12,11 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax import entry
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.quickstart import exam
 
 # Stage to (config, where its parameters come from: option to stage).
@@ -47,18 +49,10 @@ class Settings:
   smoke: bool
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit status."""
-  args = _parser().parse_args(argv)
-  settings = Settings(args.out.resolve(), args.smoke)
-  try:
-    return _run(settings)
-  except QwenVLError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('interrupted; the same command goes on from here', file=sys.stderr)
-    return 130
+  again = 'interrupted; the same command goes on from here'
+  return entry.run(_run, argv, interrupted=again)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +83,9 @@ def _devices() -> int:
   return 1 << (cores.bit_length() - 1)
 
 
-def _run(settings: Settings) -> int:
+def _run(argv: Sequence[str]) -> int:
+  args = _parser().parse_args(argv)
+  settings = Settings(args.out.resolve(), args.smoke)
   began = time.monotonic()
   out = settings.out
   seconds = {}

@@ -90,9 +90,9 @@ def command(argv: Sequence[str]) -> int:
   return 0
 
 
-def main() -> None:
-  entry.run(command)
+def main() -> int:
+  return entry.run(command)
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

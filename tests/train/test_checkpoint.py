@@ -260,7 +260,7 @@ config = standin.line_run(
   data=standin.Points(pause=0.01),
   checkpoint=CheckpointConfig(every=every, keep=keep),
 )
-entry.run(lambda argv: train(config, argv[0]) and None)
+sys.exit(entry.run(lambda argv: train(config, argv[0]) and None))
 """
 
 
