@@ -61,9 +61,9 @@ def command(argv: Sequence[str]) -> int:
   arguments.add_argument(
     '--plain',
     action='store_true',
-    help='only what the files say: otherwise what configs/topology/ has for '
-    'this stage on these chips is read after the first of them, as '
-    'launch/tpu_pod.sh does',
+    help='only what the files say: otherwise, for train and eval, what '
+    'configs/topology/ has for this stage on these chips is read after the '
+    'first of them, as launch/tpu_pod.sh does',
   )
   arguments.add_argument(
     '--what',
@@ -123,7 +123,7 @@ def command(argv: Sequence[str]) -> int:
   # The chips that this machine may have are not those that are planned for.
   jax.config.update('jax_platforms', 'cpu')
   devices = topology.devices(wanted)
-  files, more = pod_settings(flags.gin_file, wanted, flags.plain)
+  files, more = pod_settings(flags.gin_file, wanted, flags.what, flags.plain)
   if len(files) > len(flags.gin_file) and not flags.json:
     print(f'with configs/{files[1]} (without: --plain)', file=sys.stderr)
   configuration.load(files, [*more, *bindings, *UNREAD])
@@ -141,13 +141,18 @@ def command(argv: Sequence[str]) -> int:
 
 
 def pod_settings(
-  files: Sequence[str], wanted: topology.Topology, plain: bool = False
+  files: Sequence[str],
+  wanted: topology.Topology,
+  what: str = 'train',
+  plain: bool = False,
 ) -> tuple[list[str], list[str]]:
   """What to read for these chips.
 
   Args:
     files: config files, that of the stage first.
     wanted: the chips.
+    what: the program, one of `jobs.WHATS`. How training uses a pod is of no
+      use to inference.
     plain: nothing else.
 
   Returns:
@@ -159,7 +164,8 @@ def pod_settings(
   pod = f'topology/{wanted.chip.name}_{math.prod(wanted.shape)}'
   about = [f'{pod}/{Path(stage).name}', f'{pod}/mesh.gin']
   found = [x for x in about if (configuration.CONFIGS / x).is_file()][:1]
-  if plain or any('topology' in Path(x).parts for x in files):
+  inference = what in ('prefill', 'decode')
+  if plain or inference or any('topology' in Path(x).parts for x in files):
     found = []
   slices = found and wanted.slices > 1
   more = [f'MeshConfig.data={wanted.slices}'] if slices else []

@@ -40,27 +40,28 @@ def test_mistakes_are_said_before_anything_is_compiled(libtpu, flags, message):
 
 
 @pytest.mark.parametrize(
-  ('files', 'chips', 'slices', 'plain', 'read', 'bindings'),
+  ('files', 'chips', 'slices', 'how', 'read', 'bindings'),
   [
-    (['x/stage2.gin'], 'v5e:16x16', 1, False, 'v5e_256/stage2.gin', []),
+    (['x/stage2.gin'], 'v5e:16x16', 1, {}, 'v5e_256/stage2.gin', []),
     (
       ['stage2.gin', 'mine.gin'],
-      *('v5p:4x4x4', 2, False),
+      *('v5p:4x4x4', 2, {'what': 'eval'}),
       *('v5p_64/stage2.gin', ['MeshConfig.data=2']),
     ),
     # How a stage without settings of its own lies on the chips.
-    (['mine.gin'], 'v5e:4x4', 1, False, 'v5e_16/mesh.gin', []),
-    (['stage2.gin'], 'v5e:16x16', 2, True, None, []),
-    (['stage2.gin'], 'v5e:8x8', 2, False, None, []),
-    (['stage2.gin', 'topology/my.gin'], 'v5e:16x16', 1, False, None, []),
+    (['mine.gin'], 'v5e:4x4', 1, {}, 'v5e_16/mesh.gin', []),
+    (['stage3.gin'], 'v5e:4x4', 1, {'what': 'decode'}, None, []),
+    (['stage2.gin'], 'v5e:16x16', 2, {'plain': True}, None, []),
+    (['stage2.gin'], 'v5e:8x8', 2, {}, None, []),
+    (['stage2.gin', 'topology/my.gin'], 'v5e:16x16', 1, {}, None, []),
   ],
 )
 def test_what_the_project_says_of_a_pod_is_read(
-  files, chips, slices, plain, read, bindings
+  files, chips, slices, how, read, bindings
 ):
   wanted = topology.parse(chips, slices)
   more = [f'topology/{read}'] if read else []
-  assert main.pod_settings(files, wanted, plain) == (
+  assert main.pod_settings(files, wanted, **how) == (
     [files[0], *more, *files[1:]],
     bindings,
   )
