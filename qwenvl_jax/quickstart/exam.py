@@ -26,7 +26,7 @@ FLOORS = {
 
 # Kinds of questions with a floor are asked of all scenes, plainly and in chats;
 # others, held-out combinations of thing and colour, and easy-VQA of this share.
-_SHARE = 0.25
+_SHARE = 0.1
 _WITH_FLOOR = ('caption', 'exist', 'count', 'colour', 'refer')
 _OTHERS = tuple(kind for kind in scenes.KINDS if kind not in _WITH_FLOOR)
 
