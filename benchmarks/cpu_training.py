@@ -45,6 +45,8 @@ def main() -> int:
     '--rounds', type=int, default=2, help='(default: %(default)s)'
   )
   args = parser.parse_args()
+  if args.steps < 20 or args.rounds < 1:
+    parser.error('the first ten steps warm up: --steps 20 or more, --rounds 1')
   found = {name: [] for name in WITHOUT}
   with tempfile.TemporaryDirectory() as folder:
     data = Path(folder) / 'data'

@@ -48,7 +48,7 @@ def _run(argv: Sequence[str]) -> int:
   try:
     with buckets.refusals_told():
       return args.run(args)
-  except BrokenPipeError:
+  except BrokenPipeError:  # `entry.run` knows what it means.
     raise
   except OSError as error:
     raise CheckpointError(str(error)) from error
