@@ -70,12 +70,12 @@ def _rows(plan: Plan):
   )
   yield _row(
     'FLOPs of the program',
-    f'{plan.program_flops / 1e12:,.1f} T',
-    f'a chip and step; {plan.kernel_flops / 1e12:,.1f} T in attention kernels',
+    _flops(plan.program_flops),
+    f'a chip and step; {_flops(plan.kernel_flops)} in attention kernels',
   )
   yield _row(
     'FLOPs of the model',
-    f'{plan.model_flops / 1e12:,.1f} T',
+    _flops(plan.model_flops),
     f'program / model {plan.flops_ratio:.3f}; causal attention counts half',
   )
   yield _row(
@@ -123,6 +123,11 @@ def _traffic(one: dict[str, float]) -> str:
   if 'exposed_seconds' in one:
     text += f', {one["exposed_seconds"]:.3f} s waited for'
   return text
+
+
+def _flops(count: float) -> str:
+  """A training step has teraFLOPs, one more token gigaFLOPs."""
+  return f'{count / 1e12:,.1f} T' if count >= 1e11 else f'{count / 1e9:,.1f} G'
 
 
 def _decimal(size: float) -> str:

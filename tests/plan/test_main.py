@@ -109,6 +109,11 @@ def test_the_table_tells_estimates_from_facts():
   assert 'Not counted: my_kernel.1' in text
 
 
+def test_flops_of_a_token_are_not_nothing():
+  text = printed(report.show, plan(program_flops=14.2e9, model_flops=8e14))
+  assert '14.2 G' in text and '800.0 T' in text
+
+
 def test_what_does_not_fit_is_told_what_would_help():
   text = printed(report.show, plan(fits=False))
   assert 'memory needed' in text and 'It does not fit' in text
