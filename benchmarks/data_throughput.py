@@ -34,9 +34,8 @@ import numpy as np
 import synthetic
 import tiktoken
 
-from qwenvl_jax import configuration
+from qwenvl_jax import configuration, image
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data import image
 from qwenvl_jax.data.packed import Packer
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.text import tokenizer as tokenizer_lib

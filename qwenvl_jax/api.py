@@ -22,16 +22,16 @@ from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
 from qwenvl_jax.conversion import folder as folders
 from qwenvl_jax.conversion.placement import shardings_in_use
-from qwenvl_jax.data.image import pixels as decode_pixels
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
+from qwenvl_jax.image import pixels as decode_pixels
 from qwenvl_jax.infer import chat as chatting
 from qwenvl_jax.infer import generate as generation
 from qwenvl_jax.infer import prompts
 from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.loss import next_token_loss
 from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.model.vision import normalize_pixels
 from qwenvl_jax.text.tokenizer import Tokenizer
-from qwenvl_jax.train.loss import next_token_loss
 
 
 @buckets.refusals_told()

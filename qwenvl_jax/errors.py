@@ -25,6 +25,21 @@ class DataError(QwenVLError):
   """A record, image or data folder that cannot be used."""
 
 
+class BadRecordError(DataError):
+  """A record that cannot be used, and why.
+
+  Attributes:
+    reason: a key of `data.bad.DROPPED`, which is counted by it.
+  """
+
+  def __init__(self, reason: str, message: str):
+    super().__init__(message)
+    self.reason = reason
+
+  def __reduce__(self):
+    return BadRecordError, (self.reason, str(self))
+
+
 def did_you_mean(
   name: str, known: Iterable[str], also: Iterable[str] = ()
 ) -> str:

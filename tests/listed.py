@@ -5,8 +5,8 @@ import random
 
 import downloads
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.records import Qa, Record, Region
+from qwenvl_jax.errors import BadRecordError
 
 _PICTURES = tuple(downloads.picture(seed=n) for n in range(4))
 

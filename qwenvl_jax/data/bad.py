@@ -42,23 +42,6 @@ REPAIRED = {
 }
 
 
-class BadRecordError(DataError):
-  """A record that is to be dropped, and why.
-
-  Attributes:
-    reason: a key of `DROPPED`.
-  """
-
-  def __init__(self, reason: str, message: str):
-    super().__init__(message)
-    if reason not in DROPPED:
-      raise KeyError(reason)
-    self.reason = reason
-
-  def __reduce__(self):
-    return BadRecordError, (self.reason, str(self))
-
-
 class Counts:
   """How often what happened to the records of which source.
 
@@ -72,6 +55,8 @@ class Counts:
     self._counts[f'{source}/seen'] += 1
 
   def dropped(self, source: str, reason: str) -> None:
+    if reason not in DROPPED:
+      raise KeyError(reason)
     self._counts[f'{source}/dropped/{reason}'] += 1
 
   def repaired(self, source: str, reasons: Iterable[str]) -> None:

@@ -44,7 +44,7 @@ class Sample:
     branches: alternatives that continue the trunk. A branch begins with a piece
       without loss: the token before it belongs to the trunk, which has no room
       for one target per branch.
-    images: pictures in reading order, as `data.image.load` takes them.
+    images: pictures in reading order, as `image.load` takes them.
   """
 
   record: str

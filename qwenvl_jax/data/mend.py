@@ -7,9 +7,9 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from qwenvl_jax.data import image
-from qwenvl_jax.data.bad import BadRecordError
+from qwenvl_jax import image
 from qwenvl_jax.data.records import Box, Record
+from qwenvl_jax.errors import BadRecordError
 from qwenvl_jax.text.tokenizer import SPECIAL_TOKENS
 
 _SPECIAL = re.compile('|'.join(map(re.escape, SPECIAL_TOKENS)))

@@ -21,11 +21,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from qwenvl_jax.data import image, packing
-from qwenvl_jax.data.bad import BadRecordError, Counts
+from qwenvl_jax import image
+from qwenvl_jax.data import packing
+from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.data.batches import NOTE
 from qwenvl_jax.data.examples import EncodedSample, encode_sample
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 # Rows of different shards begin with different tasks; up to so many examples
 # of a task are taken for granted at the start of each.

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from qwenvl_jax import image
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data import image
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.examples import EncodedSample
+from qwenvl_jax.errors import BadRecordError
 
 # (picture, R, name of the record) -> [R,R,3] uint8, as `image.pixels`.
 Decode = Callable[[object, int, str], np.ndarray]

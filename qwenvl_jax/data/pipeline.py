@@ -16,11 +16,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from qwenvl_jax.data import image, packed, packing, patches
-from qwenvl_jax.data.bad import BadRecordError, Counts, Limit
+from qwenvl_jax import image
+from qwenvl_jax.data import packed, packing, patches
+from qwenvl_jax.data.bad import Counts, Limit
 from qwenvl_jax.data.batches import NOTE, Batches
 from qwenvl_jax.data.examples import Sample, encode_sample
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 # Records that are tried until one allows a question.

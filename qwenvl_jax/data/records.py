@@ -38,7 +38,7 @@ class Scene:
 
   Attributes:
     id: names the record in errors and scores.
-    image: encoded picture, or anything else `data.image.load` takes.
+    image: encoded picture, or anything else `image.load` takes.
     side: width and height that `objects` and `words` refer to.
     objects: left to right.
     colour: index into `things.COLOURS`.

@@ -4,7 +4,7 @@ import os
 import pathlib
 import re
 
-from qwenvl_jax.data.bad import BadRecordError
+from qwenvl_jax.errors import BadRecordError
 
 _URL = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*:')
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from qwenvl_jax.data import roots, storage
-from qwenvl_jax.data.bad import BadRecordError, Counts, Limit
+from qwenvl_jax.data.bad import Counts, Limit
 from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.records import Record
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 # Of data that does not come in parts: about 100 MB of photographs.
 RECORDS_PER_SHARD = 1024

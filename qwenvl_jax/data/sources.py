@@ -18,8 +18,7 @@ import numpy as np
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import records, storage, things
-from qwenvl_jax.data.bad import BadRecordError
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 VOCABULARY = 'qwen.tiktoken'
 

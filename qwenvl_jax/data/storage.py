@@ -16,7 +16,6 @@ from typing import Any
 from etils import epath
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.records import (
   GroundedCaption,
   Qa,
@@ -26,7 +25,7 @@ from qwenvl_jax.data.records import (
   Turn,
   Word,
 )
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 
 VERSION = '1.0.0'
 INFO = 'dataset_info.json'

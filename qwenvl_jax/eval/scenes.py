@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from qwenvl_jax.data import image, questions, tasks
+from qwenvl_jax import image
+from qwenvl_jax.data import questions, tasks
 from qwenvl_jax.data.examples import Question
 from qwenvl_jax.data.records import Asked, Scene
 from qwenvl_jax.eval.metrics import boxes as box_metrics

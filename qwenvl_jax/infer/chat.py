@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.data import image as pictures_lib
+from qwenvl_jax import image as pictures_lib
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.infer import generate as generation
 from qwenvl_jax.infer.sampling import Sampling

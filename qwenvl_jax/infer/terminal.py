@@ -13,7 +13,7 @@ import unicodedata
 from PIL import Image
 from rich.console import Console
 
-from qwenvl_jax.data import image as pictures_lib
+from qwenvl_jax import image as pictures_lib
 from qwenvl_jax.errors import DataError, QwenVLError
 from qwenvl_jax.infer.chat import Chat
 from qwenvl_jax.text import drawing, grounding

@@ -10,8 +10,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from qwenvl_jax import api
-from qwenvl_jax.data import image, sources
+from qwenvl_jax import api, image
+from qwenvl_jax.data import sources
 from qwenvl_jax.eval import report, scenes
 from qwenvl_jax.text import drawing, grounding
 

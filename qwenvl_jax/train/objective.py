@@ -13,9 +13,9 @@ from qwenvl_jax.batch import Batch, text_batch
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.layers import default_init
+from qwenvl_jax.model.loss import next_token_loss
 from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.model.vision import VisionTransformer
-from qwenvl_jax.train.loss import next_token_loss
 
 # Patches with this label carry no loss in `PatchObjects`.
 NO_LABEL = -1

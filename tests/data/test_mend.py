@@ -4,7 +4,6 @@ import downloads
 import pytest
 from PIL import Image
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.records import (
   GroundedCaption,
@@ -14,6 +13,7 @@ from qwenvl_jax.data.records import (
   Span,
   Word,
 )
+from qwenvl_jax.errors import BadRecordError
 
 _PICTURE = downloads.picture((100, 50))
 

@@ -10,12 +10,12 @@ import pytest
 
 from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data import formats, packing
-from qwenvl_jax.data.bad import BadRecordError, Limit
+from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.batches import NOTE, Batches
 from qwenvl_jax.data.packed import Packer
 from qwenvl_jax.data.pipeline import Pipeline, Stream
 from qwenvl_jax.data.records import Record, Turn
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _TOKENIZER = Tokenizer()

@@ -4,8 +4,9 @@ import itertools
 import numpy as np
 import pytest
 
+from qwenvl_jax import image
 from qwenvl_jax.batch import NO_IMAGE, Batch
-from qwenvl_jax.data import image, pipeline, sources, tasks
+from qwenvl_jax.data import pipeline, sources, tasks
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 

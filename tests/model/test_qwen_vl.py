@@ -12,8 +12,8 @@ import pytest
 from qwenvl_jax.batch import NO_IMAGE, text_batch
 from qwenvl_jax.conversion import layout
 from qwenvl_jax.model.config import qwen_vl_7b
+from qwenvl_jax.model.loss import next_token_loss
 from qwenvl_jax.model.qwen_vl import QwenVL
-from qwenvl_jax.train.loss import next_token_loss
 
 
 @pytest.mark.parametrize(

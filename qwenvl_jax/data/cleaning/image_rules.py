@@ -52,7 +52,7 @@ class AspectRatio:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Readable:
-  """Drops what does not decode to its last pixel (`data.image.load`).
+  """Drops what does not decode to its last pixel (`image.load`).
 
   `clean` reports it as `unreadable_image`. Costs the most: last in order.
   """

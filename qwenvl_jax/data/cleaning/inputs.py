@@ -17,9 +17,8 @@ from typing import Any
 from etils import epath
 
 from qwenvl_jax.data import roots
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.cleaning.pair import Broken, Pair, Picture
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 PICTURES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'image')
 TEXTS = ('caption', 'text', 'txt', 'TEXT')

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from qwenvl_jax.data import image
+from qwenvl_jax import image
 from qwenvl_jax.errors import DataError
 
 # What a pair is dropped for when its picture cannot be opened, whichever rule

@@ -16,7 +16,6 @@ import numpy as np
 from etils import epath
 
 from qwenvl_jax.data import shard_files, storage
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.cleaning import unique
 from qwenvl_jax.data.cleaning.inputs import Shard
 from qwenvl_jax.data.cleaning.pair import (
@@ -28,7 +27,7 @@ from qwenvl_jax.data.cleaning.pair import (
 from qwenvl_jax.data.cleaning.tally import KEPT, Tally
 from qwenvl_jax.data.cleaning.text_rules import is_chinese
 from qwenvl_jax.data.records import Record
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from qwenvl_jax.data import image
+from qwenvl_jax import image
 from qwenvl_jax.errors import DataError
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')

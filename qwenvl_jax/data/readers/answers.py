@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.records import Qa, Record
+from qwenvl_jax.errors import BadRecordError
 
 _CONFIDENCE = {'yes': 1.0, 'maybe': 0.5, 'no': 0.0}
 

@@ -3,9 +3,9 @@
 import dataclasses
 import pathlib
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.records import Record
+from qwenvl_jax.errors import BadRecordError
 
 
 @dataclasses.dataclass(frozen=True)

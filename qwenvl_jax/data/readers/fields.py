@@ -6,9 +6,8 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.records import Record
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 
 Found = Iterator[Record | BadRecordError]
 

@@ -9,10 +9,9 @@ import pathlib
 import tarfile
 from typing import Any
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.records import GroundedCaption, Record, Region, Span
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 
 _PICTURES = ('jpg', 'jpeg', 'png', 'webp')
 

@@ -4,10 +4,9 @@ import dataclasses
 import pathlib
 import pickle
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.records import Record, Region
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 
 
 @dataclasses.dataclass(frozen=True)

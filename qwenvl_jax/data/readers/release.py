@@ -10,10 +10,10 @@ import json
 import pathlib
 import re
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.readers.answers import qa
 from qwenvl_jax.data.records import Record, Region, Turn
+from qwenvl_jax.errors import BadRecordError
 from qwenvl_jax.text.tokenizer import image_paths
 
 _CONTROL = re.compile(r'<\|(?:im_start|im_end|endoftext|extra_\d+)\|>')

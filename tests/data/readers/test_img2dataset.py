@@ -3,9 +3,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 
 
 def _parquet(path, **columns):

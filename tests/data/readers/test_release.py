@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from qwenvl_jax.data.bad import BadRecordError
 from qwenvl_jax.data.readers.release import (
   Conversations,
   EvaluationLines,
@@ -10,6 +9,7 @@ from qwenvl_jax.data.readers.release import (
   pieces,
 )
 from qwenvl_jax.data.records import Qa, Region, Turn
+from qwenvl_jax.errors import BadRecordError
 
 
 def _reasons(found):

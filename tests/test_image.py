@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwenvl_jax.data import image
+from qwenvl_jax import image
 from qwenvl_jax.errors import DataError
 
 

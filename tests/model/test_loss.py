@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from qwenvl_jax.train.loss import next_token_loss
+from qwenvl_jax.model.loss import next_token_loss
 
 
 def example(dtype=jnp.float32):

@@ -14,8 +14,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from qwenvl_jax.data.bad import BadRecordError
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 
 # Pixels of the largest picture that is opened: 80 megapixels are 240 MB. Below
 # the number from which Pillow warns, so that nobody is warned and then served.
