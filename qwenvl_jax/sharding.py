@@ -51,6 +51,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   ('length', ()),
   ('patches', ()),
   ('heads_act', ('tensor',)),
+  ('vocab_act', ('tensor',)),
   ('embed_act', ()),
 )
 

@@ -1,18 +1,15 @@
-"""Prompts of many lengths to one left-padded batch of few shapes.
+"""Checks of prompts and their images, and the lengths that are compiled for.
 
-Everything compiled depends on shapes, so lengths, rows and image slots are
-rounded up to `bucket` sizes: a handful of programs serves every request.
+Everything compiled depends on shapes, so lengths are rounded up to `bucket`
+sizes: a handful of programs serves every request.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.model.config import QwenVLConfig
-from qwenvl_jax.model.vision import CLIP_MEAN, CLIP_STD
 
 MIN_LENGTH = 32
 
@@ -103,75 +100,6 @@ def match_images(starts: Sequence[int], images, record: str) -> np.ndarray:
   return np.stack(images)
 
 
-def pad_prompts(
-  config: QwenVLConfig,
-  prompts: Sequence[Sequence[int]],
-  images: Sequence | None,
-  *,
-  rows: int,
-  length: int,
-  names: Sequence[str] | None = None,
-) -> Batch:
-  """Lays prompts into rows, the padding on the left.
-
-  Args:
-    config: of the model.
-    prompts: token ids.
-    images: per prompt [I,R,R,3] or None, in reading order; None for no images
-      at all.
-    rows: rows of the batch; those past the prompts are padding.
-    length: tokens of a row.
-    names: what an error calls each prompt; 'row 0', 'row 1', ... by default.
-
-  Returns:
-    A NumPy batch; image slots as many as the prompt with most images has,
-    rounded up.
-
-  Raises:
-    DataError: an empty prompt, an id the model does not have, or images that
-      do not fit the spans.
-  """
-  names = names or [f'row {i}' for i in range(len(prompts))]
-  images = images_per_prompt(prompts, images)
-  tokens = np.zeros((rows, length), np.int32)
-  mask = np.zeros((rows, length), bool)
-  placed = []
-  for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-    ids = check_ids(prompt, config, name)
-    starts = image_starts(ids, config, name)
-    pad = length - len(ids)
-    tokens[row, pad:], mask[row, pad:] = ids, True
-    placed.append(
-      (
-        np.asarray(starts, np.int32) + pad,
-        match_images(starts, images[row], name),
-      )
-    )
-  batch = text_batch(tokens, mask)
-  slots = bucket(max((len(starts) for starts, _ in placed), default=0))
-  first = next((i for i, (s, _) in enumerate(placed) if len(s)), None)
-  if first is None:
-    return batch
-  shape = placed[first][1].shape[1:]
-  # One float picture makes the whole batch float.
-  floats = any(p.dtype != np.uint8 for s, p in placed if len(s))
-  pixels = np.zeros((rows, slots, *shape), np.float32 if floats else np.uint8)
-  where = np.full((rows, slots), NO_IMAGE, np.int32)
-  for row, (starts, values) in enumerate(placed):
-    if not len(starts):
-      continue
-    if values.shape[1:] != shape:
-      raise DataError(
-        f'{names[row]}: images of {values.shape[1:]}, but {names[first]} has '
-        f'{shape}; preprocess all images to one resolution'
-      )
-    if floats and values.dtype == np.uint8:
-      values = (values.astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
-    pixels[row, : len(starts)] = values
-    where[row, : len(starts)] = starts
-  return dataclasses.replace(batch, pixels=pixels, image_starts=where)
-
-
 def images_per_prompt(prompts: Sequence, images: Sequence | None) -> list:
   """One entry a prompt, whatever was given; DataError if the numbers differ."""
   images = [None] * len(prompts) if images is None else list(images)
@@ -202,14 +130,7 @@ def check_ids(
   return ids.astype(np.int32)
 
 
-def check_room(
-  prompt: Sequence[int], max_new_tokens: int, config: QwenVLConfig, name: str
-) -> None:
-  """DataError if prompt and answer pass `max_position_embeddings`."""
-  limit = config.decoder.max_position_embeddings
-  if len(prompt) + max_new_tokens > limit:
-    raise DataError(
-      f'{name}: {len(prompt)} prompt tokens and max_new_tokens='
-      f'{max_new_tokens} are more than the {limit} positions of the model '
-      '(max_position_embeddings); shorten the prompt or ask for fewer tokens'
-    )
+def check_count(name: str, value: int) -> None:
+  """ConfigError if a number of things is below one."""
+  if value < 1:
+    raise ConfigError(f'{name}={value}: must be at least 1')

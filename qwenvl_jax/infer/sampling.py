@@ -1,14 +1,13 @@
-"""From logits to the next token: temperature, top-k, top-p.
+"""From logits to the next token, with settings of its own for each row.
 
-Pure functions on [...,V] float32 logits; a removed token gets -inf. Top-k and
-top-p work on ranked logits, so that a vocabulary is sorted once a token. The
-settings may be arrays, so that one program serves them all.
+Pure functions on rows of float32 logits; a token that is ruled out gets -inf.
+Settings are arrays, so that one program serves them all. Thresholds of top-k
+and top-p are found by bisection on the bits of a float: 32 sums over the
+vocabulary cost less than sorting it.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,33 +15,64 @@ import numpy as np
 
 from qwenvl_jax.errors import ConfigError
 
-# No token has this id: an unset place among the stop ids.
+# Places of a row for stop ids and for biased tokens.
+MAX_STOPS = 16
+MAX_BIASES = 300
+
+# No token has this id: an unset place.
 _NO_TOKEN = -1
 
-# Places for stop ids; more of them cost new programs.
-_STOPS = 4
+# Smallest temperature above 0: logits divided by less leave float32.
+MIN_TEMPERATURE = 1e-5
+
+# What OpenAI's API allows.
+_MAX_BIAS = 100.0
+_MAX_PENALTY = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How the next token is chosen.
+  """How the tokens of an answer are chosen.
 
   Attributes:
     temperature: 0 takes the most likely token; 1 samples as the model says.
-    top_k: sample among the k most likely tokens; 0 for all.
+    top_k: sample among the k most likely tokens, and those as likely as the
+      k-th; 0 for all.
     top_p: sample among the most likely tokens that together reach this
-      probability; 1 for all. The released chat model's setting is 0.3.
+      probability, and those as likely as the last of them; 1 for all. The
+      released chat model's setting is 0.3.
+    min_p: sample among tokens at least this share as likely as the most likely
+      one; 0 for all.
+    repetition_penalty: divides positive logits, and multiplies negative ones,
+      of tokens in prompt or answer (Keskar et al., arXiv 1909.05858); 1 for
+      none.
+    presence_penalty: taken from the logits of tokens in the answer.
+    frequency_penalty: taken from them for each time they are in the answer.
+    logit_bias: token id -> what is added to its logit.
+    min_new_tokens: no stop id before this many tokens.
+    stop_ids: an answer ends before the first of these.
+    seed: of the randomness; the same seed gives the same answer, whatever is
+      answered beside it.
   """
 
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  min_new_tokens: int = 0
+  stop_ids: Sequence[int] = ()
+  seed: int | tuple[int, ...] = 0
 
   def __post_init__(self):
-    if not 0 <= self.temperature < float('inf'):
+    t = self.temperature
+    if t != 0 and not MIN_TEMPERATURE <= t < float('inf'):
       raise ConfigError(
-        f'temperature={self.temperature} is not a number from 0 (always the '
-        'most likely token) up'
+        f'temperature={t} is neither 0 (always the most likely token) nor a '
+        f'number from {MIN_TEMPERATURE} up'
       )
     if self.top_k < 0:
       raise ConfigError(f'top_k={self.top_k} is negative; 0 means no limit')
@@ -50,80 +80,207 @@ class Sampling:
       raise ConfigError(
         f'top_p={self.top_p} is not in (0, 1]; 1 means no limit'
       )
+    if not 0 <= self.min_p <= 1:
+      raise ConfigError(
+        f'min_p={self.min_p} is not in [0, 1]; 0 means no limit'
+      )
+    if not 0 < self.repetition_penalty < float('inf'):
+      raise ConfigError(
+        f'repetition_penalty={self.repetition_penalty} is not above 0; 1 means '
+        'none'
+      )
+    for name in ('presence_penalty', 'frequency_penalty'):
+      if not abs(getattr(self, name)) <= _MAX_PENALTY:
+        raise ConfigError(
+          f'{name}={getattr(self, name)} is not between -{_MAX_PENALTY:g} and '
+          f'{_MAX_PENALTY:g}; 0 means none'
+        )
+    if self.min_new_tokens < 0:
+      raise ConfigError(
+        f'min_new_tokens={self.min_new_tokens} is negative; 0 means no minimum'
+      )
+    if len(self.stop_ids) > MAX_STOPS:
+      raise ConfigError(
+        f'{len(self.stop_ids)} stop ids are more than {MAX_STOPS}'
+      )
+    if len(self.logit_bias) > MAX_BIASES:
+      raise ConfigError(
+        f'logit_bias has {len(self.logit_bias)} tokens, more than {MAX_BIASES}'
+      )
+    for token, bias in self.logit_bias.items():
+      if not abs(bias) <= _MAX_BIAS:
+        raise ConfigError(
+          f'logit_bias of token {token} is {bias}, not between '
+          f'-{_MAX_BIAS:g} and {_MAX_BIAS:g}'
+        )
 
-  @property
-  def greedy(self) -> bool:
-    return self.temperature == 0
+  def check_ids(self, vocab_size: int) -> None:
+    """ConfigError if a stop id or a biased token is not in the vocabulary."""
+    for name, ids in (
+      ('stop id', self.stop_ids),
+      ('logit_bias of token', self.logit_bias),
+    ):
+      for token in ids:
+        if not 0 <= token < vocab_size:
+          raise ConfigError(
+            f'{name} {token} is not in the vocabulary of {vocab_size}'
+          )
 
 
-def apply_temperature(logits, temperature) -> jax.Array:
-  """Logits divided by the temperature (> 0)."""
-  return logits / temperature
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """`Sampling` of B rows as arrays.
+
+  Attributes:
+    temperature: [B] float32; all fields are named as in `Sampling`.
+    top_k: [B] int32.
+    top_p: [B] float32.
+    min_p: [B] float32.
+    repetition_penalty: [B] float32.
+    presence_penalty: [B] float32.
+    frequency_penalty: [B] float32.
+    bias_ids: [B,MAX_BIASES] int32.
+    bias_values: [B,MAX_BIASES] float32, 0 at unset places.
+    min_new_tokens: [B] int32.
+    stop_ids: [B,MAX_STOPS] int32, -1 at unset places.
+    key: [B,2] uint32, data of a PRNG key.
+  """
+
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+  min_p: jax.Array
+  repetition_penalty: jax.Array
+  presence_penalty: jax.Array
+  frequency_penalty: jax.Array
+  bias_ids: jax.Array
+  bias_values: jax.Array
+  min_new_tokens: jax.Array
+  stop_ids: jax.Array
+  key: jax.Array
+
+  @classmethod
+  def create(cls, samplings: Sequence[Sampling]) -> 'Settings':
+    """Lays settings into NumPy arrays, a row each."""
+
+    def array(name, dtype):
+      return np.asarray([getattr(s, name) for s in samplings], dtype)
+
+    rows = len(samplings)
+    bias_ids = np.zeros((rows, MAX_BIASES), np.int32)
+    bias_values = np.zeros((rows, MAX_BIASES), np.float32)
+    stops = np.full((rows, MAX_STOPS), _NO_TOKEN, np.int32)
+    for row, sampling in enumerate(samplings):
+      stops[row, : len(sampling.stop_ids)] = sampling.stop_ids
+      count = len(sampling.logit_bias)
+      bias_ids[row, :count] = list(sampling.logit_bias)
+      bias_values[row, :count] = list(sampling.logit_bias.values())
+    floats = (
+      *('temperature', 'top_p', 'min_p', 'repetition_penalty'),
+      *('presence_penalty', 'frequency_penalty'),
+    )
+    return cls(
+      **{name: array(name, np.float32) for name in floats},
+      top_k=array('top_k', np.int32),
+      bias_ids=bias_ids,
+      bias_values=bias_values,
+      min_new_tokens=array('min_new_tokens', np.int32),
+      stop_ids=stops,
+      key=np.stack([_key(sampling.seed) for sampling in samplings]),
+    )
 
 
-def rank(logits) -> tuple[jax.Array, jax.Array]:
-  """Logits from high to low, and their ids; among equals the lower id first.
+def _key(seed: int | tuple[int, ...]) -> np.ndarray:
+  """[2] uint32 of a seed of any size; of a tuple, each number counts."""
+  parts = seed if isinstance(seed, tuple) else (seed,)
+  # Negative numbers and those past 64 bits are seeds like others.
+  words = [abs(part) * 2 + (part < 0) for part in parts]
+  return np.random.SeedSequence(words).generate_state(2, np.uint32)
+
+
+def adjust(
+  logits, settings: Settings, counts, in_prompt, generated, masks=None
+):
+  """Applies what changes logits before a token is drawn.
 
   Args:
-    logits: [...,V] float32.
+    logits: [B,V] float32.
+    settings: of the rows.
+    counts: [B,V] int32, how often each token is in the answer so far.
+    in_prompt: [B,V] bool, which tokens are in the prompt.
+    generated: [B] int32, tokens of the answer so far.
+    masks: [B,ceil(V/32)] uint32, a bit for each token that a grammar allows,
+      the lowest first; None where all are allowed.
 
   Returns:
-    ([...,V] float32, [...,V] int32).
+    [B,V] float32.
   """
-  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  ascending, ids = jax.lax.sort((-logits, ids), num_keys=1, is_stable=True)
-  return -ascending, ids
+  rows, vocabulary = logits.shape
+  penalized = (
+    (settings.repetition_penalty != 1)
+    | (settings.presence_penalty != 0)
+    | (settings.frequency_penalty != 0)
+  )
+  logits = jax.lax.cond(
+    penalized.any(),
+    lambda x: _penalize(x, settings, counts, in_prompt),
+    lambda x: x,
+    logits,
+  )
+  row = jnp.arange(rows)[:, None]
+  logits = jax.lax.cond(
+    (settings.bias_values != 0).any(),
+    lambda x: x.at[row, settings.bias_ids].add(settings.bias_values),
+    lambda x: x,
+    logits,
+  )
+  early = generated < settings.min_new_tokens
+  stops = jnp.where(early[:, None], settings.stop_ids, _NO_TOKEN)
+  # An index past the end is dropped.
+  stops = jnp.where(stops < 0, vocabulary, stops)
+  logits = logits.at[row, stops].set(-jnp.inf, mode='drop')
+  if masks is not None:
+    bits = masks[:, :, None] >> jnp.arange(32, dtype=masks.dtype) & 1
+    allowed = bits.reshape(rows, -1)[:, :vocabulary] == 1
+    logits = jnp.where(allowed, logits, -jnp.inf)
+  return logits
 
 
-def keep_top_k(ranked, k) -> jax.Array:
-  """Keeps the k highest logits and all that equal the k-th; 0 keeps all.
+def _penalize(logits, settings: Settings, counts, in_prompt):
+  repetition = settings.repetition_penalty[:, None]
+  repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+  logits = jnp.where(in_prompt | (counts > 0), repeated, logits)
+  logits -= settings.frequency_penalty[:, None] * counts
+  return logits - settings.presence_penalty[:, None] * (counts > 0)
+
+
+def draw(logits, settings: Settings, generated) -> jax.Array:
+  """Chooses one token a row.
+
+  What a row draws depends on its own logits, seed and number of tokens only.
 
   Args:
-    ranked: [...,V] float32 from `rank`.
-    k: int, may be traced.
-  """
-  size = ranked.shape[-1]
-  k = jnp.where(k <= 0, size, jnp.minimum(k, size))
-  threshold = jnp.take(ranked, k - 1, axis=-1)[..., None]
-  return jnp.where(ranked < threshold, -jnp.inf, ranked)
-
-
-def keep_top_p(ranked, p) -> jax.Array:
-  """Keeps the fewest most likely tokens that together reach probability p.
-
-  A token stays if those ahead of it sum to less than p, so one always does.
-
-  Args:
-    ranked: [...,V] float32 from `rank`, possibly with -inf.
-    p: float in (0, 1], may be traced; 1 keeps all.
-  """
-  probabilities = jax.nn.softmax(ranked, axis=-1)
-  ahead = jnp.cumsum(probabilities, axis=-1) - probabilities
-  # Rounding must not drop a tail token when nothing is to be dropped.
-  keep = (ahead < p) | (p >= 1)
-  keep = keep.at[..., 0].set(True)
-  return jnp.where(keep, ranked, -jnp.inf)
-
-
-def sample(logits, keys, temperature, top_k, top_p) -> jax.Array:
-  """Draws one token a row.
-
-  Args:
-    logits: [B,V] any float.
-    keys: [B] PRNG keys, one a row: what a row draws does not depend on its
-      neighbours.
-    temperature: > 0.
-    top_k: 0 for no limit.
-    top_p: 1 for no limit.
+    logits: [B,V] float32.
+    settings: of the rows.
+    generated: [B] int32, tokens of the answers so far.
 
   Returns:
     [B] int32.
   """
-  logits = apply_temperature(logits.astype(jnp.float32), temperature)
-  ranked, ids = rank(logits)
-  ranked = keep_top_p(keep_top_k(ranked, top_k), top_p)
-  places = jax.vmap(jax.random.categorical)(keys, ranked)
-  return jnp.take_along_axis(ids, places[:, None], axis=1)[:, 0]
+  best = take_best(logits)
+  hot = settings.temperature > 0
+
+  def sample(logits):
+    scaled = logits / jnp.where(hot, settings.temperature, 1)[:, None]
+    scaled = truncate(scaled, settings)
+    keys = jax.vmap(jax.random.fold_in)(
+      jax.random.wrap_key_data(settings.key), generated
+    )
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(hot, drawn.astype(jnp.int32), best)
+
+  return jax.lax.cond(hot.any(), sample, lambda _: best, logits)
 
 
 def take_best(logits) -> jax.Array:
@@ -131,79 +288,75 @@ def take_best(logits) -> jax.Array:
   return jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['stop', 'min_new', 'temperature', 'top_k', 'top_p', 'key'],
-  meta_fields=['greedy'],
-)
-@dataclasses.dataclass(frozen=True)
-class Chooser:
-  """Chooses each row's next token; its settings are traced, not constants.
+def truncate(logits, settings: Settings) -> jax.Array:
+  """Rules out the less likely tokens by top-k, then top-p, then min-p.
 
-  Attributes:
-    stop: [K] int32 ids that end an answer, padded with an id no token has.
-    min_new: [] int32, no stop id is chosen before this many tokens.
-    temperature: [] float32.
-    top_k: [] int32.
-    top_p: [] float32.
-    key: PRNG key.
-    greedy: whether to leave the last four aside.
+  Args:
+    logits: [B,V] float32, after the temperature.
+    settings: of the rows.
   """
+  limited = (settings.top_k > 0) & (settings.temperature > 0)
+  logits = jax.lax.cond(
+    limited.any(), lambda x: keep_top_k(x, settings.top_k), lambda x: x, logits
+  )
+  limited = (settings.top_p < 1) & (settings.temperature > 0)
+  logits = jax.lax.cond(
+    limited.any(), lambda x: keep_top_p(x, settings.top_p), lambda x: x, logits
+  )
+  floor = jnp.max(logits, axis=-1) + jnp.log(settings.min_p)
+  return jnp.where(logits < floor[:, None], -jnp.inf, logits)
 
-  stop: Any
-  min_new: Any
-  temperature: Any
-  top_k: Any
-  top_p: Any
-  key: Any
-  greedy: bool
 
-  @classmethod
-  def create(
-    cls,
-    sampling: Sampling,
-    stop_ids: Sequence[int],
-    min_new_tokens: int = 0,
-    key: jax.Array | None = None,
-  ) -> 'Chooser':
-    stop = np.full(max(len(stop_ids), _STOPS), _NO_TOKEN, np.int32)
-    stop[: len(stop_ids)] = stop_ids
-    return cls(
-      stop=stop,
-      min_new=np.int32(min_new_tokens),
-      temperature=np.float32(sampling.temperature),
-      top_k=np.int32(sampling.top_k),
-      top_p=np.float32(sampling.top_p),
-      key=jax.random.key(0) if key is None else key,
-      greedy=sampling.greedy,
-    )
+def keep_top_k(logits, k) -> jax.Array:
+  """Keeps the k highest logits and all that equal the k-th.
 
-  def suppress_stop(self, logits, step) -> jax.Array:
-    """[...,V] logits without the stop ids while `step` is too early."""
-    ids = jnp.arange(logits.shape[-1])
-    is_stop = (ids[:, None] == self.stop).any(axis=1)
-    early = jnp.asarray(step) < self.min_new
-    return jnp.where(early & is_stop, -jnp.inf, logits)
+  Args:
+    logits: [B,V] float32.
+    k: [B] int32; 0 keeps all.
+  """
+  vocabulary = logits.shape[-1]
+  k = jnp.where(k <= 0, vocabulary, jnp.minimum(k, vocabulary))
+  order = _ordered(logits)
 
-  def choose(self, logits, rows, step) -> jax.Array:
-    """Next tokens.
+  def enough(threshold):
+    return jnp.sum(order >= threshold[:, None], axis=-1) >= k
 
-    Args:
-      logits: [B,V].
-      rows: [B] int32, the number of each row, for its randomness.
-      step: [] int32, new tokens so far.
+  return jnp.where(order >= _highest(enough, k)[:, None], logits, -jnp.inf)
 
-    Returns:
-      [B] int32.
-    """
-    logits = self.suppress_stop(logits.astype(jnp.float32), step)
-    if self.greedy:
-      return take_best(logits)
-    keys = jax.vmap(
-      lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), step)
-    )(jnp.asarray(rows))
-    return sample(logits, keys, self.temperature, self.top_k, self.top_p)
 
-  def stops(self, tokens) -> jax.Array:
-    """[B] bool: which tokens end an answer."""
-    return (tokens[:, None] == self.stop).any(axis=1)
+def keep_top_p(logits, p) -> jax.Array:
+  """Keeps the most likely tokens that together reach probability p.
+
+  The fewest that do, and all as likely as the last of them.
+
+  Args:
+    logits: [B,V] float32, possibly with -inf.
+    p: [B] float32 in (0, 1]; 1 keeps all.
+  """
+  probabilities = jax.nn.softmax(logits, axis=-1)
+  order = _ordered(logits)
+
+  def enough(threshold):
+    kept = jnp.where(order >= threshold[:, None], probabilities, 0)
+    return jnp.sum(kept, axis=-1) >= p
+
+  keep = (order >= _highest(enough, p)[:, None]) | (p >= 1)[:, None]
+  return jnp.where(keep, logits, -jnp.inf)
+
+
+def _ordered(logits) -> jax.Array:
+  """Floats as uint32 in the same order."""
+  bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  return jnp.where(bits & sign, ~bits, bits | sign)
+
+
+def _highest(enough, like) -> jax.Array:
+  """[B] the highest uint32 thresholds that leave enough, bit by bit."""
+
+  def try_bit(number, threshold):
+    higher = threshold | jnp.uint32(1) << (31 - number).astype(jnp.uint32)
+    return jnp.where(enough(higher), higher, threshold)
+
+  start = jnp.zeros(like.shape, jnp.uint32)
+  return jax.lax.fori_loop(0, 32, try_bit, start)

@@ -66,15 +66,19 @@ def attend(q, k, v, mask: Mask = Mask()) -> jax.Array:
   Returns:
     [B,T,N,H], dtype of v.
   """
-  q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
   # Heads first: batched products of plain matrices, which XLA runs on a CPU
   # three times as fast as the same contraction with heads in the middle.
-  q, k, v = (keep(jnp.swapaxes(x, 1, 2), QUERY_KEY_VALUE) for x in (q, k, v))
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  return jnp.swapaxes(attend_heads_first(q, k, v, mask), 1, 2)
+
+
+def attend_heads_first(q, k, v, mask: Mask = Mask()) -> jax.Array:
+  """`attend` of q [B,N,T,H], k and v [B,N,S,H]; returns [B,N,T,H]."""
+  q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+  q, k, v = (keep(x, QUERY_KEY_VALUE) for x in (q, k, v))
   if mask.kernel == 'splash':
-    out = _splash(q, k, v, mask.segment_ids)
-  else:
-    out = keep(_xla(q, k, v, mask.bias), ATTENTION)
-  return jnp.swapaxes(out, 1, 2)
+    return _splash(q, k, v, mask.segment_ids)
+  return keep(_xla(q, k, v, mask.bias), ATTENTION)
 
 
 def _xla(q, k, v, bias):
@@ -204,16 +208,15 @@ def causal_mask(segment_ids, branch_ids, kernel: str) -> Mask:
   return Mask(bias=_bias(seen))
 
 
-def cached_mask(segment_ids, filled, used) -> Mask:
-  """Which of a cache's slots new tokens may see.
+def cached_mask(index, size: int) -> Mask:
+  """Which of a cache's indices new tokens may see: all up to their own.
 
   Args:
-    segment_ids: [B,T] int32, of the new tokens.
-    filled: [B,S] int32, of the cache's slots with the new tokens in it.
-    used: [] int32, how many slots were in use before.
+    index: [T] int32, where in the cache the new tokens are.
+    size: S, of the cache.
   """
-  index = jnp.arange(segment_ids.shape[1]) + used
-  return Mask(bias=_bias(_causal(index, segment_ids, filled)))
+  seen = jnp.arange(size)[None, :] <= index[:, None]
+  return Mask(bias=_bias(seen[None]))
 
 
 def _causal(query_index, query_segments, key_segments):

@@ -159,6 +159,8 @@ class QwenVLConfig:
       attention on TPUs where it can.
     unroll: how many layers a step of the scan over them holds. More run faster
       on a CPU (a fifth at the quickstart's size) and compile longer.
+    scan_layers: whether the decoder's layers are stacked and scanned, for
+      training, or are parameters apart (`model.stacking`), for inference.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -171,6 +173,7 @@ class QwenVLConfig:
   vision_remat: str | None = None
   attention: str = 'auto'
   unroll: int = 1
+  scan_layers: bool = True
 
   def __post_init__(self):
     for name in ('dtype', 'param_dtype'):

@@ -1,21 +1,29 @@
 """Qwen-7B decoder.
 
-Released source: `modeling_qwen.py` (QWenModel). One scanned block serves
-training, prefill and decoding; the cache rides along as the scan's carry so
-that it is updated in place.
+Released source: `modeling_qwen.py` (QWenModel). One block serves
+training, prefill and decoding.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.fsdp import take_rows
 from qwenvl_jax.model import rope
-from qwenvl_jax.model.attention import attend, cached_mask, causal_mask
-from qwenvl_jax.model.cache import KVCache
+from qwenvl_jax.model.attention import (
+  Mask,
+  attend,
+  attend_heads_first,
+  cached_mask,
+  causal_mask,
+)
+from qwenvl_jax.model.cache import KVCache, LayerCache, read, write
 from qwenvl_jax.model.config import DecoderConfig
+from qwenvl_jax.model.decode_attention import decode_attention
 from qwenvl_jax.model.layers import Projection, RMSNorm
 from qwenvl_jax.model.remat import GATE, RESIDUAL, UP, keep, remat
 from qwenvl_jax.sharding import constrain
@@ -25,15 +33,34 @@ from qwenvl_jax.sharding import constrain
 _embed_init = nn.initializers.normal(0.5)
 
 
+class Context(NamedTuple):
+  """What all layers use alike.
+
+  Attributes:
+    cos: [B,T,1,H/2] float32, of the rotary embedding.
+    sin: [B,T,1,H/2] float32.
+    logn: [B,T,1,1] float32 LogN scale of the queries, None for none.
+    mask: who may see whom; None for one token a row against its cache.
+    offset: [] int32, where in the cache T tokens of every row go; None for at
+      its start, where they see each other only.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+  logn: jax.Array | None = None
+  mask: Mask | None = None
+  offset: jax.Array | None = None
+
+
 class SelfAttention(nn.Module):
-  """Causal attention with rotary positions; optionally through the cache."""
+  """Causal attention with rotary positions; optionally through a cache."""
 
   config: DecoderConfig
   dtype: Any
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, x, store, layer, context):
+  def __call__(self, x, context: Context, cache=None, lengths=None):
     c = self.config
     kinds = {
       'dtype': self.dtype,
@@ -51,14 +78,18 @@ class SelfAttention(nn.Module):
         name=name,
       )(x)
 
-    q = rope.rotate(project('q'), context['cos'], context['sin'])
-    k = rope.rotate(project('k'), context['cos'], context['sin'])
+    q = rope.rotate(project('q'), context.cos, context.sin)
+    k = rope.rotate(project('k'), context.cos, context.sin)
     v = project('v')
-    if context['logn'] is not None:
-      q = (q * context['logn']).astype(self.dtype)
-    if store is not None:
-      store, k, v = _update(store, k, v, layer, context['used'])
-    out = attend(q, k, v, context['mask'])
+    if context.logn is not None:
+      q = (q * context.logn).astype(self.dtype)
+    if cache is None:
+      out = attend(q, k, v, context.mask)
+    elif context.mask is None:
+      out, cache = decode_attention(q[:, 0], k[:, 0], v[:, 0], cache, lengths)
+      out = out[:, None]
+    else:
+      out, cache = _extend(q, k, v, cache, context)
     out = Projection(
       'BTNH,NHD->BTD',
       (c.heads, c.head_dim, c.dim),
@@ -66,21 +97,18 @@ class SelfAttention(nn.Module):
       **kinds,
       name='out',
     )(out)
-    return out, store
+    return out, cache
 
 
-def _update(store, k, v, layer, used):
-  """Writes k and v [B,T,N,H] into layer's slots; returns all its slots."""
-  start = (layer, 0, used, 0, 0)
-  store = tuple(
-    jax.lax.dynamic_update_slice(whole, part[None].astype(whole.dtype), start)
-    for whole, part in zip(store, (k, v), strict=True)
-  )
-  k, v = (
-    jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False)
-    for whole in store
-  )
-  return store, k, v
+def _extend(q, k, v, cache: LayerCache, context: Context):
+  """Appends T tokens a row to a cache; they see it and each other."""
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  start = 0 if context.offset is None else context.offset
+  cache = write(cache, k, v, start)
+  if context.offset is not None:
+    k, v = read(cache, v.dtype)
+  out = attend_heads_first(q, k, v, context.mask)
+  return jnp.swapaxes(out, 1, 2), cache
 
 
 class Mlp(nn.Module):
@@ -116,23 +144,24 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block; the scan's body."""
+  """Pre-norm transformer block; where layers are stacked, the scan's body."""
 
   config: DecoderConfig
   dtype: Any
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, carry, layer, context):
-    x, store = carry
+  def __call__(self, x, context, cache=None, lengths=None):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
-    h, store = SelfAttention(c, **kinds, name='attn')(h, store, layer, context)
+    h, cache = SelfAttention(c, **kinds, name='attn')(
+      h, context, cache, lengths
+    )
     x = keep(x + h, RESIDUAL)
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
     x = x + Mlp(c, **kinds, name='mlp')(h)
-    return (constrain(x, 'batch', 'length', 'embed_act'), store), None
+    return constrain(x, 'batch', 'length', 'embed_act'), cache
 
 
 class Decoder(nn.Module):
@@ -144,6 +173,7 @@ class Decoder(nn.Module):
   remat: str = 'none'
   unroll: int = 1
   attention: str = 'auto'
+  scan_layers: bool = True
 
   def setup(self):
     c = self.config
@@ -154,15 +184,18 @@ class Decoder(nn.Module):
       (c.vocab_size, c.dim),
       self.param_dtype,
     )
-    self.blocks = nn.scan(
-      remat(Block, self.remat),
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      in_axes=(0, nn.broadcast),
-      length=c.layers,
-      unroll=self.unroll,
-      metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(c, **kinds)
+    if self.scan_layers:
+      self.blocks = nn.scan(
+        remat(Block, self.remat),
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=nn.broadcast,
+        length=c.layers,
+        unroll=self.unroll,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+      )(c, **kinds)
+    else:
+      self.blocks = [Block(c, **kinds) for _ in range(c.layers)]
     self.ln_f = RMSNorm(c.norm_eps, self.param_dtype)
     self.lm_head = Projection(
       'BTD,DV->BTV', (c.dim, c.vocab_size), ('embed', 'vocab'), **kinds
@@ -175,16 +208,9 @@ class Decoder(nn.Module):
     )
 
   def __call__(
-    self,
-    x,
-    positions,
-    segment_ids,
-    branch_ids=None,
-    *,
-    inference: bool = False,
-    cache: KVCache | None = None,
+    self, x, positions, segment_ids, branch_ids=None, *, inference: bool = False
   ):
-    """Runs the blocks and the final norm.
+    """Runs the blocks and the final norm on whole rows.
 
     Args:
       x: [B,T,D] embeddings.
@@ -192,52 +218,92 @@ class Decoder(nn.Module):
       segment_ids: [B,T] int32, 0 for padding.
       branch_ids: [B,T] int32, None if there are no branches.
       inference: dynamic NTK and LogN for rows past `seq_length`.
-      cache: if given, the tokens are appended to it and attend to all of it.
 
     Returns:
-      ([B,T,D] hidden states, the new cache or None).
+      [B,T,D] hidden states.
     """
+    lengths = None
+    if inference:
+      lengths = jnp.max(jnp.where(segment_ids > 0, positions + 1, 0), axis=1)
+    context = self._context(positions, lengths)
+    mask = causal_mask(segment_ids, branch_ids, self.attention)
+    context = context._replace(mask=mask)
+    if self.scan_layers:
+      x, _ = self.blocks(x, context)
+    else:
+      for block in self.blocks:
+        x, _ = block(x, context)
+    return self.ln_f(x)
+
+  def extend(self, x, cache: KVCache, offset=None):
+    """Appends T tokens to every row of a cache (inference mode).
+
+    Args:
+      x: [B,T,D] embeddings.
+      cache: with room for T more tokens.
+      offset: [] int32, how many tokens every row has; None for none, where the
+        new tokens see each other only.
+
+    Returns:
+      ([B,T,D] hidden states, the cache with the layers' new keys and values).
+
+    Raises:
+      ConfigError: the layers are stacked.
+    """
+    rows, length, _ = x.shape
+    index = jnp.arange(length) + (0 if offset is None else offset)
+    positions = jnp.broadcast_to(index, (rows, length))
+    context = self._context(positions, cache.prompt_lengths)
+    if offset is None:
+      segments = jnp.ones((rows, length), jnp.int32)
+      mask = causal_mask(segments, None, self.attention)
+    else:
+      mask = cached_mask(index, cache.size)
+    return self._through(x, cache, context._replace(mask=mask, offset=offset))
+
+  def decode(self, x, cache: KVCache):
+    """Appends one token to every row of a cache (inference mode).
+
+    Args:
+      x: [B,1,D] embeddings.
+      cache: rows of any `lengths` below its size.
+
+    Returns:
+      ([B,1,D] hidden states, the cache with the layers' new keys and values;
+      its `lengths` are as before).
+
+    Raises:
+      ConfigError: the layers are stacked.
+    """
+    positions = cache.lengths[:, None]
+    return self._through(
+      x, cache, self._context(positions, cache.prompt_lengths)
+    )
+
+  def _through(self, x, cache: KVCache, context: Context):
+    if self.scan_layers:
+      raise ConfigError(
+        'a cache needs layers apart: QwenVLConfig.scan_layers=False, and '
+        'parameters from model.stacking.unstack_layers'
+      )
+    layers = []
+    for block, layer in zip(self.blocks, cache.layers, strict=True):
+      x, layer = block(x, context, layer, cache.lengths)
+      layers.append(layer)
+    return self.ln_f(x), dataclasses.replace(cache, layers=tuple(layers))
+
+  def _context(self, positions, lengths) -> Context:
+    """Rotary angles and, where rows have `lengths`, NTK and LogN."""
     c = self.config
+    inference = lengths is not None
     step = None
     if inference and c.dynamic_ntk:
-      lengths = (
-        jnp.max(jnp.where(segment_ids > 0, positions + 1, 0), axis=1)
-        if cache is None
-        else cache.prompt_lengths
-      )
       step = rope.ntk_step(lengths, c.seq_length)
     cos, sin = rope.rotary_angles(positions, c.head_dim, c.rope_base, step)
-    if cache is None:
-      store, used = None, None
-      mask = causal_mask(segment_ids, branch_ids, self.attention)
-    else:
-      store, used = (cache.keys, cache.values), cache.used
-      filled = jax.lax.dynamic_update_slice(
-        cache.segment_ids, segment_ids, (0, used)
-      )
-      mask = cached_mask(segment_ids, filled, used)
-    context = {
-      'cos': cos,
-      'sin': sin,
-      'logn': (
-        rope.logn_scale(positions, c.seq_length)
-        if inference and c.logn
-        else None
-      ),
-      'mask': mask,
-      'used': used,
-    }
-    (x, store), _ = self.blocks((x, store), jnp.arange(c.layers), context)
-    x = self.ln_f(x)
-    if cache is not None:
-      cache = KVCache(
-        keys=store[0],
-        values=store[1],
-        segment_ids=filled,
-        used=used + segment_ids.shape[1],
-        prompt_lengths=cache.prompt_lengths,
-      )
-    return x, cache
+    logn = None
+    if inference and c.logn:
+      logn = rope.logn_scale(positions, c.seq_length)
+    return Context(cos, sin, logn)
 
   def head(self, x):
     """[B,T,D] hidden states to [B,T,V] logits."""

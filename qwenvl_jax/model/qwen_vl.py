@@ -56,7 +56,9 @@ class QwenVL(nn.Module):
       c.vision, **kinds, **how, remat=c.vision_remat or c.remat
     )
     self.adapter = Adapter(c.adapter, **kinds, attention=c.attention)
-    self.decoder = Decoder(c.decoder, **kinds, **how, remat=c.remat)
+    self.decoder = Decoder(
+      c.decoder, **kinds, **how, remat=c.remat, scan_layers=c.scan_layers
+    )
 
   def __call__(self, batch: Batch, *, inference: bool = False):
     """Logits of every position.
@@ -69,7 +71,7 @@ class QwenVL(nn.Module):
     Returns:
       [B,T,V] in the compute dtype.
     """
-    x, _ = self.decoder(
+    x = self.decoder(
       self._embed(batch),
       batch.positions,
       batch.segment_ids,
@@ -78,27 +80,47 @@ class QwenVL(nn.Module):
     )
     return self.decoder.head(x)
 
-  def extend(self, batch: Batch, cache: KVCache):
-    """Appends the batch's tokens to the cache (inference mode).
-
-    Prefill and decoding alike. Prompts are padded on the left, so that the
-    last position is real in every row.
+  def extend(
+    self, tokens, cache: KVCache, offset=None, features=None, rows=None
+  ):
+    """Appends tokens to every row of a cache (inference mode).
 
     Args:
-      batch: T tokens a row; targets, weights and branches are not used.
-      cache: with room for T more tokens.
+      tokens: [B,T] int32.
+      cache: see `Decoder.extend`.
+      offset: see there.
+      features: [M,D] image features of which tokens may be replaced.
+      rows: [B,T] int32, which of them each token's embedding is replaced by; -1
+        for none.
 
     Returns:
-      ([B,V] logits of the last position, the new cache).
+      ([B,T,D] hidden states for `head`, the cache; its `lengths` are as
+      before).
     """
-    x, cache = self.decoder(
-      self._embed(batch),
-      batch.positions,
-      batch.segment_ids,
-      inference=True,
-      cache=cache,
-    )
-    return self.decoder.head(x[:, -1:])[:, 0], cache
+    x = self.decoder.embed_tokens(tokens)
+    if features is not None:
+      taken = jnp.take(features, jnp.maximum(rows, 0), axis=0).astype(x.dtype)
+      x = jnp.where((rows >= 0)[..., None], taken, x)
+    x = constrain(x, 'batch', 'length', 'embed_act')
+    return self.decoder.extend(x, cache, offset)
+
+  def decode(self, tokens, cache: KVCache):
+    """Appends one token to every row of a cache (inference mode).
+
+    Args:
+      tokens: [B] int32.
+      cache: see `Decoder.decode`.
+
+    Returns:
+      ([B,V] logits of the next token, the cache; its `lengths` are as before).
+    """
+    x = self.decoder.embed_tokens(tokens[:, None])
+    x, cache = self.decoder.decode(x, cache)
+    return self.decoder.head(x)[:, 0], cache
+
+  def head(self, x):
+    """Logits [...,T,V] of hidden states [...,T,D]."""
+    return self.decoder.head(x)
 
   def encode_images(self, pixels):
     """Image features.

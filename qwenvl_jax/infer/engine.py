@@ -1,0 +1,348 @@
+"""The engine: slots that hold running answers, and one step for all of them.
+
+Everything on the device has a fixed shape, so that requests come and go without
+compiling anything:
+
+  encode    pixels of an image into the bank of image features
+  prefill   a piece of a prompt into a `Prefix`, a cache of one row
+  insert    a prefix into a free slot of the `State`
+  choose    the next token of every slot, from the logits that the state holds
+  forward   the decoder on the chosen tokens: the logits after them
+  free      a slot that is not needed any more
+
+A step is `choose`, then `forward`; the host reads the chosen tokens while the
+device works on `forward`, which does not depend on what the host does with
+them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.infer.programs import programs
+from qwenvl_jax.infer.prompts import MIN_LENGTH, bucket
+from qwenvl_jax.infer.sampling import Sampling, Settings
+from qwenvl_jax.infer.state import Chosen, Prefix, Scores, State
+from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.stacking import unstack_layers
+
+Params = Any
+
+# Tokens of a prompt that are read at once. More keep a TPU's matrix units busy,
+# fewer let running answers go on sooner.
+_CHUNK_TPU = 2048
+_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """Sizes of an engine.
+
+  Attributes:
+    slots: answers that run at the same time.
+    max_len: tokens of a prompt and its answer; None for the decoder's
+      `max_position_embeddings`.
+    chunk: tokens of a prompt that are read at once, a multiple of 4 times
+      `prompts.MIN_LENGTH`; None for what suits the device.
+    images: images whose features are kept; None for as many as a prompt of
+      `max_len` can hold, at least 32.
+    cache_dtype: of the key-value cache: None for the compute dtype, or 'int8',
+      which halves its memory beside bfloat16.
+  """
+
+  slots: int = 8
+  max_len: int | None = None
+  chunk: int | None = None
+  images: int | None = None
+  cache_dtype: str | None = None
+
+  def __post_init__(self):
+    for name in ('slots', 'max_len', 'chunk', 'images'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ConfigError(f'EngineConfig.{name}={value}: must be at least 1')
+    if self.chunk is not None and self.chunk % (4 * MIN_LENGTH):
+      raise ConfigError(
+        f'EngineConfig.chunk={self.chunk} is not a multiple of {4 * MIN_LENGTH}'
+      )
+    if self.cache_dtype not in (None, 'int8'):
+      raise ConfigError(
+        f'EngineConfig.cache_dtype={self.cache_dtype!r} is neither None nor '
+        "'int8'"
+      )
+
+
+class Piece(NamedTuple):
+  """A part of a prompt that is read at once.
+
+  Attributes:
+    start: index of its first token.
+    stop: index after its last.
+    length: tokens that the program reads; those past `stop` are padding.
+  """
+
+  start: int
+  stop: int
+  length: int
+
+
+class Engine:
+  """The functions of one model at one set of sizes.
+
+  Attributes:
+    config: of the model, with layers apart.
+    params: its parameters.
+    slots: B.
+    max_len: tokens of a prompt and its answer.
+    chunk: tokens of a prompt that are read at once.
+    images: places for image features.
+  """
+
+  def __init__(
+    self,
+    config: QwenVLConfig,
+    params: Params,
+    sizes: EngineConfig = EngineConfig(),
+  ):
+    """Takes a model into use.
+
+    Args:
+      config: of the model.
+      params: its parameters, layers stacked or apart.
+      sizes: of the engine.
+
+    Raises:
+      ConfigError: `max_len` is more than the decoder's positions.
+    """
+    if config.scan_layers:
+      config = config.replace(scan_layers=False)
+      params = unstack_layers(params)
+    self.config, self.params = config, params
+    positions = config.decoder.max_position_embeddings
+    self.max_len = sizes.max_len or positions
+    if self.max_len > positions:
+      raise ConfigError(
+        f'EngineConfig.max_len={self.max_len} is more than the {positions} '
+        'positions of the model (max_position_embeddings)'
+      )
+    on_tpu = jax.default_backend() == 'tpu'
+    self.chunk = sizes.chunk or (_CHUNK_TPU if on_tpu else _CHUNK)
+    self.slots = sizes.slots
+    queries = config.adapter.queries
+    self.images = sizes.images or max(32, self.max_len // (queries + 2))
+    self._size = self.prefix_size(self.max_len)
+    self._programs = programs(config, sizes.cache_dtype)
+
+  @property
+  def queries(self) -> int:
+    """Q, features of an image."""
+    return self.config.adapter.queries
+
+  def pieces(self, length: int) -> list[Piece]:
+    """How a prompt is read: a function of its length alone."""
+    if length <= self.chunk:
+      padded = min(bucket(length, MIN_LENGTH), self.chunk)
+      return [Piece(0, length, padded)]
+    starts = range(0, length, self.chunk)
+    # The last piece is padded to a quarter, a half or all of a chunk.
+    rest = length - starts[-1]
+    last = next(self.chunk // n for n in (4, 2, 1) if rest <= self.chunk // n)
+    lengths = [self.chunk] * (len(starts) - 1) + [last]
+    return [
+      Piece(start, min(start + self.chunk, length), padded)
+      for start, padded in zip(starts, lengths)
+    ]
+
+  def prefix_size(self, length: int) -> int:
+    """Tokens that the prefix of a prompt of this length has room for."""
+    if length <= self.chunk:
+      return self.pieces(length)[0].length
+    return bucket(-(-length // self.chunk)) * self.chunk
+
+  def program_lengths(self) -> list[int]:
+    """Lengths of prompts that need every program of reading between them."""
+    ends = {bucket(n, MIN_LENGTH) for n in range(1, self.chunk + 1)}
+    tails = (self.chunk // 4, self.chunk // 2, self.chunk)
+    longer = (
+      start + tail
+      for start in range(self.chunk, self.max_len, self.chunk)
+      for tail in tails
+    )
+    seen, lengths = set(), []
+    for length in (min(n, self.max_len) for n in (*sorted(ends), *longer)):
+      needs = {
+        (self.prefix_size(length), piece.length, piece.start == 0)
+        for piece in self.pieces(length)
+      }
+      if needs - seen:
+        seen |= needs
+        lengths.append(length)
+    return lengths
+
+  def warm_up(self, state: State, bank, top: int) -> tuple[State, jax.Array]:
+    """Compiles all programs of sampled answers, by running them.
+
+    Args:
+      state: given up; all slots free.
+      bank: given up.
+      top: how many of the most likely tokens may be asked for.
+
+    Returns:
+      A state with all slots free, and a bank.
+    """
+    side = self.config.vision.image_size
+    bank = self.encode(bank, np.zeros((side, side, 3), np.uint8), 0)
+    for length in self.program_lengths():
+      tokens, rows = np.zeros(length, np.int32), np.full(length, -1, np.int32)
+      prefix = self.start(length)
+      for piece in self.pieces(length):
+        prefix = self.prefill(prefix, bank, tokens, rows, piece)
+      state = self.insert(state, prefix, 0, Sampling())
+    words = -(-self.config.decoder.vocab_size // 32)
+    everything = np.full((self.slots, words), 0xFFFFFFFF, np.uint32)
+    for masks in (None, everything):
+      for count in (0, top):
+        state, _ = self.choose(state, masks, count)
+    state = self.forward(state)
+    for clear in (False, True):
+      state = self.free(state, 0, clear)
+    return jax.block_until_ready((state, bank))
+
+  def init_state(self) -> State:
+    """Makes a state with all slots free."""
+    return self._programs.init_state(self.slots, self._size)
+
+  def init_bank(self) -> jax.Array:
+    """Makes an empty bank [F,Q,D] of image features."""
+    return self._programs.init_bank(self.images)
+
+  def encode(self, bank, pixels, place: int) -> jax.Array:
+    """Puts the features of an image into the bank.
+
+    Args:
+      bank: [F,Q,D], given up.
+      pixels: [R,R,3] uint8 or normalized float.
+      place: which of the F.
+    """
+    return self._programs.encode(
+      self.params, bank, pixels[None], np.int32(place)
+    )
+
+  def start(self, length: int) -> Prefix:
+    """Makes the prefix of a prompt of so many tokens, none of them read."""
+    return self._programs.start(self.prefix_size(length), np.int32(length))
+
+  def prefill(
+    self, prefix: Prefix, bank, tokens: Sequence[int], rows, piece: Piece
+  ) -> Prefix:
+    """Reads one piece of a prompt.
+
+    Args:
+      prefix: of what stands before the piece; given up.
+      bank: of image features.
+      tokens: [T] ids of the whole prompt.
+      rows: [T] int32, for each of them the row of the bank's F*Q features that
+        stands in its place, or -1.
+      piece: from `pieces`.
+    """
+    return self._programs.prefill(
+      self.params, prefix, bank, *_piece_arrays(tokens, rows, piece)
+    )
+
+  def score(
+    self,
+    prefix: Prefix,
+    bank,
+    tokens: Sequence[int],
+    rows,
+    piece: Piece,
+    top: int = 0,
+  ) -> tuple[Prefix, Scores]:
+    """`prefill`, and what the model says of the token after each.
+
+    The token after the prompt's last is nothing: leave its score alone.
+    """
+    targets = np.zeros(piece.length, np.int32)
+    following = tokens[piece.start + 1 : piece.stop + 1]
+    targets[: len(following)] = following
+    return self._programs.score(
+      self.params,
+      prefix,
+      bank,
+      *_piece_arrays(tokens, rows, piece),
+      targets,
+      top=top,
+    )
+
+  def insert(
+    self, state: State, prefix: Prefix, slot: int, sampling: Sampling
+  ) -> State:
+    """Puts a prompt that was read into a slot; the prefix stays usable.
+
+    Args:
+      state: given up.
+      prefix: of the whole prompt.
+      slot: a free one.
+      sampling: how its tokens are chosen.
+    """
+    row = Settings.create([sampling])
+    return self._programs.insert(state, prefix, np.int32(slot), row)
+
+  def choose(
+    self, state: State, masks=None, top: int = 0
+  ) -> tuple[State, Chosen]:
+    """Chooses the next token of every slot.
+
+    Args:
+      state: given up.
+      masks: [B,ceil(V/32)] uint32, tokens that grammars allow; None for all.
+      top: how many of the most likely tokens are told.
+    """
+    return self._programs.choose(state, masks, top=top)
+
+  def forward(self, state: State) -> State:
+    """Runs the decoder on the tokens that were chosen; gives `state` up."""
+    return self._programs.forward(self.params, state)
+
+  def free(self, state: State, slot: int, clear: bool = False) -> State:
+    """Makes a slot free.
+
+    Args:
+      state: given up.
+      slot: which.
+      clear: whether to write zeros over its cache, which may hold values that
+        are not finite.
+    """
+    return self._programs.free(state, np.int32(slot), clear=clear)
+
+  def copy(
+    self, state: State, sources: Sequence[int], targets: Sequence[int], tokens
+  ) -> State:
+    """Copies slots onto others, and replaces the tokens that were chosen.
+
+    Penalties still count what was chosen.
+
+    Args:
+      state: given up.
+      sources: [K] slots.
+      targets: [K] slots that become what the sources were.
+      tokens: [B] ids of all slots.
+    """
+    return self._programs.copy(
+      state,
+      *(np.asarray(x, np.int32) for x in (sources, targets, tokens)),
+    )
+
+
+def _piece_arrays(tokens, rows, piece: Piece):
+  """[1,T] tokens, [1,T] rows, their count, and the offset or None."""
+  padded = np.zeros((1, piece.length), np.int32)
+  padded[0, : piece.stop - piece.start] = tokens[piece.start : piece.stop]
+  taken = np.full((1, piece.length), -1, np.int32)
+  taken[0, : piece.stop - piece.start] = rows[piece.start : piece.stop]
+  offset = np.int32(piece.start) if piece.start else None
+  return padded, taken, np.int32(piece.stop - piece.start), offset

@@ -1,0 +1,366 @@
+"""Who is answered when: a queue in front of the engine's slots.
+
+Plain Python around the engine. Requests are admitted in the order in which they
+arrive, as slots come free. One prompt is read at a time, a bounded number of
+tokens before each step of the running answers, so that these never wait for
+long. Nothing that happens to one request touches another.
+"""
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from qwenvl_jax.errors import QwenVLError
+from qwenvl_jax.infer.engine import Engine
+from qwenvl_jax.infer.image_bank import ImageBank
+from qwenvl_jax.infer.reading import Reading
+from qwenvl_jax.infer.request import (
+  CANCELLED,
+  ERROR,
+  LENGTH,
+  MAX_TOP_LOGPROBS,
+  STOP,
+  TIMEOUT,
+  Answer,
+  GenerationError,
+  Request,
+  Token,
+  check_fits,
+)
+from qwenvl_jax.infer.state import Chosen
+
+
+class QueueFullError(QwenVLError):
+  """A request that came while too many were waiting."""
+
+
+@dataclasses.dataclass
+class _Work:
+  """A request on its way through the engine.
+
+  Attributes:
+    answer: to the request.
+    deadline: by the scheduler's clock, None for none.
+    slot: kept for it from when its prompt is read on; -1 before.
+    reading: of its prompt, while that goes on.
+  """
+
+  answer: Answer
+  deadline: float | None
+  slot: int = -1
+  reading: Reading | None = None
+
+  @property
+  def request(self) -> Request:
+    return self.answer.request
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+  """How busy a scheduler is.
+
+  Attributes:
+    waiting: requests in the queue.
+    running: requests whose prompt is being read, or that are being answered.
+    tokens: of the running ones, prompts and answers so far.
+    free: slots.
+  """
+
+  waiting: int
+  running: int
+  tokens: int
+  free: int
+
+
+class Scheduler:
+  """Answers requests.
+
+  One thread calls `step` again and again (or `run`); any may `submit` and
+  `cancel`.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    *,
+    max_waiting: int | None = None,
+    max_waiting_tokens: int | None = None,
+    read_tokens: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Makes all slots free.
+
+    Args:
+      engine: what answers.
+      max_waiting: requests that may wait; None for any number.
+      max_waiting_tokens: tokens of the prompts that may wait; None for any.
+      read_tokens: of prompts, before each step of the running answers; an image
+        counts as its patches. None for the engine's `chunk`.
+      clock: seconds, for time-outs.
+    """
+    self.engine = engine
+    self._bank = ImageBank(engine)
+    self._state = engine.init_state()
+    self._max_waiting = max_waiting
+    self._max_waiting_tokens = max_waiting_tokens
+    self._read_tokens = read_tokens or engine.chunk
+    self._clock = clock
+    self._lock = threading.Condition()
+    self._waiting: collections.deque[_Work] = collections.deque()
+    self._waiting_tokens = 0
+    self._cancelled: set[Answer] = set()
+    self._reading: _Work | None = None
+    self._running: dict[int, _Work] = {}
+    self._free = list(range(engine.slots))[::-1]
+    words = -(-engine.config.decoder.vocab_size // 32)
+    self._masks = np.full((engine.slots, words), 0xFFFFFFFF, np.uint32)
+
+  def submit(
+    self,
+    request: Request,
+    listener: Callable[[Answer], None] | None = None,
+    name: str = 'the prompt',
+  ) -> Answer:
+    """Puts a request into the queue.
+
+    Args:
+      request: what is asked.
+      listener: see `Answer`.
+      name: what an error calls the request.
+
+    Returns:
+      The answer, which grows as `step` is called.
+
+    Raises:
+      DataError: the engine has no room for such a request.
+      QueueFullError: too many are waiting.
+    """
+    check_fits(request, self.engine.max_len, self.engine.images, name)
+    answer = Answer(request, listener)
+    deadline = None
+    if request.timeout is not None:
+      deadline = self._clock() + request.timeout
+    length = len(request.tokens)
+    with self._lock:
+      for limit, used, more, what in (
+        (self._max_waiting, len(self._waiting), 1, 'requests'),
+        (self._max_waiting_tokens, self._waiting_tokens, length, 'tokens'),
+      ):
+        # One request alone is always taken.
+        if limit is not None and used and used + more > limit:
+          raise QueueFullError(
+            f'{name}: {used} {what} are waiting of {limit} that may; try again '
+            'later'
+          )
+      self._waiting.append(_Work(answer, deadline))
+      self._waiting_tokens += length
+      self._lock.notify_all()
+    return answer
+
+  def cancel(self, answer: Answer) -> None:
+    """Ends an answer at the next step; its slot is free at once."""
+    with self._lock:
+      if not answer.finished:
+        self._cancelled.add(answer)
+        self._lock.notify_all()
+
+  @property
+  def load(self) -> Load:
+    """How busy it is now."""
+    with self._lock:
+      works = [*self._running.values()]
+      works += [self._reading] if self._reading else []
+      return Load(
+        waiting=len(self._waiting),
+        running=len(works),
+        tokens=sum(len(w.request.tokens) + len(w.answer.tokens) for w in works),
+        free=len(self._free),
+      )
+
+  def run(self, stop: threading.Event) -> None:
+    """Calls `step` until `stop` is set, and waits where there is nothing."""
+    while not stop.is_set():
+      if not self.step():
+        with self._lock:
+          if not self._waiting and not self._cancelled:
+            self._lock.wait(timeout=0.1)
+
+  def step(self) -> bool:
+    """Reads some of a prompt, and adds a token to every running answer.
+
+    Returns:
+      Whether there was anything to do.
+    """
+    self._drop()
+    busy = self._read()
+    if self._running:
+      self._advance()
+      busy = True
+    return busy
+
+  def warm_up(self) -> None:
+    """Compiles everything that requests may need; nothing may be running."""
+    self._state, self._bank.features = self.engine.warm_up(
+      self._state, self._bank.features, MAX_TOP_LOGPROBS
+    )
+
+  def _drop(self) -> None:
+    """Ends what was cancelled or has timed out."""
+    now = self._clock()
+
+    def reason(answer: Answer) -> str:
+      left = answer in cancelled or answer.abandoned
+      return CANCELLED if left else TIMEOUT
+
+    with self._lock:
+      cancelled, self._cancelled = self._cancelled, set()
+      works = [*self._waiting, *self._running.values()]
+      works += [self._reading] if self._reading else []
+      ended = [
+        (work, reason(work.answer))
+        for work in works
+        if work.answer in cancelled
+        or work.answer.abandoned
+        or (work.deadline is not None and now >= work.deadline)
+      ]
+    for work, why in ended:
+      self._end(work, why)
+
+  def _read(self) -> bool:
+    """Reads prompts until the budget of one step is used up."""
+    budget, busy = self._read_tokens, False
+    while budget > 0:
+      if self._reading is None and not self._admit():
+        break
+      work, busy = self._reading, True
+      try:
+        budget -= self._read_on(work)
+      except QwenVLError as error:
+        self._end(work, ERROR, error)
+      except Exception as error:
+        # What was given to the program that failed is lost.
+        self._end(work, ERROR, _failed(error))
+        self._bank.clear()
+    return busy
+
+  def _admit(self) -> bool:
+    """Takes the next request from the queue, if a slot is free."""
+    with self._lock:
+      if not self._free or not self._waiting:
+        return False
+      work = self._waiting.popleft()
+      self._waiting_tokens -= len(work.request.tokens)
+      work.slot = self._free.pop()
+      work.reading = Reading(self.engine, self._bank, work.request)
+      self._reading = work
+    return True
+
+  def _read_on(self, work: _Work) -> int:
+    """Reads a part of a prompt; returns its cost in tokens."""
+    reading, request = work.reading, work.request
+    cost = reading.step()
+    if reading.finished:
+      if request.matcher is not None:
+        request.matcher.fill(self._masks[work.slot])
+      self._state = self.engine.insert(
+        self._state, reading.prefix, work.slot, request.sampling
+      )
+      reading.release()
+      with self._lock:
+        work.reading = self._reading = None
+        self._running[work.slot] = work
+    return cost
+
+  def _advance(self) -> None:
+    """One step of all running answers."""
+    works = self._running
+    requests = [work.request for work in works.values()]
+    tops = any(request.top_logprobs for request in requests)
+    grammars = any(request.matcher for request in requests)
+    try:
+      self._state, chosen = self.engine.choose(
+        self._state,
+        self._masks.copy() if grammars else None,
+        MAX_TOP_LOGPROBS if tops else 0,
+      )
+      self._state = self.engine.forward(self._state)
+      chosen = jax.device_get(chosen)
+    except Exception as error:
+      # The state was given to the program that failed.
+      self._state = self.engine.init_state()
+      for work in [*works.values()]:
+        self._end(work, ERROR, _failed(error))
+      return
+    for slot, work in [*works.items()]:
+      self._take(work, chosen, slot)
+
+  def _take(self, work: _Work, chosen, slot: int) -> None:
+    """Adds a slot's token to its answer, or ends that."""
+    request, token = work.request, int(chosen.tokens[slot])
+    if not chosen.valid[slot]:
+      count = len(work.answer.tokens)
+      error = GenerationError(
+        f'the logits after {count} new tokens are not finite: the checkpoint '
+        'is damaged, or its number format too small for it (try float32)'
+      )
+      self._end(work, ERROR, error)
+      return
+    if token in request.sampling.stop_ids:
+      self._end(work, STOP)
+      return
+    work.answer.add(_told(request, token, chosen, slot))
+    matcher = request.matcher
+    if matcher is not None:
+      matcher.accept(token)
+      if not matcher.finished:
+        matcher.fill(self._masks[slot])
+    if matcher is not None and matcher.finished:
+      self._end(work, STOP)
+    elif len(work.answer.tokens) >= request.max_new_tokens:
+      self._end(work, LENGTH)
+
+  def _end(
+    self, work: _Work, reason: str, error: QwenVLError | None = None
+  ) -> None:
+    """Ends an answer, wherever it is, and frees what it holds."""
+    if work.reading is not None:
+      work.reading.release()
+    with self._lock:
+      if work.slot < 0:
+        self._waiting.remove(work)
+        self._waiting_tokens -= len(work.request.tokens)
+      elif work is self._reading:
+        self._reading = None
+      else:
+        del self._running[work.slot]
+        self._state = self.engine.free(
+          self._state, work.slot, clear=reason == ERROR
+        )
+        self._masks[work.slot] = 0xFFFFFFFF
+      if work.slot >= 0:
+        self._free.append(work.slot)
+    work.answer.finish(reason, error)
+
+
+def _told(request: Request, token: int, chosen: Chosen, slot: int) -> Token:
+  """A token with what its request asked to be told."""
+  count = request.top_logprobs
+  if count is None:
+    return Token(token)
+  top = zip(chosen.top_ids[slot, :count], chosen.top_logprobs[slot, :count])
+  return Token(
+    token,
+    float(chosen.logprobs[slot]),
+    tuple((int(i), float(logprob)) for i, logprob in top),
+  )
+
+
+def _failed(error: Exception) -> GenerationError:
+  """What the device, or a program on it, could not do."""
+  text = ' '.join(str(error).split())
+  return GenerationError(f'the engine could not go on: {text[:300]}')
