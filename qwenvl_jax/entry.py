@@ -5,13 +5,24 @@ A command that runs a configured job takes `--gin_file=FILE` (repeatable) and
 """
 
 import argparse
+import hashlib
 import inspect
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qwenvl_jax.errors import ConfigError, QwenVLError, did_you_mean
+
+# JAX's variable: where compiled programs are kept, '' for nowhere.
+COMPILED = 'JAX_COMPILATION_CACHE_DIR'
+
+# Programs that compile faster than this are not kept, and those used longest ago
+# make room.
+_WORTH_KEEPING_SECONDS = 0.2
+_KEPT_BYTES = 8 * 2**30
 
 GIN_HELP = """\
 configuration:
@@ -114,6 +125,7 @@ def run(
   Returns:
     The exit status: 2 after such an error, 130 after Ctrl-C.
   """
+  keep_compiled()
   # Orbax logs, with a traceback, what it also raises.
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -129,3 +141,37 @@ def run(
     # Python would complain once more at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def keep_compiled() -> None:
+  """Keeps compiled programs for later starts, in the user's cache folder.
+
+  For this process and those that it starts. Where the environment names a
+  folder (`JAX_COMPILATION_CACHE_DIR`; '' for none), that is used.
+  """
+  settings = {
+    COMPILED: str(_cache_folder()),
+    'JAX_COMPILATION_CACHE_MAX_SIZE': str(_KEPT_BYTES),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': str(_WORTH_KEEPING_SECONDS),
+  }
+  if os.environ.get(COMPILED) is not None:
+    return
+  os.environ.update(settings)
+  if 'jax' in sys.modules:  # It read its environment when it was imported.
+    config = sys.modules['jax'].config
+    for name, value in settings.items():
+      default = config.values[name.lower()]
+      config.update(name.lower(), type(default)(value) if default else value)
+
+
+def _cache_folder() -> Path:
+  """One for each kind of processor: programs for a CPU use what it can do."""
+  root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+  try:
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    lines = []
+  flags = next((x for x in lines if x.startswith(('flags', 'Features'))), '')
+  machine = f'{platform.machine()} {platform.processor()} {flags}'
+  kind = hashlib.sha256(machine.encode()).hexdigest()[:12]
+  return Path(root) / 'qwenvl_jax' / 'compiled' / kind

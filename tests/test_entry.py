@@ -1,3 +1,4 @@
+import os
 import shlex
 import subprocess
 import sys
@@ -71,3 +72,44 @@ def test_train_says_how_it_is_used():
   assert done.returncode == 2
   assert done.stderr.startswith("error: config file 'stage1.gn'")
   assert 'did you mean stage1.gin' in done.stderr
+
+
+COMPILES = """
+import sys, jax
+from qwenvl_jax import entry
+def command(argv):
+  hits = []
+  jax.monitoring.register_event_listener(
+    lambda event, **_: hits.append(event.endswith('/cache_hits'))
+  )
+  f = jax.jit(lambda x: jax.numpy.sort(x @ x.T, axis=0).cumsum())
+  f(jax.numpy.ones((300, 300))).block_until_ready()
+  print(sum(hits))
+sys.exit(entry.run(command))
+"""
+
+
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
+  """Where the environment says nothing: in the user's cache folder."""
+  environment = os.environ | {
+    'XDG_CACHE_HOME': str(tmp_path),
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': '',
+  }
+
+  def start():
+    return int(
+      subprocess.run(
+        [sys.executable, '-c', COMPILES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+      ).stdout
+    )
+
+  assert start() == 0
+  assert not list(tmp_path.iterdir())
+  del environment['JAX_COMPILATION_CACHE_DIR']
+  assert start() == 0
+  assert start() > 0
