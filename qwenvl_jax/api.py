@@ -27,6 +27,10 @@ from qwenvl_jax.image import pixels as decode_pixels
 from qwenvl_jax.infer import chat as chatting
 from qwenvl_jax.infer import generate as generation
 from qwenvl_jax.infer import prompts
+from qwenvl_jax.infer.beam import Hypothesis, beam_search
+from qwenvl_jax.infer.engine import Engine, EngineConfig
+from qwenvl_jax.infer.scheduler import Scheduler
+from qwenvl_jax.infer.score import Scored, score
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.loss import next_token_loss
 from qwenvl_jax.model.qwen_vl import QwenVL
@@ -103,6 +107,10 @@ class Handle:
   def model(self) -> QwenVL:
     """The linen module."""
     return QwenVL(self.config)
+
+  @functools.cached_property
+  def _kept(self) -> dict[str, Scheduler]:
+    return {}
 
   @functools.cached_property
   def _encode(self):
@@ -183,6 +191,22 @@ class Handle:
     total, weight = next_token_loss(logits, np.maximum(labels, 0), weights)
     return total / weight
 
+  def engine(self, sizes: EngineConfig) -> Engine:
+    """What answers many requests at a time; see `infer.scheduler`."""
+    return Engine(self.config, self.params, sizes)
+
+  def scheduler(self, max_len: int) -> Scheduler:
+    """One slot with room for so many tokens; kept, with its image features."""
+    room = generation.room_for(self.config, max_len)
+    kept = self._kept.get('scheduler')
+    if kept is None or kept.engine.max_len < room:
+      # The old one's memory is let go before there is a new one.
+      kept = self._kept.pop('scheduler', None)
+      del kept
+      engine = self.engine(EngineConfig(slots=1, max_len=room))
+      kept = self._kept['scheduler'] = Scheduler(engine)
+    return kept
+
   def generate(
     self,
     tokens: Sequence[Sequence[int]],
@@ -190,6 +214,7 @@ class Handle:
     max_new_tokens: int = 512,
     stop: Sequence[int] = (),
     temperature: float = 0.0,
+    slots: int = 32,
     **sampling,
   ) -> list[list[int]]:
     """Continues prompts; greedy at temperature 0.
@@ -200,7 +225,8 @@ class Handle:
       max_new_tokens: upper bound on the new tokens.
       stop: ids that end a row; they are not returned.
       temperature: of sampling.
-      **sampling: see `infer.generate.generate` (top_k, top_p, key, ...).
+      slots: most rows answered at a time.
+      **sampling: `seed`, and see `infer.sampling.Sampling`.
 
     Returns:
       New ids of each row.
@@ -209,25 +235,80 @@ class Handle:
       DataError: `tokens` is one prompt, not a list of them, or the images do
         not match the spans.
     """
-    try:
-      rows = [list(row) for row in tokens]
-    except TypeError as error:
-      raise DataError(
-        'tokens must be a list of prompts, each a list of ids; for one prompt, '
-        'generate([ids])'
-      ) from error
-    starts, images = self._spans(rows, images)
-    counts = np.cumsum([0] + [len(row) for row in starts])
+    rows, images = self._rows(tokens, images)
     return generation.generate(
-      self.model,
-      self.params,
+      generation.engine_for(
+        self.config, self.params, rows, max_new_tokens, slots
+      ),
       rows,
-      [images[a:b] for a, b in zip(counts, counts[1:], strict=False)],
+      images,
       max_new_tokens=max_new_tokens,
       stop_ids=tuple(stop),
       temperature=temperature,
       **sampling,
     )
+
+  def beam_search(
+    self,
+    tokens: Sequence[Sequence[int]],
+    images=None,
+    *,
+    beams: int,
+    max_new_tokens: int = 512,
+    stop: Sequence[int] = (),
+    slots: int = 32,
+    **settings,
+  ) -> list[Hypothesis]:
+    """Finds the best continuations of prompts by beam search.
+
+    Args:
+      tokens: as in `generate`.
+      images: as in `generate`.
+      beams: continuations kept for a prompt.
+      max_new_tokens: upper bound on the new tokens.
+      stop: ids that end a row; they are not returned.
+      slots: most beams at a time, at least those of one prompt.
+      **settings: see `infer.beam.beam_search`.
+    """
+    rows, images = self._rows(tokens, images)
+    # Every prompt takes as many slots as it has beams.
+    engine = generation.engine_for(
+      self.config, self.params, rows * beams, max_new_tokens, max(slots, beams)
+    )
+    return beam_search(
+      engine,
+      rows,
+      images,
+      beams=beams,
+      max_new_tokens=max_new_tokens,
+      stop_ids=tuple(stop),
+      **settings,
+    )
+
+  def score(
+    self,
+    tokens: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    images=None,
+    top: int = 0,
+  ) -> list[Scored]:
+    """Log-probabilities of given continuations.
+
+    Args:
+      tokens: as in `generate`.
+      continuations: ids after each prompt.
+      images: [I,R,R,3] pixels for all spans of the prompts in reading order.
+      top: how many of the most likely tokens to tell beside each.
+
+    Returns:
+      See `infer.score.score`.
+    """
+    rows, images = self._rows(tokens, images)
+    together = [
+      [*row, *more] for row, more in zip(rows, continuations, strict=False)
+    ]
+    engine = generation.engine_for(self.config, self.params, together, 1, 1)
+    return score(engine, rows, continuations, images, top=top)
 
   def chat(self, query: str, images=(), history=None, **options):
     """One turn of a conversation.
@@ -250,6 +331,19 @@ class Handle:
         'one beside config.json'
       )
     return chatting.chat(self, query, images, history, **options)
+
+  def _rows(self, tokens, images) -> tuple[list[list[int]], list]:
+    """Prompts, and the images of each."""
+    try:
+      rows = [list(row) for row in tokens]
+    except TypeError as error:
+      raise DataError(
+        'tokens must be a list of prompts, each a list of ids; for one prompt, '
+        'generate([ids])'
+      ) from error
+    starts, images = self._spans(rows, images)
+    ends = np.cumsum([len(row) for row in starts])
+    return rows, np.split(images, ends[:-1]) if rows else []
 
   def _spans(self, rows, images) -> tuple[list[list[int]], np.ndarray]:
     """Where each row's images start, and all images in reading order."""

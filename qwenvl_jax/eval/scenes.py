@@ -15,8 +15,8 @@ from qwenvl_jax.data import questions, tasks
 from qwenvl_jax.data.examples import Question
 from qwenvl_jax.data.records import Asked, Scene
 from qwenvl_jax.eval.metrics import boxes as box_metrics
-from qwenvl_jax.infer.generate import generate
-from qwenvl_jax.model.qwen_vl import QwenVL
+from qwenvl_jax.infer.generate import engine_for, generate
+from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.text import chatml, grounding
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ class Answered:
 
 
 def ask(
-  model: QwenVL,
+  config: QwenVLConfig,
   params: dict,
   tokenizer: Tokenizer,
   asked: Sequence[Question],
@@ -70,7 +70,7 @@ def ask(
   """Generates and scores the answers, greedily, with pictures and without.
 
   Args:
-    model: the module.
+    config: of the model.
     params: its parameters.
     tokenizer: its vocabulary.
     asked: questions, each about the picture of its record.
@@ -82,7 +82,7 @@ def ask(
     One `Answered` a question, in order: what it sees; and the same questions
     about a grey picture.
   """
-  queries = model.config.adapter.queries
+  queries = config.adapter.queries
   stop = (
     (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id)
     if chat
@@ -101,14 +101,13 @@ def ask(
     waiting[limit] |= {seen: picture, blind: np.full_like(picture, _BLANK)}
   answers = {}
   for limit, group in waiting.items():
+    prompts = [ids for ids, _ in group]
     outputs = generate(
-      model,
-      params,
-      [ids for ids, _ in group],
+      engine_for(config, params, prompts, limit, batch_size),
+      prompts,
       [picture[None] for picture in group.values()],
       max_new_tokens=limit,
       stop_ids=stop,
-      batch_size=batch_size,
     )
     answers |= dict(zip(group, map(tokenizer.decode, outputs), strict=True))
   return tuple(

@@ -2,25 +2,28 @@
 
 A beam's score is its summed log-probability, a finished one's that divided by
 its number of new tokens (end token included) to the power `length_penalty`.
-Each step ranks all continuations of a row's beams; an end token among the best
-`beams` of them finishes one, the best others run on. A row is done when it has
-`beams` finished ones and the best running beam, scored at its present length,
-beats none of them; at the length limit, what runs counts as finished.
+Each step ranks all continuations of a prompt's beams; an end token among the
+best `beams` of them finishes one, the best others run on. A prompt is done when
+it has `beams` finished ones and the best running beam, scored at its present
+length, beats none of them; at the length limit, what runs counts as finished.
+
+Every beam is a slot of the engine.
 """
 
-import functools
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qwenvl_jax.infer import generate as generation
-from qwenvl_jax.infer.generate import Params
-from qwenvl_jax.infer.sampling import Chooser, Sampling
-from qwenvl_jax.model.cache import KVCache
-from qwenvl_jax.model.qwen_vl import QwenVL
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.infer import prompts as prompts_lib
+from qwenvl_jax.infer.engine import Engine
+from qwenvl_jax.infer.image_bank import ImageBank
+from qwenvl_jax.infer.reading import Reading
+from qwenvl_jax.infer.request import GenerationError, Request, check_fits
+from qwenvl_jax.infer.sampling import Sampling
 
 
 class Hypothesis(NamedTuple):
@@ -31,8 +34,7 @@ class Hypothesis(NamedTuple):
 
 
 def beam_search(
-  model: QwenVL,
-  params: Params,
+  engine: Engine,
   prompts: Sequence[Sequence[int]],
   images: Sequence | None = None,
   *,
@@ -41,13 +43,11 @@ def beam_search(
   stop_ids: Sequence[int] = (),
   length_penalty: float = 1.0,
   min_new_tokens: int = 0,
-  batch_size: int = 8,
 ) -> list[Hypothesis]:
-  """The best continuation of every prompt; rows do not influence each other.
+  """Finds the best continuation of every prompt.
 
   Args:
-    model: the module.
-    params: its parameters.
+    engine: with at least `beams` slots; each prompt takes so many.
     prompts: token ids, of any lengths.
     images: as in `generate`.
     beams: continuations kept for a prompt.
@@ -56,174 +56,186 @@ def beam_search(
     length_penalty: 0 for the sum of log-probabilities, 1 for their mean; more
       favours longer answers.
     min_new_tokens: no end token before this many.
-    batch_size: most prompts searched together; each takes `beams` rows.
 
   Returns:
     A hypothesis a prompt, in order.
 
   Raises:
     DataError: a prompt or its images cannot be used; names the row.
-    ConfigError: settings out of range.
+    ConfigError: settings out of range, or more beams than slots.
+    GenerationError: the model's output cannot be used; names the row.
   """
-  generation.check_count('beams', beams)
-  generation.check_count('max_new_tokens', max_new_tokens)
-  chooser = Chooser.create(Sampling(), stop_ids, min_new_tokens)
-  results = {}
-  for chosen, (logits, cache), rows in generation.prefill_in_batches(
-    model, params, prompts, images, max_new_tokens, batch_size
-  ):
-    tokens, scores = _search(
-      model,
-      params,
-      _repeat_rows(cache, beams=beams),
-      logits,
-      chooser,
-      np.float32(length_penalty),
-      np.arange(rows) >= len(chosen),
-      max_new_tokens,
-      beams=beams,
-      room=generation.room(max_new_tokens),
-    )[0]
-    tokens, scores = np.asarray(tokens).tolist(), np.asarray(scores).tolist()
-    for row, new, score in zip(chosen, tokens, scores, strict=False):
-      ids = generation.cut(new[:max_new_tokens], stop_ids)
-      results[row] = Hypothesis(ids, score)
-  return [results[row] for row in range(len(prompts))]
-
-
-class _State(NamedTuple):
-  """Beams of B rows, K each, best first; -inf scores where there is none."""
-
-  step: Any  # [] int32, new tokens so far
-  new: Any  # [B,K,room] int32, of the running beams
-  scores: Any  # [B,K] float32, of the running beams
-  finished: Any  # [B,K,room] int32
-  finished_scores: Any  # [B,K] float32
-  done: Any  # [B] bool
-  cache: KVCache  # B*K rows
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=('model', 'beams', 'room'),
-  donate_argnames='cache',
-)
-def _search(
-  model,
-  params,
-  cache,
-  logits,
-  chooser,
-  length_penalty,
-  done,
-  limit,
-  *,
-  beams,
-  room,
-):
-  rows = logits.shape[0]
-  # The beams of a row are alike at first: all but one are out of the race.
-  start = jnp.full((rows, beams), -jnp.inf).at[:, 0].set(0)
-  new = jnp.zeros((rows, beams, room), jnp.int32)
-  state = _State(
-    step=jnp.int32(0),
-    new=new,
-    scores=start,
-    finished=new,
-    finished_scores=jnp.full((rows, beams), -jnp.inf),
-    done=done,
-    cache=cache,
-  )
-  advance = functools.partial(_advance, chooser, length_penalty, limit)
-  state = advance(state, jnp.repeat(logits, beams, axis=0))
-
-  def unfinished(state):
-    return (state.step < limit) & ~state.done.all()
-
-  def decode(state):
-    tokens = jax.lax.dynamic_index_in_dim(
-      state.new, state.step - 1, axis=2, keepdims=False
+  prompts_lib.check_count('beams', beams)
+  if beams > engine.slots:
+    raise ConfigError(
+      f'beams={beams} are more than the {engine.slots} slots of the engine: '
+      'each beam takes one (EngineConfig.slots)'
     )
-    logits, cache = generation.extend(
-      model, params, state.cache, tokens.reshape(-1), state.step
+  sampling = Sampling(stop_ids=stop_ids, min_new_tokens=min_new_tokens)
+  images = prompts_lib.images_per_prompt(prompts, images)
+  waiting = []
+  for row, (prompt, pixels) in enumerate(zip(prompts, images, strict=True)):
+    name = f'row {row}'
+    request = Request.create(
+      engine.config,
+      prompt,
+      pixels,
+      name,
+      max_new_tokens=max_new_tokens,
+      sampling=sampling,
     )
-    return advance(state._replace(cache=cache), logits)
-
-  state = jax.lax.while_loop(unfinished, decode, state)
-  return (state.finished[:, 0], state.finished_scores[:, 0]), state.cache
-
-
-def _advance(chooser, length_penalty, limit, state, logits) -> _State:
-  """One step from logits [B*K,V] of the running beams."""
-  rows, beams = state.scores.shape
-  vocabulary = logits.shape[-1]
-  logits = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  logits = chooser.suppress_stop(logits, state.step)
-  total = state.scores[..., None] + logits.reshape(rows, beams, vocabulary)
-  # Enough that `beams` of them run on even if every end token is among them.
-  count = min(beams * (1 + chooser.stop.size), beams * vocabulary)
-  scores, flat = jax.lax.top_k(total.reshape(rows, -1), count)
-  source, tokens = flat // vocabulary, (flat % vocabulary).astype(jnp.int32)
-  new = jnp.take_along_axis(state.new, source[..., None], axis=1)
-  new = jax.lax.dynamic_update_slice(new, tokens[..., None], (0, 0, state.step))
-  step = state.step + 1
-  ends = (tokens[..., None] == chooser.stop).any(-1)
-  finishes = (ends | (step >= limit)) & (jnp.arange(count) < beams)
-  finishes &= ~state.done[:, None]
-
-  length_factor = step.astype(jnp.float32) ** length_penalty
-  finished_scores, finished = _best(
-    jnp.concatenate(
-      [
-        state.finished_scores,
-        jnp.where(finishes, scores / length_factor, -jnp.inf),
-      ],
-      axis=1,
-    ),
-    jnp.concatenate([state.finished, new], axis=1),
-    count=beams,
-  )
-  scores, new, source = _best(
-    jnp.where(ends, -jnp.inf, scores), new, source, count=beams
-  )
-  worst = finished_scores[:, -1]
-  done = state.done | (scores[:, 0] / length_factor <= worst)
-  flat_source = source + jnp.arange(rows)[:, None] * beams
-  return _State(
-    step=step,
-    new=new,
-    scores=scores,
-    finished=finished,
-    finished_scores=finished_scores,
-    done=done,
-    cache=_select_rows(state.cache, flat_source.reshape(-1)),
-  )
+    check_fits(request, engine.max_len, engine.images, name)
+    waiting.append(request)
+  return _Driver(engine, beams, length_penalty).run(waiting)
 
 
-def _best(scores, *arrays, count):
-  """The `count` highest of scores [B,C], and what belongs to them."""
-  scores, index = jax.lax.top_k(scores, count)
-  taken = (
-    jnp.take_along_axis(
-      array, index.reshape(index.shape + (1,) * (array.ndim - 2)), axis=1
+class _Driver:
+  """Searches of several prompts beside each other."""
+
+  def __init__(self, engine: Engine, beams: int, length_penalty: float):
+    self._engine, self._beams = engine, beams
+    self._length_penalty = length_penalty
+    self._bank = ImageBank(engine)
+    self._state = engine.init_state()
+
+  def run(self, requests: Sequence[Request]) -> list[Hypothesis]:
+    beams = self._beams
+    groups = self._engine.slots // beams
+    free = [np.arange(beams) + beams * group for group in range(groups)]
+    waiting = list(enumerate(requests))[::-1]
+    running: dict[int, _Search] = {}
+    found: dict[int, Hypothesis] = {}
+    while waiting or running:
+      while waiting and free:
+        row, request = waiting.pop()
+        running[row] = self._begin(request, free.pop())
+      for row in self._advance(running):
+        search = running.pop(row)
+        found[row] = search.best()
+        free.append(search.slots)
+        for slot in search.slots:
+          self._state = self._engine.free(self._state, int(slot))
+    return [found[row] for row in range(len(requests))]
+
+  def _begin(self, request: Request, slots: np.ndarray) -> '_Search':
+    reading = Reading(self._engine, self._bank, request)
+    while not reading.finished:
+      reading.step()
+    for slot in slots:
+      self._state = self._engine.insert(
+        self._state, reading.prefix, int(slot), request.sampling
+      )
+    reading.release()
+    return _Search(request, slots, self._length_penalty)
+
+  def _advance(self, running: dict[int, '_Search']) -> list[int]:
+    """One step of all searches; returns those that are done."""
+    stops = max(len(s.request.sampling.stop_ids) for s in running.values())
+    # So many of each beam that `beams` are left without the end tokens.
+    top = prompts_lib.bucket(self._beams + stops)
+    top = min(top, self._engine.config.decoder.vocab_size)
+    self._state, chosen = self._engine.choose(self._state, None, top)
+    chosen = jax.device_get(chosen)
+    sources = np.arange(self._engine.slots)
+    tokens, done = np.array(chosen.tokens), []
+    for row, search in running.items():
+      if not chosen.valid[search.slots].all():
+        raise GenerationError(f'row {row}: the logits are not finite')
+      ends = search.advance(
+        chosen.top_ids[search.slots], chosen.top_logprobs[search.slots]
+      )
+      sources[search.slots] = search.slots[search.sources]
+      tokens[search.slots] = search.tokens
+      if ends:
+        done.append(row)
+    moved = np.flatnonzero(sources != np.arange(len(sources)))
+    # Repeated, so that few numbers of slots are compiled for.
+    targets = np.resize(
+      moved if len(moved) else [0], prompts_lib.bucket(max(len(moved), 1))
     )
-    for array in arrays
-  )
-  return scores, *taken
+    self._state = self._engine.copy(
+      self._state, sources[targets], targets, tokens
+    )
+    if len(done) < len(running):
+      self._state = self._engine.forward(self._state)
+    return done
 
 
-@functools.partial(jax.jit, static_argnames='beams')
-def _repeat_rows(cache: KVCache, *, beams: int) -> KVCache:
-  rows = cache.prompt_lengths.shape[0]
-  return _select_rows(cache, jnp.repeat(jnp.arange(rows), beams))
+@dataclasses.dataclass
+class _Search:
+  """The beams of one prompt, best first.
 
+  Attributes:
+    request: what is continued.
+    slots: [K] of the engine.
+    length_penalty: see `beam_search`.
+    step: new tokens so far.
+    ids: of the running beams.
+    scores: [K] float32 of the running beams, -inf where there is none.
+    finished: hypotheses, the best K, best first.
+    sources: [K], which beam each came from in the last step.
+    tokens: [K], the token it got there.
+  """
 
-def _select_rows(cache: KVCache, index) -> KVCache:
-  """The cache whose row i is row index[i]."""
-  return KVCache(
-    keys=jnp.take(cache.keys, index, axis=1),
-    values=jnp.take(cache.values, index, axis=1),
-    segment_ids=jnp.take(cache.segment_ids, index, axis=0),
-    used=cache.used,
-    prompt_lengths=jnp.take(cache.prompt_lengths, index, axis=0),
-  )
+  request: Request
+  slots: np.ndarray
+  length_penalty: float
+  step: int = 0
+
+  def __post_init__(self):
+    beams = len(self.slots)
+    self.ids: list[list[int]] = [[] for _ in range(beams)]
+    # The beams are alike at first: all but one are out of the race.
+    self.scores = np.full(beams, -np.inf, np.float32)
+    self.scores[0] = 0
+    self.finished: list[Hypothesis] = []
+
+  def best(self) -> Hypothesis:
+    return self.finished[0]
+
+  def advance(self, ids: np.ndarray, logprobs: np.ndarray) -> bool:
+    """One step.
+
+    Args:
+      ids: [K,C] the most likely tokens after each beam.
+      logprobs: [K,C] float32 of these.
+
+    Returns:
+      Whether the search is done.
+    """
+    beams, sampling = len(self.slots), self.request.sampling
+    stop = np.isin(ids, list(sampling.stop_ids))
+    if self.step < sampling.min_new_tokens:
+      logprobs = np.where(stop, np.float32(-np.inf), logprobs)
+    total = self.scores[:, None] + logprobs.astype(np.float32)
+    # Among equals, the better beam and the lower id come first.
+    beam = np.repeat(np.arange(beams), ids.shape[1])
+    order = np.lexsort((ids.ravel(), beam, -total.ravel()))
+    self.step += 1
+    at_limit = self.step >= self.request.max_new_tokens
+    factor = np.float32(self.step) ** np.float32(self.length_penalty)
+    runs, ends = [], []
+    for rank, place in enumerate(order):
+      source, token = int(beam[place]), int(ids.ravel()[place])
+      score = total.ravel()[place]
+      is_stop = bool(stop.ravel()[place])
+      if rank < beams and (is_stop or at_limit):
+        new = self.ids[source] + ([] if is_stop else [token])
+        ends.append(Hypothesis(new, float(score / factor)))
+      if not is_stop and len(runs) < beams:
+        runs.append((score, source, token))
+      if rank >= beams and len(runs) == beams:
+        break
+    # Sorting is stable: among equals, what finished first comes first.
+    ranked = sorted(self.finished + ends, key=lambda found: -found.score)
+    self.finished = ranked[:beams]
+    # A vocabulary may be smaller than the number of beams.
+    runs += [(np.float32(-np.inf), 0, 0)] * (beams - len(runs))
+    self.scores = np.array([score for score, _, _ in runs], np.float32)
+    self.sources = np.array([source for _, source, _ in runs])
+    self.tokens = np.array([token for _, _, token in runs], np.int32)
+    self.ids = [self.ids[source] + [token] for _, source, token in runs]
+    if at_limit:
+      return True
+    full = len(self.finished) == beams
+    return full and self.scores[0] / factor <= self.finished[-1].score

@@ -8,18 +8,19 @@ import codecs
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import jax
 import numpy as np
 from PIL import Image
 
 from qwenvl_jax import image as pictures_lib
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.infer import generate as generation
+from qwenvl_jax.infer import prompts
+from qwenvl_jax.infer.request import Request
 from qwenvl_jax.infer.sampling import Sampling
+from qwenvl_jax.infer.scheduler import Scheduler
 from qwenvl_jax.model.config import QwenVLConfig
-from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.text import chatml, grounding
 from qwenvl_jax.text.tokenizer import Tokenizer, image_paths
 
@@ -28,9 +29,10 @@ class Model(Protocol):
   """What answers; an opened checkpoint (`qwenvl_jax.load`) is one."""
 
   config: QwenVLConfig
-  model: QwenVL
-  params: Any
   tokenizer: Tokenizer
+
+  def scheduler(self, max_len: int) -> Scheduler:
+    """One with room for so many tokens, used by one conversation at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +58,8 @@ class ChatSettings:
 
   def __post_init__(self):
     Sampling(self.temperature, self.top_k, self.top_p)
-    generation.check_count('max_new_tokens', self.max_new_tokens)
-    generation.check_count('max_window_size', self.max_window_size)
+    prompts.check_count('max_new_tokens', self.max_new_tokens)
+    prompts.check_count('max_window_size', self.max_window_size)
     if '<img>' in self.system:
       raise ConfigError(
         'the system prompt holds an <img>; show pictures in a question instead'
@@ -181,7 +183,7 @@ def answer(
   model: Model,
   prompt: Prompt,
   settings: ChatSettings = ChatSettings(),
-  key: jax.Array | None = None,
+  seed: int | tuple[int, ...] = 0,
 ) -> Iterator[str]:
   """The answer, piece by piece.
 
@@ -189,21 +191,24 @@ def answer(
     model: what answers.
     prompt: from `build_prompt`.
     settings: of sampling.
-    key: PRNG key for temperatures above 0.
+    seed: for temperatures above 0.
   """
   tokenizer = model.tokenizer
-  ids = generation.stream(
-    model.model,
-    model.params,
+  request = Request.create(
+    model.config,
     prompt.tokens,
     prompt.pixels,
     max_new_tokens=prompt.max_new_tokens,
-    stop_ids=stop_ids(tokenizer),
-    temperature=settings.temperature,
-    top_k=settings.top_k,
-    top_p=settings.top_p,
-    key=key,
+    sampling=Sampling(
+      settings.temperature,
+      settings.top_k,
+      settings.top_p,
+      stop_ids=stop_ids(tokenizer),
+      seed=seed,
+    ),
   )
+  length = len(prompt.tokens) + prompt.max_new_tokens
+  ids = generation.stream(model.scheduler(length), request)
   return stream_text(tokenizer, ids)
 
 
@@ -230,7 +235,7 @@ def chat(
   images: Sequence = (),
   history: History | None = None,
   *,
-  key: jax.Array | None = None,
+  seed: int = 0,
   **settings,
 ) -> tuple[str, History]:
   """One turn.
@@ -240,7 +245,7 @@ def chat(
     query: what the user says.
     images: pictures that come with it, see `ask`.
     history: what the last call returned, None to start.
-    key: PRNG key for temperatures above 0.
+    seed: for temperatures above 0.
     **settings: see `ChatSettings`.
 
   Returns:
@@ -250,7 +255,7 @@ def chat(
   settings = ChatSettings(**settings)
   turn = ask(query, images, history)
   prompt = build_prompt(model, turn, history, settings)
-  text = ''.join(answer(model, prompt, settings, key)).strip()
+  text = ''.join(answer(model, prompt, settings, seed)).strip()
   return text, (*history, turn._replace(answer=text))
 
 
@@ -270,7 +275,7 @@ class Chat:
     seed: int = 0,
   ):
     self._model = model
-    self._key = jax.random.key(seed)
+    self._seed = seed
     self._answers = 0
     self.settings = settings
     self.history: History = ()
@@ -298,11 +303,11 @@ class Chat:
     turn = ask(query, images, self.history)
     prompt = build_prompt(self._model, turn, self.history, self.settings)
     self.dropped_turns = prompt.dropped_turns
-    key = jax.random.fold_in(self._key, self._answers)
+    seed = self._seed, self._answers
     self._answers += 1
     said, ended = [], False
     try:
-      for piece in answer(self._model, prompt, self.settings, key):
+      for piece in answer(self._model, prompt, self.settings, seed):
         said.append(piece)
         yield piece
       ended = True

@@ -34,16 +34,21 @@ def engine_for(
   prompts_lib.check_count('max_new_tokens', max_new_tokens)
   prompts_lib.check_count('slots', slots)
   longest = max((len(prompt) for prompt in prompts), default=0)
-  room = prompts_lib.bucket(longest + max_new_tokens, _MIN_ROOM)
   return Engine(
     config,
     params,
     EngineConfig(
       slots=min(prompts_lib.bucket(max(len(prompts), 1)), slots),
-      max_len=min(room, config.decoder.max_position_embeddings),
+      max_len=room_for(config, longest + max_new_tokens),
       **sizes,
     ),
   )
+
+
+def room_for(config: QwenVLConfig, tokens: int) -> int:
+  """An engine's `max_len` for so many tokens, one of few sizes."""
+  room = prompts_lib.bucket(tokens, _MIN_ROOM)
+  return min(room, config.decoder.max_position_embeddings)
 
 
 def generate(
@@ -121,32 +126,36 @@ def run(
   return answers
 
 
-def stream(engine: Engine, request: Request) -> Iterator[int]:
+def stream(scheduler: Scheduler, request: Request) -> Iterator[int]:
   """Answers one request and yields each id as soon as it is known.
 
   The prompt is checked at the call, and read when the first id is asked for.
 
   Args:
-    engine: answers it.
+    scheduler: answers it; used by nobody else meanwhile.
     request: what is asked.
 
   Returns:
-    An iterator that may be left at any time.
+    An iterator that may be left at any time, which cancels the request.
 
   Raises:
     DataError: the engine has no room for the request.
     GenerationError: from the iterator, where the model's output cannot be used.
   """
-  scheduler = Scheduler(engine)
   answer = scheduler.submit(request)
 
   def ids():
     told = 0
-    while not answer.finished:
-      scheduler.step()
-      for token in answer.tokens[told:]:
-        told += 1
-        yield token.id
+    try:
+      while not answer.finished:
+        scheduler.step()
+        for token in answer.tokens[told:]:
+          told += 1
+          yield token.id
+    finally:
+      if not answer.finished:
+        scheduler.cancel(answer)
+        scheduler.step()
     if answer.error is not None:
       raise answer.error
 

@@ -44,7 +44,7 @@ class Reading:
     self._rows = np.full(len(request.tokens), -1, np.int32)
     self._held: list[bytes] = []
     self._top = top
-    self._scores: list[Scores] = []
+    self._scores: list[tuple[int, Scores]] = []
     self.prefix: Prefix | None = None
 
   @property
@@ -68,8 +68,7 @@ class Reading:
       self.prefix = engine.prefill(*arguments)
     else:
       self.prefix, scores = engine.score(*arguments, self._top)
-      count = piece.stop - piece.start
-      self._scores.append(jax.tree.map(lambda x: x[:count], scores))
+      self._scores.append((piece.stop - piece.start, scores))
     return piece.length
 
   def _look_up(self, key: bytes, pixels: np.ndarray, start: int) -> int:
@@ -86,7 +85,10 @@ class Reading:
 
   def scores(self) -> Scores:
     """What the model says of each token after the first, as NumPy arrays."""
-    parts = jax.device_get(self._scores)
+    parts = [
+      Scores(*(x[:count] for x in jax.device_get(scores)))
+      for count, scores in self._scores
+    ]
     return Scores(*(np.concatenate(x)[:-1] for x in zip(*parts)))
 
   def release(self) -> None:

@@ -87,7 +87,7 @@ def evaluate(
   for name, title, (asked, pictures) in exams:
     handle = handles[name]
     seen, blind = scenes.ask(
-      handle.model,
+      handle.config,
       handle.params,
       handle.tokenizer,
       asked,

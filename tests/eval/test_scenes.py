@@ -8,7 +8,6 @@ import pytest
 from qwenvl_jax.data.examples import Question
 from qwenvl_jax.eval import scenes
 from qwenvl_jax.model.config import qwen_vl_7b
-from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 REFER = Question(
@@ -116,14 +115,13 @@ def test_questions_are_asked_with_the_picture_and_without(monkeypatch):
   }
   rows = []
 
-  def sees_one_number(model, params, prompts, images, **settings):
+  def sees_one_number(engine, prompts, images, **settings):
     rows.extend(prompts)
     return [tokenizer.encode(f' {x.flat[0]}') for x in images]
 
   monkeypatch.setattr(scenes, 'generate', sees_one_number)
-  seen, blind = scenes.ask(
-    QwenVL(qwen_vl_7b()), None, tokenizer, asked, pictures
-  )
+  config = qwen_vl_7b(scan_layers=False)
+  seen, blind = scenes.ask(config, None, tokenizer, asked, pictures)
   assert [x.answer for x in seen] == ['2', '3']
   assert [x.correct for x in seen] == [True, False]
   # Grey, whatever the picture was: asked once for both.
