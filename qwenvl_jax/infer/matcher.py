@@ -204,10 +204,10 @@ class Matcher:
     for stop in self._stop_ids:
       _set(row, stop, may_end)
     if not may_end and not row.any():
-      stops = f' other than its stop ids {list(self._stop_ids)}'
       raise GenerationError(
-        f'{self._grammar.name}: no token may follow after '
-        f'{len(self._tokens)}{stops if self._stop_ids else ""}; loosen it'
+        f'{self._grammar.name}: no token may follow the {len(self._tokens)} '
+        f'so far, and an end (stop ids {list(self._stop_ids)}) would be too '
+        'early; give other stop ids or loosen the grammar'
       )
 
   def allows(self, token: int) -> bool:

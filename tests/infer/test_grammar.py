@@ -292,7 +292,7 @@ def test_any_stop_id(compiler, tokenizer):
     compiler.boxes().matcher([VOCAB_SIZE])
   # Where the grammar needs what would end it, nothing is left.
   matcher = compiler.boxes().matcher([tokenizer.box_start_id])
-  with pytest.raises(GenerationError, match='other than its stop ids'):
+  with pytest.raises(GenerationError, match='give other stop ids'):
     matcher.mask()
 
 
