@@ -88,7 +88,10 @@ class Grammar:
     try:
       possible = first.mask().any()
     except GenerationError as error:
-      raise DataError(f'{name} allows no answer; loosen it') from error
+      # Too much work for the whole vocabulary, or nothing to go on with.
+      message = f'{name} allows no answer; loosen it'
+      failed = first._inner.is_error()
+      raise DataError(str(error) if failed else message) from error
     if not possible:
       raise DataError(f'{name} allows only an empty answer; loosen it')
 

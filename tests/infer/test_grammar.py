@@ -376,6 +376,7 @@ def nested(depth) -> str:
     ('regex', r'\bword', 'lookarounds not supported'),
     ('regex', r'[^\x00-\x{10FFFF}]', 'nothing satisfies it'),
     ('regex', 'a{0}', 'only an empty answer'),
+    ('regex', '(?s)(.{0,500}[a-z]{3,}){20}', 'needs more work than is allowed'),
     ('regex', '\ud800', 'half of a character'),
     ('choice', [], 'empty list'),
     ('choice', 'yes', 'list of texts'),
