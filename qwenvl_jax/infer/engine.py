@@ -165,7 +165,7 @@ class Engine:
 
   def program_lengths(self) -> list[int]:
     """Lengths of prompts that need every program of reading between them."""
-    ends = {bucket(n, MIN_LENGTH) for n in range(1, self.chunk + 1)}
+    ends = {self.prefix_size(n) for n in range(1, self.chunk + 1)}
     tails = (self.chunk // 4, self.chunk // 2, self.chunk)
     longer = (
       start + tail
@@ -207,9 +207,7 @@ class Engine:
     for masks in (None, everything):
       for count in (0, top):
         state, _ = self.choose(state, masks, count)
-    state = self.forward(state)
-    for clear in (False, True):
-      state = self.free(state, 0, clear)
+    state = self.free(self.forward(state), 0)
     return jax.block_until_ready((state, bank))
 
   def init_state(self) -> State:
@@ -308,16 +306,9 @@ class Engine:
     """Runs the decoder on the tokens that were chosen; gives `state` up."""
     return self._programs.forward(self.params, state)
 
-  def free(self, state: State, slot: int, clear: bool = False) -> State:
-    """Makes a slot free.
-
-    Args:
-      state: given up.
-      slot: which.
-      clear: whether to write zeros over its cache, which may hold values that
-        are not finite.
-    """
-    return self._programs.free(state, np.int32(slot), clear=clear)
+  def free(self, state: State, slot: int) -> State:
+    """Makes a slot free; gives `state` up."""
+    return self._programs.free(state, np.int32(slot))
 
   def copy(
     self, state: State, sources: Sequence[int], targets: Sequence[int], tokens
@@ -340,7 +331,9 @@ class Engine:
 
 def _piece_arrays(tokens, rows, piece: Piece):
   """[1,T] tokens, [1,T] rows, their count, and the offset or None."""
-  padded = np.zeros((1, piece.length), np.int32)
+  # Padded with a token of the prompt: any other may have an embedding that is
+  # not finite, which would stay in the cache.
+  padded = np.full((1, piece.length), tokens[piece.stop - 1], np.int32)
   padded[0, : piece.stop - piece.start] = tokens[piece.start : piece.stop]
   taken = np.full((1, piece.length), -1, np.int32)
   taken[0, : piece.stop - piece.start] = rows[piece.start : piece.stop]

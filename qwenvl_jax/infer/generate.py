@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from qwenvl_jax.infer import prompts as prompts_lib
 from qwenvl_jax.infer.engine import Engine, EngineConfig, Params
-from qwenvl_jax.infer.request import Answer, Request
+from qwenvl_jax.infer.request import Answer, Request, check_fits
 from qwenvl_jax.infer.sampling import Sampling
 from qwenvl_jax.infer.scheduler import Scheduler
 from qwenvl_jax.model.config import QwenVLConfig
@@ -142,10 +142,12 @@ def stream(scheduler: Scheduler, request: Request) -> Iterator[int]:
     DataError: the engine has no room for the request.
     GenerationError: from the iterator, where the model's output cannot be used.
   """
-  answer = scheduler.submit(request)
+  engine = scheduler.engine
+  check_fits(request, engine.max_len, engine.images, 'the prompt')
 
   def ids():
-    told = 0
+    # Not before somebody asks: nobody would cancel what was never begun.
+    answer, told = scheduler.submit(request), 0
     try:
       while not answer.finished:
         scheduler.step()

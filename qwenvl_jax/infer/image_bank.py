@@ -57,9 +57,12 @@ class ImageBank:
     Returns:
       Their place.
     """
-    place = self._free.pop() if self._free else self._evict()
+    if not self._free:
+      self._free.append(self._evict())
+    place = self._free[-1]
+    # Where this fails, the place stays free.
     self.features = self._engine.encode(self.features, pixels, place)
-    self._places[key] = place
+    self._places[key] = self._free.pop()
     self._holders[key] += 1
     return place
 
@@ -78,5 +81,6 @@ def image_key(pixels: np.ndarray, salt: bytes = b'') -> bytes:
   """Hashes an image: sha256 of salt, shape, dtype and pixels."""
   head = f'{len(salt)} {pixels.shape} {pixels.dtype} '.encode()
   digest = hashlib.sha256(head + salt)
-  digest.update(np.ascontiguousarray(pixels).data)
+  # As bytes, for bfloat16 has no buffer that other programs know.
+  digest.update(np.ascontiguousarray(pixels).view(np.uint8))
   return digest.digest()

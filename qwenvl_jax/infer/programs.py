@@ -68,7 +68,7 @@ def programs(config: QwenVLConfig, cache_dtype: str | None = None) -> Programs:
     insert=jit(functions.insert, donate_argnums=0),
     choose=jit(functions.choose, donate_argnums=0, static_argnames='top'),
     forward=jit(functions.forward, donate_argnums=1),
-    free=jit(functions.free, donate_argnums=0, static_argnames='clear'),
+    free=jit(functions.free, donate_argnums=0),
     copy=jit(functions.copy, donate_argnums=0),
   )
 
@@ -218,6 +218,7 @@ class Functions:
     chosen = Chosen(
       tokens=tokens,
       valid=jnp.isfinite(jnp.max(logits, axis=-1)),
+      possible=jnp.max(adjusted, axis=-1) > -jnp.inf,
       logprobs=jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0],
       top_ids=ids,
       top_logprobs=tops,
@@ -249,20 +250,25 @@ class Functions:
       )
     )
 
-  def free(self, state: State, slot, *, clear: bool) -> State:
+  def free(self, state: State, slot) -> State:
+    # Values that are not finite would reach the next answer in this slot, for
+    # attention multiplies them by 0. Where the cache holds any, the logits are
+    # not finite either.
+    good = jnp.isfinite(jnp.max(state.logits[slot]))
+
+    def clean(x):
+      return x.at[slot].set(jnp.where(good, x[slot], jnp.zeros_like(x[slot])))
+
     cache = dataclasses.replace(
-      state.cache, lengths=state.cache.lengths.at[slot].set(0)
+      state.cache,
+      layers=jax.tree.map(clean, state.cache.layers),
+      lengths=state.cache.lengths.at[slot].set(0),
     )
-    logits = state.logits
-    if clear:
-      layers = jax.tree.map(lambda x: x.at[slot].set(0), cache.layers)
-      cache = dataclasses.replace(cache, layers=layers)
-      logits = logits.at[slot].set(0)
     return place(
       dataclasses.replace(
         state,
         cache=cache,
-        logits=logits,
+        logits=clean(state.logits),
         active=state.active.at[slot].set(False),
         settings=dataclasses.replace(
           state.settings,

@@ -6,6 +6,7 @@ sizes: a handful of programs serves every request.
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.errors import ConfigError, DataError
@@ -97,6 +98,12 @@ def match_images(starts: Sequence[int], images, record: str) -> np.ndarray:
         f'[R,R,3]{f" like the first, {shape}" if number > 1 else ""}; '
         'preprocess all images to one resolution'
       )
+    is_float = jnp.issubdtype(image.dtype, jnp.floating)
+    if image.dtype != np.uint8 and not is_float:
+      raise DataError(
+        f'{record}: image {number} is {image.dtype}, neither uint8 nor '
+        'normalized float; give what `preprocess` or `image.pixels` makes'
+      )
   return np.stack(images)
 
 
@@ -119,6 +126,10 @@ def check_ids(
   if ids.ndim != 1 or ids.size == 0:
     raise DataError(
       f'{name}: the prompt has shape {ids.shape}; expected at least one id'
+    )
+  if ids.dtype.kind not in 'iu':
+    raise DataError(
+      f'{name}: the prompt is {ids.dtype}; expected ids, which are integers'
     )
   wrong = ids[(ids < 0) | (ids >= config.decoder.vocab_size)]
   if wrong.size:

@@ -22,12 +22,17 @@ MAX_BIASES = 300
 # No token has this id: an unset place.
 _NO_TOKEN = -1
 
-# Smallest temperature above 0: logits divided by less leave float32.
+# Temperatures above 0: logits divided by less leave float32, and divided by
+# more all are alike.
 MIN_TEMPERATURE = 1e-5
+MAX_TEMPERATURE = 1e5
 
 # What OpenAI's API allows.
 _MAX_BIAS = 100.0
 _MAX_PENALTY = 2.0
+
+# A penalty that is a factor; its inverse is the least.
+_MAX_FACTOR = 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +74,10 @@ class Sampling:
 
   def __post_init__(self):
     t = self.temperature
-    if t != 0 and not MIN_TEMPERATURE <= t < float('inf'):
+    if t != 0 and not MIN_TEMPERATURE <= t <= MAX_TEMPERATURE:
       raise ConfigError(
-        f'temperature={t} is neither 0 (always the most likely token) nor a '
-        f'number from {MIN_TEMPERATURE} up'
+        f'temperature={t} is neither 0 (always the most likely token) nor from '
+        f'{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}'
       )
     if self.top_k < 0:
       raise ConfigError(f'top_k={self.top_k} is negative; 0 means no limit')
@@ -84,10 +89,10 @@ class Sampling:
       raise ConfigError(
         f'min_p={self.min_p} is not in [0, 1]; 0 means no limit'
       )
-    if not 0 < self.repetition_penalty < float('inf'):
+    if not 1 / _MAX_FACTOR <= self.repetition_penalty <= _MAX_FACTOR:
       raise ConfigError(
-        f'repetition_penalty={self.repetition_penalty} is not above 0; 1 means '
-        'none'
+        f'repetition_penalty={self.repetition_penalty} is not between '
+        f'{1 / _MAX_FACTOR:g} and {_MAX_FACTOR:g}; 1 means none'
       )
     for name in ('presence_penalty', 'frequency_penalty'):
       if not abs(getattr(self, name)) <= _MAX_PENALTY:
@@ -165,7 +170,11 @@ class Settings:
     """Lays settings into NumPy arrays, a row each."""
 
     def array(name, dtype):
-      return np.asarray([getattr(s, name) for s in samplings], dtype)
+      values = [getattr(s, name) for s in samplings]
+      if dtype == np.int32:
+        # More tokens than there are is all of them.
+        values = [min(value, np.iinfo(dtype).max) for value in values]
+      return np.asarray(values, dtype)
 
     rows = len(samplings)
     bias_ids = np.zeros((rows, MAX_BIASES), np.int32)
@@ -194,8 +203,9 @@ class Settings:
 def _key(seed: int | tuple[int, ...]) -> np.ndarray:
   """[2] uint32 of a seed of any size; of a tuple, each number counts."""
   parts = seed if isinstance(seed, tuple) else (seed,)
-  # Negative numbers and those past 64 bits are seeds like others.
-  words = [abs(part) * 2 + (part < 0) for part in parts]
+  # Negative numbers and those past 64 bits are seeds like others. Without
+  # their number, 0 at the end would not count.
+  words = [len(parts), *(abs(part) * 2 + (part < 0) for part in parts)]
   return np.random.SeedSequence(words).generate_state(2, np.uint32)
 
 
@@ -336,9 +346,12 @@ def keep_top_p(logits, p) -> jax.Array:
   probabilities = jax.nn.softmax(logits, axis=-1)
   order = _ordered(logits)
 
+  # What is below the smallest float is no reason to keep nothing.
+  least = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
+
   def enough(threshold):
     kept = jnp.where(order >= threshold[:, None], probabilities, 0)
-    return jnp.sum(kept, axis=-1) >= p
+    return jnp.sum(kept, axis=-1) >= least
 
   keep = (order >= _highest(enough, p)[:, None]) | (p >= 1)[:, None]
   return jnp.where(keep, logits, -jnp.inf)

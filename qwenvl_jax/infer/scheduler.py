@@ -242,10 +242,14 @@ class Scheduler:
         budget -= self._read_on(work)
       except QwenVLError as error:
         self._end(work, ERROR, error)
-      except Exception as error:
+      except BaseException as error:
         # What was given to the program that failed is lost.
         self._end(work, ERROR, _failed(error))
         self._bank.clear()
+        if self._state.logits.is_deleted():
+          self._start_over(error)
+        if not isinstance(error, Exception):
+          raise
     return busy
 
   def _admit(self) -> bool:
@@ -256,13 +260,15 @@ class Scheduler:
       work = self._waiting.popleft()
       self._waiting_tokens -= len(work.request.tokens)
       work.slot = self._free.pop()
-      work.reading = Reading(self.engine, self._bank, work.request)
       self._reading = work
     return True
 
   def _read_on(self, work: _Work) -> int:
     """Reads a part of a prompt; returns its cost in tokens."""
-    reading, request = work.reading, work.request
+    request = work.request
+    if work.reading is None:
+      work.reading = Reading(self.engine, self._bank, request)
+    reading = work.reading
     cost = reading.step()
     if reading.finished:
       if request.matcher is not None:
@@ -290,38 +296,48 @@ class Scheduler:
       )
       self._state = self.engine.forward(self._state)
       chosen = jax.device_get(chosen)
-    except Exception as error:
-      # The state was given to the program that failed.
-      self._state = self.engine.init_state()
-      for work in [*works.values()]:
-        self._end(work, ERROR, _failed(error))
+    except BaseException as error:
+      self._start_over(error)
+      if not isinstance(error, Exception):
+        raise
       return
     for slot, work in [*works.items()]:
       self._take(work, chosen, slot)
 
+  def _start_over(self, error: BaseException) -> None:
+    """Ends all that has begun: the state was given to a program that failed.
+
+    What it failed on may be what an earlier one made of images or of the prompt
+    that is being read.
+    """
+    self._state = self.engine.init_state()
+    works = [*self._running.values()]
+    for work in works + ([self._reading] if self._reading else []):
+      self._end(work, ERROR, _failed(error))
+    self._bank.clear()
+
   def _take(self, work: _Work, chosen, slot: int) -> None:
     """Adds a slot's token to its answer, or ends that."""
     request, token = work.request, int(chosen.tokens[slot])
-    if not chosen.valid[slot]:
-      count = len(work.answer.tokens)
-      error = GenerationError(
-        f'the logits after {count} new tokens are not finite: the checkpoint '
-        'is damaged, or its number format too small for it (try float32)'
-      )
-      self._end(work, ERROR, error)
+    matcher, count = request.matcher, len(work.answer.tokens)
+    stopped = token in request.sampling.stop_ids
+    try:
+      _check(chosen, slot, count)
+      if matcher is not None and not stopped:
+        matcher.accept(token)
+        if not matcher.finished:
+          matcher.fill(self._masks[slot])
+    except Exception as error:
+      known = isinstance(error, QwenVLError)
+      self._end(work, ERROR, error if known else _failed(error))
       return
-    if token in request.sampling.stop_ids:
+    if stopped:
       self._end(work, STOP)
       return
     work.answer.add(_told(request, token, chosen, slot))
-    matcher = request.matcher
-    if matcher is not None:
-      matcher.accept(token)
-      if not matcher.finished:
-        matcher.fill(self._masks[slot])
     if matcher is not None and matcher.finished:
       self._end(work, STOP)
-    elif len(work.answer.tokens) >= request.max_new_tokens:
+    elif count + 1 >= request.max_new_tokens:
       self._end(work, LENGTH)
 
   def _end(
@@ -334,16 +350,14 @@ class Scheduler:
       if work.slot < 0:
         self._waiting.remove(work)
         self._waiting_tokens -= len(work.request.tokens)
-      elif work is self._reading:
-        self._reading = None
       else:
-        del self._running[work.slot]
-        self._state = self.engine.free(
-          self._state, work.slot, clear=reason == ERROR
-        )
-        self._masks[work.slot] = 0xFFFFFFFF
-      if work.slot >= 0:
         self._free.append(work.slot)
+        self._masks[work.slot] = 0xFFFFFFFF
+        if work is self._reading:
+          self._reading = None
+        else:
+          del self._running[work.slot]
+          self._state = self.engine.free(self._state, work.slot)
     work.answer.finish(reason, error)
 
 
@@ -360,7 +374,21 @@ def _told(request: Request, token: int, chosen: Chosen, slot: int) -> Token:
   )
 
 
-def _failed(error: Exception) -> GenerationError:
+def _check(chosen: Chosen, slot: int, count: int) -> None:
+  """GenerationError if a slot's token is none, after `count` new ones."""
+  if not chosen.valid[slot]:
+    raise GenerationError(
+      f'the logits after {count} new tokens are not finite: the checkpoint '
+      'is damaged, or its number format too small for it (try float32)'
+    )
+  if not chosen.possible[slot]:
+    raise GenerationError(
+      f'no token may follow after {count} new ones: the grammar can only end '
+      'there, which min_new_tokens forbids; ask for fewer'
+    )
+
+
+def _failed(error: BaseException) -> GenerationError:
   """What the device, or a program on it, could not do."""
   text = ' '.join(str(error).split())
   return GenerationError(f'the engine could not go on: {text[:300]}')

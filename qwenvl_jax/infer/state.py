@@ -58,6 +58,7 @@ class Chosen(NamedTuple):
   Attributes:
     tokens: [B] int32.
     valid: [B] bool, false where logits were not finite.
+    possible: [B] bool, false where every token was ruled out.
     logprobs: [B] float32, log-probability of the token by the model itself,
       before settings change it.
     top_ids: [B,K] int32, the most likely tokens.
@@ -66,6 +67,7 @@ class Chosen(NamedTuple):
 
   tokens: Any
   valid: Any
+  possible: Any
   logprobs: Any
   top_ids: Any
   top_logprobs: Any

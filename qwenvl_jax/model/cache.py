@@ -147,8 +147,9 @@ def quantize(x) -> tuple[jax.Array, jax.Array]:
   """
   x = x.astype(jnp.float32)
   scales = jnp.max(jnp.abs(x), axis=-1) / _INT8_MAX
-  # A vector of zeros stays one.
-  scales = jnp.where(scales > 0, scales, 1.0)
+  # A vector of zeros stays one, and one that is not finite does not pass for
+  # one that is: its scale is not finite either.
+  scales = jnp.where(scales == 0, 1.0, scales)
   return jnp.round(x / scales[..., None]).astype(jnp.int8), scales
 
 
