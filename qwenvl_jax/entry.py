@@ -19,7 +19,7 @@ from qwenvl_jax.errors import ConfigError, QwenVLError, did_you_mean
 # JAX's variable: where compiled programs are kept, '' for nowhere.
 COMPILED = 'JAX_COMPILATION_CACHE_DIR'
 
-# Programs that compile faster than this are not kept, and those used longest ago
+# Programs that compile faster than this are not kept; those used longest ago
 # make room.
 _WORTH_KEEPING_SECONDS = 0.2
 _KEPT_BYTES = 8 * 2**30

@@ -22,8 +22,12 @@ from qwenvl_jax.sharding import (
   constrain,
   mesh_in_use,
   param_spec,
+  platform,
   spec,
 )
+
+# Rows up to which a CPU multiplies with the kernel on the left.
+_FEW_ROWS = 64
 
 # The name of gathered kernels among what a layer might keep for its backward
 # pass: kept, they would be the whole model on every chip.
@@ -109,7 +113,11 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def multiply(
-  x: jax.Array, kernel: jax.Array, names: Sequence[str], axes: int
+  x: jax.Array,
+  kernel: jax.Array,
+  names: Sequence[str],
+  axes: int,
+  outputs_first: bool = False,
 ) -> jax.Array:
   """Trailing axes of x against leading axes of a kernel that may be split.
 
@@ -123,13 +131,17 @@ def multiply(
 
   Args:
     x: [B,...,*K].
-    kernel: [*K,...].
+    kernel: [*K,...], or [...,*K].
     names: logical axes of the kernel.
     axes: how many axes K has.
+    outputs_first: whether K are the kernel's last axes (for inference: there
+      is no gradient).
 
   Returns:
     The axes of x before K, then those of the kernel after K.
   """
+  if outputs_first:
+    return _contract_last(x, gathered(kernel, names), axes)
   if not splits_params():
     return _contract(x, kernel, axes)
   if spec(['batch'], x.shape[:1], mesh_in_use())[0] is None:
@@ -141,6 +153,23 @@ def _contract(x, kernel, axes):
   inner = math.prod(kernel.shape[:axes])
   y = x.reshape(-1, inner) @ kernel.reshape(inner, -1)
   return y.reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
+
+
+def _contract_last(x, kernel, axes):
+  """As `_contract`, of a kernel whose last axes are contracted."""
+  outputs = kernel.shape[: kernel.ndim - axes]
+  lead = x.shape[: x.ndim - axes]
+  x = x.reshape(math.prod(lead), -1)
+  kernel = kernel.reshape(math.prod(outputs), -1)
+  contract = (((1,), (1,)), ((), ()))
+  if platform() == 'cpu' and len(x) <= _FEW_ROWS:
+    # The kernel on the left, or few rows take up to three times as long. XLA
+    # would exchange the operands again to save the transposition.
+    y = jax.lax.dot_general(kernel, x, contract)
+    y = jax.lax.optimization_barrier(y).T
+  else:
+    y = jax.lax.dot_general(x, kernel, contract)
+  return y.reshape(*lead, *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -323,6 +323,17 @@ def mesh_in_use() -> jax.sharding.AbstractMesh | None:
   return mesh if mesh.axis_names == MESH_AXES else None
 
 
+def platform() -> str:
+  """What the program being traced will run on, e.g. 'tpu'.
+
+  Of the mesh in use, which may be of chips that are elsewhere (compilation
+  ahead of time).
+  """
+  mesh = mesh_in_use()
+  device = None if mesh is None else mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def spec(
   names: Sequence[str | None], shape: Sequence[int], mesh
 ) -> PartitionSpec:

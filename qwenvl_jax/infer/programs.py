@@ -57,29 +57,19 @@ def programs(config: QwenVLConfig, cache_dtype: str | None = None) -> Programs:
     cache_dtype: see `EngineConfig`.
   """
   functions = Functions(config, cache_dtype)
-  jit = functools.partial(jax.jit, compiler_options=_compiler_options())
   return Programs(
-    init_state=jit(functions.init_state, static_argnums=(0, 1)),
-    init_bank=jit(functions.init_bank, static_argnums=0),
-    encode=jit(functions.encode, donate_argnums=1),
-    start=jit(functions.start, static_argnums=0),
-    prefill=jit(functions.prefill, donate_argnums=1),
-    score=jit(functions.score, donate_argnums=1, static_argnames='top'),
-    insert=jit(functions.insert, donate_argnums=0),
-    choose=jit(functions.choose, donate_argnums=0, static_argnames='top'),
-    forward=jit(functions.forward, donate_argnums=1),
-    free=jit(functions.free, donate_argnums=0),
-    copy=jit(functions.copy, donate_argnums=0),
+    init_state=jax.jit(functions.init_state, static_argnums=(0, 1)),
+    init_bank=jax.jit(functions.init_bank, static_argnums=0),
+    encode=jax.jit(functions.encode, donate_argnums=1),
+    start=jax.jit(functions.start, static_argnums=0),
+    prefill=jax.jit(functions.prefill, donate_argnums=1),
+    score=jax.jit(functions.score, donate_argnums=1, static_argnames='top'),
+    insert=jax.jit(functions.insert, donate_argnums=0),
+    choose=jax.jit(functions.choose, donate_argnums=0, static_argnames='top'),
+    forward=jax.jit(functions.forward, donate_argnums=1),
+    free=jax.jit(functions.free, donate_argnums=0),
+    copy=jax.jit(functions.copy, donate_argnums=0),
   )
-
-
-def _compiler_options() -> dict[str, str] | None:
-  """What the compiler of the default device has to be told."""
-  if jax.default_backend() == 'cpu':
-    # XLA's own matrix products: of few rows they are two to four times as fast
-    # as YNNPACK's (benchmarks/inference.py).
-    return {'xla_cpu_experimental_ynn_fusion_type': ''}
-  return None
 
 
 class Functions:

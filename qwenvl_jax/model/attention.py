@@ -43,17 +43,6 @@ class Mask:
   kernel: str = dataclasses.field(default='xla', metadata={'static': True})
 
 
-def platform() -> str:
-  """What the program being traced will run on, e.g. 'tpu'.
-
-  Of the mesh in use, which may be of chips that are elsewhere (compilation
-  ahead of time).
-  """
-  mesh = sharding.mesh_in_use()
-  device = None if mesh is None else mesh.abstract_device
-  return jax.default_backend() if device is None else device.platform
-
-
 def attend(q, k, v, mask: Mask = Mask()) -> jax.Array:
   """softmax(q k^T / sqrt(H) + mask) v.
 
@@ -148,7 +137,7 @@ def _splash_kernel(heads: int, queries: int, keys: int, causal: bool):
     head_shards=1,
     q_seq_shards=1,
     residual_checkpoint_name=ATTENTION,
-    interpret=platform() != 'tpu',
+    interpret=sharding.platform() != 'tpu',
   )
 
 
@@ -157,7 +146,7 @@ def _runs_splash(kernel: str, queries: int, keys: int, branches=False) -> bool:
   whole = queries % _LANES == 0 and keys % _LANES == 0
   if kernel != 'splash':
     able = whole and not branches
-    return kernel == 'auto' and able and platform() == 'tpu'
+    return kernel == 'auto' and able and sharding.platform() == 'tpu'
   if branches:
     raise ConfigError(
       "QwenVLConfig.attention='splash' keeps segments apart, not branches: for "

@@ -160,7 +160,8 @@ class QwenVLConfig:
     unroll: how many layers a step of the scan over them holds. More run faster
       on a CPU (a fifth at the quickstart's size) and compile longer.
     scan_layers: whether the decoder's layers are stacked and scanned, for
-      training, or are parameters apart (`model.stacking`), for inference.
+      training, or apart with the outputs of their kernels first
+      (`model.stacking`), for inference.
   """
 
   vision: VisionConfig = VisionConfig()

@@ -12,7 +12,6 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from qwenvl_jax import sharding
-from qwenvl_jax.model.attention import platform
 from qwenvl_jax.model.cache import LayerCache, dequantize, quantize, read
 
 _MASKED = -1e30
@@ -57,7 +56,7 @@ def decode_attention(
 def _local(q, k, v, cache, lengths):
   """On one device."""
   new = stored(k, v, cache)
-  device = platform()
+  device = sharding.platform()
   if device == 'tpu':
     # Not at the top: commands that never attend start faster without Pallas.
     from qwenvl_jax.model import decode_kernel

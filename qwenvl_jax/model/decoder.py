@@ -58,6 +58,7 @@ class SelfAttention(nn.Module):
   config: DecoderConfig
   dtype: Any
   param_dtype: Any
+  outputs_first: bool = False
 
   @nn.compact
   def __call__(self, x, context: Context, cache=None, lengths=None):
@@ -66,6 +67,7 @@ class SelfAttention(nn.Module):
       'dtype': self.dtype,
       'param_dtype': self.param_dtype,
       'int4_group': c.int4_group,
+      'outputs_first': self.outputs_first,
     }
 
     def project(name):
@@ -117,6 +119,7 @@ class Mlp(nn.Module):
   config: DecoderConfig
   dtype: Any
   param_dtype: Any
+  outputs_first: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -125,6 +128,7 @@ class Mlp(nn.Module):
       'dtype': self.dtype,
       'param_dtype': self.param_dtype,
       'int4_group': c.int4_group,
+      'outputs_first': self.outputs_first,
     }
 
     def project(name):
@@ -149,18 +153,19 @@ class Block(nn.Module):
   config: DecoderConfig
   dtype: Any
   param_dtype: Any
+  outputs_first: bool = False
 
   @nn.compact
   def __call__(self, x, context, cache=None, lengths=None):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    first = {'outputs_first': self.outputs_first}
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
-    h, cache = SelfAttention(c, **kinds, name='attn')(
-      h, context, cache, lengths
-    )
+    attention = SelfAttention(c, **kinds, **first, name='attn')
+    h, cache = attention(h, context, cache, lengths)
     x = keep(x + h, RESIDUAL)
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
-    x = x + Mlp(c, **kinds, name='mlp')(h)
+    x = x + Mlp(c, **kinds, **first, name='mlp')(h)
     return constrain(x, 'batch', 'length', 'embed_act'), cache
 
 
@@ -178,6 +183,7 @@ class Decoder(nn.Module):
   def setup(self):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    first = {'outputs_first': not self.scan_layers}
     self.embed_table = self.param(
       'embed',
       nn.with_logical_partitioning(_embed_init, ('vocab_rows', 'embed')),
@@ -195,10 +201,10 @@ class Decoder(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )(c, **kinds)
     else:
-      self.blocks = [Block(c, **kinds) for _ in range(c.layers)]
+      self.blocks = [Block(c, **kinds, **first) for _ in range(c.layers)]
     self.ln_f = RMSNorm(c.norm_eps, self.param_dtype)
     self.lm_head = Projection(
-      'BTD,DV->BTV', (c.dim, c.vocab_size), ('embed', 'vocab'), **kinds
+      'BTD,DV->BTV', (c.dim, c.vocab_size), ('embed', 'vocab'), **kinds, **first
     )
 
   def embed_tokens(self, tokens):

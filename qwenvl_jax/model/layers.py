@@ -78,6 +78,8 @@ class Projection(nn.Module):
     bias_axes: how many trailing axes of the output carry a bias; 0 for none.
     kernel_init: None for a normal distribution scaled by the inputs' number.
     int4_group: not None if the kernel is packed, see `Int4Kernel`.
+    outputs_first: whether the kernel is stored with its outputs first, as
+      released, for inference.
   """
 
   equation: str
@@ -88,6 +90,7 @@ class Projection(nn.Module):
   param_dtype: Any = jnp.float32
   kernel_init: Callable | None = None
   int4_group: int | None = None
+  outputs_first: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -120,14 +123,27 @@ class Projection(nn.Module):
     # 0.016 at the release's width of 4096, where the release has 0.02; small
     # models need more to learn fast.
     scale = math.prod(self.shape[:contracted]) ** -0.5
+    shape, axes = self.shape, self.axes
+    if self.outputs_first:
+      shape = outputs_first(shape, contracted)
+      axes = outputs_first(axes, contracted)
     kernel = self.param(
       'kernel',
       nn.with_logical_partitioning(
-        self.kernel_init or nn.initializers.normal(scale), self.axes
+        self.kernel_init or nn.initializers.normal(scale), axes
       ),
-      self.shape,
+      shape,
       self.param_dtype,
     )
     return multiply(
-      x.astype(self.dtype), kernel.astype(self.dtype), self.axes, contracted
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      axes,
+      contracted,
+      self.outputs_first,
     )
+
+
+def outputs_first(axes: tuple, contracted: int) -> tuple:
+  """Moves the first `contracted` axes of a kernel to its end."""
+  return (*axes[contracted:], *axes[:contracted])

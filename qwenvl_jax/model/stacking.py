@@ -1,16 +1,19 @@
-"""The decoder's layers in one array each, or apart.
+"""The decoder's parameters for training, and for inference.
 
-Training scans over layers that are stacked along a leading axis:
+Training scans over layers that are stacked along a leading axis, and multiplies
+by kernels whose inputs come first:
 
   decoder/blocks/attn/q/kernel      [L,D,N,H]
+  decoder/lm_head/kernel            [D,V]
 
 Inference runs one layer after the other, each with arrays of its own, as linen
-names the modules of a list:
+names the modules of a list; the outputs of kernels come first, as released:
 
-  decoder/blocks_0/attn/q/kernel    [D,N,H]
-  decoder/blocks_1/attn/q/kernel    [D,N,H] ..
+  decoder/blocks_0/attn/q/kernel    [N,H,D]
+  decoder/blocks_1/attn/q/kernel    [N,H,D] ..
+  decoder/lm_head/kernel            [V,D]
 
-The other parts of the model are the same in both trees.
+Packed kernels and the other parts of the model are the same in both trees.
 """
 
 import re
@@ -22,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 _STACKED = 'blocks'
+# How many axes of a kernel are inputs, where they are more than one.
+_INPUTS = {'out': 2}
 _APART = re.compile(r'blocks_(\d+)')
 _ROOT = f'decoder/{_STACKED}/'
 
@@ -48,16 +53,15 @@ def apart_path(path: str, layer: int) -> str:
 
 
 def unstack_layers(params: dict) -> dict:
-  """Takes the decoder's layers apart.
+  """Turns parameters for training into those for inference.
 
   Args:
     params: stacked tree of arrays, `jax.ShapeDtypeStruct`s (whose shardings are
       dropped) or either of them in `nn.LogicallyPartitioned`.
 
   Returns:
-    The same parameters with `decoder/blocks_0`, .. in place of
-    `decoder/blocks`; a tree whose layers are apart already as it is. Of NumPy
-    arrays the layers are views, of jax arrays copies.
+    The parameters for inference; a tree whose layers are apart already as it
+    is. Of NumPy arrays they are views, of jax arrays copies.
   """
   blocks = params.get('decoder', {}).get(_STACKED)
   if blocks is None:
@@ -69,22 +73,23 @@ def unstack_layers(params: dict) -> dict:
     for i, layer in enumerate(layers)
   }
   rest = {k: v for k, v in params['decoder'].items() if k != _STACKED}
-  return params | {'decoder': rest | apart}
+  return params | {'decoder': _map_kernels(_outputs_first, rest | apart)}
 
 
 def stack_layers(params: dict) -> dict:
-  """Stacks the decoder's layers: the inverse of `unstack_layers`.
+  """Turns parameters for inference into those for training.
 
   Args:
     params: tree with layers apart, leaves as there.
 
   Returns:
-    The same parameters stacked; a tree that is stacked already as it is.
+    The parameters for training; a tree that is stacked already as it is.
   """
   decoder = params.get('decoder', {})
   names = sorted(filter(_APART.fullmatch, decoder), key=_number)
   if not names:
     return params
+  decoder = _map_kernels(_inputs_first, decoder)
   rest = {k: v for k, v in decoder.items() if k not in names}
   blocks = jax.tree.map(
     lambda *leaves: _stack(leaves),
@@ -92,6 +97,46 @@ def stack_layers(params: dict) -> dict:
     is_leaf=_is_boxed,
   )
   return params | {'decoder': rest | {_STACKED: blocks}}
+
+
+def inputs_of(path: str) -> int:
+  """How many axes of the kernel at a path of the decoder are inputs."""
+  return _INPUTS.get(path.split('/')[-2], 1)
+
+
+def _map_kernels(change, decoder: dict) -> dict:
+  """Changes (kernel, how many of its axes are inputs) all plain kernels."""
+
+  def leaf(path, x):
+    names = [entry.key for entry in path]
+    if names[-1] != 'kernel':
+      return x
+    return change(x, inputs_of('/'.join(names)))
+
+  return jax.tree_util.tree_map_with_path(leaf, decoder, is_leaf=_is_boxed)
+
+
+def _outputs_first(kernel, inputs: int):
+  return _move_axes(kernel, range(inputs), range(-inputs, 0))
+
+
+def _inputs_first(kernel, inputs: int):
+  return _move_axes(kernel, range(-inputs, 0), range(inputs))
+
+
+def _move_axes(x, source, target):
+  source, target = tuple(source), tuple(target)
+  if _is_boxed(x):
+    order = np.moveaxis(np.empty(range(len(x.names))), source, target).shape
+    names = tuple(x.names[axis] for axis in order)
+    return x.replace(value=_move_axes(x.value, source, target), names=names)
+  if isinstance(x, jax.ShapeDtypeStruct):
+    shape = np.moveaxis(
+      np.broadcast_to(np.int8(0), x.shape), source, target
+    ).shape
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+  move = np.moveaxis if isinstance(x, np.ndarray) else jnp.moveaxis
+  return move(x, source, target)
 
 
 def _number(name: str) -> int:

@@ -20,11 +20,16 @@ def test_every_layer_is_found_under_its_own_path():
   stacked = dict(layout.flatten(golden.params()))
   apart = dict(layout.flatten(unstack_layers(golden.params())))
   for path, array in stacked.items():
-    if not path.startswith('decoder/blocks/'):
+    is_layer = path.startswith('decoder/blocks/')
+    if not is_layer and path != 'decoder/lm_head/kernel':
       assert apart.pop(path) is array
       continue
-    for layer, values in enumerate(np.asarray(array)):
+    for layer, values in enumerate(np.asarray(array) if is_layer else [array]):
       found = apart.pop(apart_path(path, layer))
+      if path.endswith('/kernel'):  # Inputs come last: two axes of `out`.
+        count = 2 if '/out/' in path else 1
+        source, target = range(count), range(-count, 0)
+        values = np.moveaxis(np.asarray(values), source, target)
       np.testing.assert_array_equal(found, values)
   assert not apart
 
@@ -58,8 +63,10 @@ def test_shapes_and_logical_axes():
   apart = unstack_layers(boxed)
   kernel = apart['decoder']['blocks_1']['mlp']['up']['kernel']
   c = golden.config().decoder
-  assert kernel.value.shape == (c.dim, c.mlp_dim)
-  assert kernel.names == ('embed', 'mlp')
+  assert kernel.value.shape == (c.mlp_dim, c.dim)
+  assert kernel.names == ('mlp', 'embed')
+  kernel = apart['decoder']['blocks_1']['attn']['out']['kernel']
+  assert kernel.names == ('embed', 'heads', 'head_dim')
   assert jax.tree.all(
     jax.tree.map(
       lambda a, b: (a.names, a.value) == (b.names, b.value),
