@@ -125,9 +125,10 @@ class Functions:
     )
 
   def prefill(self, params, prefix, bank, tokens, rows, count, offset):
-    x, prefix = self._read(params, prefix, bank, tokens, rows, count, offset)
-    last = jax.lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)
-    logits = self._apply(params, last, method='head')[:, 0]
+    x, prefix = self._read(
+      params, prefix, bank, tokens, rows, count, offset, last=count - 1
+    )
+    logits = self._apply(params, x, method='head')[:, 0]
     logits = constrain(logits.astype(jnp.float32), 'batch', 'vocab_act')
     return dataclasses.replace(prefix, logits=logits)
 
@@ -145,8 +146,8 @@ class Functions:
     )
     return prefix, Scores(found, ids, tops)
 
-  def _read(self, params, prefix, bank, tokens, rows, count, offset):
-    """Hidden states [1,T,D] of a piece, and the prefix with it in its cache."""
+  def _read(self, params, prefix, bank, tokens, rows, count, offset, last=None):
+    """Hidden states of a piece, and the prefix with it in its cache."""
     x, cache = self._apply(
       params,
       tokens,
@@ -154,6 +155,7 @@ class Functions:
       offset,
       bank.reshape(-1, bank.shape[-1]),
       rows,
+      last,
       method='extend',
     )
     start = 0 if offset is None else offset

@@ -52,6 +52,22 @@ class Context(NamedTuple):
   offset: jax.Array | None = None
 
 
+class Last(NamedTuple):
+  """Of the last layer, the one token whose hidden state is wanted.
+
+  Attributes:
+    index: [] int32, among the T tokens.
+    context: of this token alone.
+  """
+
+  index: jax.Array
+  context: Context
+
+  def take(self, x) -> jax.Array:
+    """[B,1,...] of [B,T,...]."""
+    return jax.lax.dynamic_slice_in_dim(x, self.index, 1, axis=1)
+
+
 class SelfAttention(nn.Module):
   """Causal attention with rotary positions; optionally through a cache."""
 
@@ -61,7 +77,7 @@ class SelfAttention(nn.Module):
   outputs_first: bool = False
 
   @nn.compact
-  def __call__(self, x, context: Context, cache=None, lengths=None):
+  def __call__(self, x, context: Context, cache=None, lengths=None, last=None):
     c = self.config
     kinds = {
       'dtype': self.dtype,
@@ -70,7 +86,7 @@ class SelfAttention(nn.Module):
       'outputs_first': self.outputs_first,
     }
 
-    def project(name):
+    def project(name, x):
       return Projection(
         'BTD,DNH->BTNH',
         (c.dim, c.heads, c.head_dim),
@@ -80,9 +96,11 @@ class SelfAttention(nn.Module):
         name=name,
       )(x)
 
-    q = rope.rotate(project('q'), context.cos, context.sin)
-    k = rope.rotate(project('k'), context.cos, context.sin)
-    v = project('v')
+    k = rope.rotate(project('k', x), context.cos, context.sin)
+    v = project('v', x)
+    if last is not None:
+      x, context = last.take(x), last.context
+    q = rope.rotate(project('q', x), context.cos, context.sin)
     if context.logn is not None:
       q = (q * context.logn).astype(self.dtype)
     if cache is None:
@@ -156,13 +174,14 @@ class Block(nn.Module):
   outputs_first: bool = False
 
   @nn.compact
-  def __call__(self, x, context, cache=None, lengths=None):
+  def __call__(self, x, context, cache=None, lengths=None, last=None):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     first = {'outputs_first': self.outputs_first}
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
     attention = SelfAttention(c, **kinds, **first, name='attn')
-    h, cache = attention(h, context, cache, lengths)
+    h, cache = attention(h, context, cache, lengths, last)
+    x = x if last is None else last.take(x)
     x = keep(x + h, RESIDUAL)
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
     x = x + Mlp(c, **kinds, **first, name='mlp')(h)
@@ -241,7 +260,7 @@ class Decoder(nn.Module):
         x, _ = block(x, context)
     return self.ln_f(x)
 
-  def extend(self, x, cache: KVCache, offset=None):
+  def extend(self, x, cache: KVCache, offset=None, last=None):
     """Appends T tokens to every row of a cache (inference mode).
 
     Args:
@@ -249,9 +268,13 @@ class Decoder(nn.Module):
       cache: with room for T more tokens.
       offset: [] int32, how many tokens every row has; None for none, where the
         new tokens see each other only.
+      last: [] int32, the only one of the T whose hidden state is wanted: the
+        last layer needs no more than keys and values of the others. None for
+        all.
 
     Returns:
-      ([B,T,D] hidden states, the cache with the layers' new keys and values).
+      ([B,T,D] hidden states, or [B,1,D]; the cache with the layers' new keys
+      and values).
 
     Raises:
       ConfigError: the layers are stacked.
@@ -265,7 +288,20 @@ class Decoder(nn.Module):
       mask = causal_mask(segments, None, self.attention)
     else:
       mask = cached_mask(index, cache.size)
-    return self._through(x, cache, context._replace(mask=mask, offset=offset))
+    context = context._replace(mask=mask, offset=offset)
+    if last is not None:
+      seen = length if offset is None else cache.size
+      one = Last(last, context)
+      last = one._replace(
+        context=Context(
+          one.take(context.cos),
+          one.take(context.sin),
+          None if context.logn is None else one.take(context.logn),
+          cached_mask(one.take(index[None])[0], seen),
+          offset,
+        )
+      )
+    return self._through(x, cache, context, last)
 
   def decode(self, x, cache: KVCache):
     """Appends one token to every row of a cache (inference mode).
@@ -286,7 +322,7 @@ class Decoder(nn.Module):
       x, cache, self._context(positions, cache.prompt_lengths)
     )
 
-  def _through(self, x, cache: KVCache, context: Context):
+  def _through(self, x, cache: KVCache, context: Context, last=None):
     if self.scan_layers:
       raise ConfigError(
         'a cache needs layers apart: QwenVLConfig.scan_layers=False, and '
@@ -294,7 +330,10 @@ class Decoder(nn.Module):
       )
     layers = []
     for block, layer in zip(self.blocks, cache.layers, strict=True):
-      x, layer = block(x, context, layer, cache.lengths)
+      is_final = len(layers) == len(self.blocks) - 1
+      x, layer = block(
+        x, context, layer, cache.lengths, last if is_final else None
+      )
       layers.append(layer)
     return self.ln_f(x), dataclasses.replace(cache, layers=tuple(layers))
 

@@ -81,7 +81,13 @@ class QwenVL(nn.Module):
     return self.decoder.head(x)
 
   def extend(
-    self, tokens, cache: KVCache, offset=None, features=None, rows=None
+    self,
+    tokens,
+    cache: KVCache,
+    offset=None,
+    features=None,
+    rows=None,
+    last=None,
   ):
     """Appends tokens to every row of a cache (inference mode).
 
@@ -92,17 +98,18 @@ class QwenVL(nn.Module):
       features: [M,D] image features of which tokens may be replaced.
       rows: [B,T] int32, which of them each token's embedding is replaced by; -1
         for none.
+      last: see `Decoder.extend`.
 
     Returns:
-      ([B,T,D] hidden states for `head`, the cache; its `lengths` are as
-      before).
+      ([B,T,D] or [B,1,D] hidden states for `head`, the cache; its `lengths` are
+      as before).
     """
     x = self.decoder.embed_tokens(tokens)
     if features is not None:
       taken = jnp.take(features, jnp.maximum(rows, 0), axis=0).astype(x.dtype)
       x = jnp.where((rows >= 0)[..., None], taken, x)
     x = constrain(x, 'batch', 'length', 'embed_act')
-    return self.decoder.extend(x, cache, offset)
+    return self.decoder.extend(x, cache, offset, last)
 
   def decode(self, tokens, cache: KVCache):
     """Appends one token to every row of a cache (inference mode).
