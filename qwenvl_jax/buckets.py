@@ -25,6 +25,9 @@ from qwenvl_jax.errors import ConfigError, QwenVLError
 
 _SCHEME = 'gs://'
 
+# Linux takes so many pieces of memory in one call (IOV_MAX).
+_PIECES_AT_ONCE = 1024
+
 # Whose exceptions tell of the network, of permissions or credentials.
 _OTHERS = (
   'gcsfs.',
@@ -175,13 +178,54 @@ def size(path: Path) -> int:
   return path.stat().st_size
 
 
-def read_array(path: Path, start: int, count: int) -> np.ndarray:
-  """Bytes of a file from a place on, [count] uint8; fewer at its end."""
-  if not in_bucket(path):
-    return np.fromfile(path, np.uint8, count, offset=start)
-  data = _files().cat_file(_key(path), start=start, end=start + count)
-  # A copy can be written to, as what a file gives.
-  return np.frombuffer(data, np.uint8).copy()
+def read_into(path: Path, start: int, rows: np.ndarray) -> int:
+  """Fills an array with bytes of a file from a place on.
+
+  Args:
+    path: the file.
+    start: its first byte to be read.
+    rows: [n,...], of any dtype; each row is contiguous, the distance between
+      two of them is free.
+
+  Returns:
+    How many bytes there were: fewer than the array has at the file's end.
+  """
+  count = 1 if rows.flags.c_contiguous else len(rows)
+  pieces = list(rows.reshape(count, -1, copy=False).view(np.uint8))
+  if in_bucket(path):
+    data = np.frombuffer(
+      _files().cat_file(_key(path), start=start, end=start + rows.nbytes),
+      np.uint8,
+    )
+    return _scatter(data, pieces)
+  with open(path, 'rb', buffering=0) as file:
+    return _read_pieces(file.fileno(), start, pieces)
+
+
+def _scatter(data: np.ndarray, pieces: list[np.ndarray]) -> int:
+  at = 0
+  for piece in pieces:
+    part = data[at : at + piece.size]
+    piece[: part.size] = part
+    at += part.size
+  return at
+
+
+def _read_pieces(file: int, start: int, pieces: list[np.ndarray]) -> int:
+  at, first = start, 0
+  while first < len(pieces):
+    now = pieces[first : first + _PIECES_AT_ONCE]
+    count = os.preadv(file, now, at)
+    if not count:
+      break
+    at += count
+    # One call may be cut short, anywhere.
+    while first < len(pieces) and count >= pieces[first].size:
+      count -= pieces[first].size
+      first += 1
+    if count:
+      pieces[first] = pieces[first][count:]
+  return at - start
 
 
 def move(folder: Path, destination: Path, first: str) -> None:

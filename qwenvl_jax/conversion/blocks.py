@@ -78,22 +78,26 @@ class Block:
       sizes=self.sizes | {axis: count},
     )
 
-  def to_ours(self, tensors: Iterable[np.ndarray]) -> list[np.ndarray]:
+  @property
+  def untransposed(self) -> bool:
+    """Whether rows are the same in released tensors and in parameters."""
+    released, ours = self.pattern.split(' -> ')
+    return released == ours
+
+  def to_ours(
+    self, tensors: Iterable[np.ndarray], boxes: Iterable[np.ndarray]
+  ) -> None:
     """Rows of each released tensor to the box of each path.
 
     Args:
-      tensors: [stop - start, *row_shape] for each of `names`.
-
-    Returns:
-      [*box_shape], C-ordered, for each of `paths`.
+      tensors: [stop - start, *row_shape] for each of `names`. One is used up
+        before the next is asked for.
+      boxes: filled, [*box_shape] for each of `paths`.
     """
-    result = None
+    boxes = list(boxes)
     for layer, rows in enumerate(tensors):
-      if result is None:
-        result = [np.empty(self.box_shape, rows.dtype) for _ in self.paths]
-      for target, view in zip(result, self._ours(rows), strict=True):
+      for target, view in zip(boxes, self._ours(rows), strict=True):
         copy_into(target[layer] if self.stacked else target, view)
-    return result
 
   def to_released(self, boxes: Iterable[np.ndarray]) -> list[np.ndarray]:
     """The inverse of `to_ours`."""

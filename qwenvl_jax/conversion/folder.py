@@ -23,6 +23,7 @@ from qwenvl_jax.conversion import gptq, layout, openclip, orbax_store
 from qwenvl_jax.conversion.atomic import UNFINISHED
 from qwenvl_jax.conversion.blocks import plan
 from qwenvl_jax.conversion.hf_config import config_from_hf, config_to_hf
+from qwenvl_jax.conversion.loader import BUCKET_THREADS, THREADS, to_devices
 from qwenvl_jax.conversion.reader import (
   Tensor,
   has_released_weights,
@@ -34,7 +35,6 @@ from qwenvl_jax.conversion.source import (
   OrbaxSource,
   ReleasedSource,
   Source,
-  to_devices,
 )
 from qwenvl_jax.conversion.writer import narrow
 from qwenvl_jax.errors import CheckpointError
@@ -219,7 +219,8 @@ def open_source(
 
   Args:
     folder: the checkpoint.
-    config: from `read_config`, which says whether int4 weights are kept.
+    config: from `read_config`, which says whether int4 weights are kept; a
+      source is of stacked layers, whatever it says of those.
     dtype: to cast to, but for packed kernels; None keeps what is stored, and
       dequantizes int4 weights to bfloat16.
 
@@ -229,6 +230,7 @@ def open_source(
   Raises:
     CheckpointError: tensors missing, unknown, misshapen or damaged.
   """
+  config = config.replace(scan_layers=True)
   stored = params_folder(folder)
   if stored is not None:
     source = OrbaxSource(stored)
@@ -300,7 +302,8 @@ def read_params(
 
   Args:
     folder: the checkpoint.
-    config: see `open_source`.
+    config: see `open_source`; also whether the decoder's layers are stacked
+      (`scan_layers`) or apart. Stacked arrays are never made on the way.
     dtype: see there.
     shardings: tree of `jax.sharding.Sharding` like the parameters (may be
       partial with `keep`); None puts everything on the default device.
@@ -316,18 +319,23 @@ def read_params(
   keep = keep or (lambda path: True)
   placements = dict(layout.flatten(shardings or {}))
   stored = params_folder(folder)
-  if stored is not None:
+  if stored is not None and config.scan_layers:
     return _read_orbax(stored, dtype, placements, keep)
   source, table = open_source(folder, config, dtype)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shapes = layout.parameter_shapes(config)
+  shapes = {
+    path: shape
+    for path, shape in layout.parameter_shapes(config).items()
+    if keep(path)
+  }
   arrays = to_devices(
     source,
-    [block for block in plan(table) if any(map(keep, block.paths))],
+    plan(table),
     shapes,
     {path: placements.get(path, device) for path in shapes},
+    BUCKET_THREADS if buckets.in_bucket(folder) else THREADS,
   )
-  return layout.unflatten({k: v for k, v in arrays.items() if keep(k)})
+  return layout.unflatten(arrays)
 
 
 def _read_orbax(path: Path, dtype, placements, keep) -> dict:

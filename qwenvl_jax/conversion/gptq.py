@@ -29,7 +29,7 @@ from qwenvl_jax.conversion.layout import (
   rules,
 )
 from qwenvl_jax.conversion.reader import Tensor
-from qwenvl_jax.conversion.source import OrbaxSource
+from qwenvl_jax.conversion.source import OrbaxSource, Source
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.int4 import PER_WORD
@@ -179,7 +179,7 @@ def implied(
 
 
 @dataclasses.dataclass(frozen=True)
-class DequantizedSource:
+class DequantizedSource(Source):
   """A checkpoint with packed kernels as one of float32 kernels."""
 
   source: OrbaxSource
@@ -204,14 +204,16 @@ class DequantizedSource:
     layers, outputs = block.box[0], block.box[2 - rank :]
 
     def part(kind, outputs):
-      name, every = f'{path}/{kind}', slice(None)
+      name = f'{path}/{kind}'
+      rows = slice(0, self.source.shapes[name][1])
       cut = dataclasses.replace(
-        block, paths=(name,), box=(layers, every, *outputs)
+        block, paths=(name,), box=(layers, rows, *outputs)
       )
       return self.source.read(cut)[0]
 
     words, scales = part('words', outputs), part('scales', outputs)
-    zeros = part('zeros', (*outputs[:-1], slice(None)))
+    packed = slice(0, self.source.shapes[f'{path}/zeros'][-1])
+    zeros = part('zeros', (*outputs[:-1], packed))
     zeros = (_unpack(zeros, rank - 1) + np.int8(1))[..., outputs[-1]]
     values = _unpack(words, 1)
     group = values.shape[1] // scales.shape[1]

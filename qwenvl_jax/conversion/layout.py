@@ -17,6 +17,7 @@ import numpy as np
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import DecoderConfig, QwenVLConfig
 from qwenvl_jax.model.int4 import PER_WORD
+from qwenvl_jax.model.stacking import apart_path, is_stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,14 +299,28 @@ def released_shapes(table: list[Rule]) -> dict[str, tuple[int, ...]]:
 def parameter_shapes(
   config: QwenVLConfig, parts: Iterable[str] = PARTS
 ) -> dict[str, tuple[int, ...]]:
-  """Path to shape of every parameter of a model, or of some parts of it."""
+  """Path to shape of every parameter of a model, or of some parts of it.
+
+  The decoder's layers are stacked or apart, as `config.scan_layers` says.
+  """
   shapes = {}
   for rule in rules(config, parts):
     stack = () if rule.layers is None else (rule.layers,)
     blank = np.broadcast_to(np.int8(0), rule.shape)
     for path, part in zip(rule.paths, rule.to_ours(blank), strict=True):
       shapes[path] = stack + part.shape
-  return shapes
+  return shapes if config.scan_layers else _apart(shapes)
+
+
+def _apart(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+  apart = {}
+  for path, shape in shapes.items():
+    if is_stacked(path):
+      layers, *shape = shape
+      apart |= {apart_path(path, i): tuple(shape) for i in range(layers)}
+    else:
+      apart[path] = shape
+  return apart
 
 
 def released_order(table: list[Rule]) -> list[tuple[str, Rule]]:

@@ -119,4 +119,5 @@ def _without_class_token(table: Tensor) -> Tensor:
     table,
     shape=(table.shape[0] - 1, *table.shape[1:]),
     read=lambda start, stop: table.read(start + 1, stop + 1),
+    stored=None,
   )

@@ -42,12 +42,26 @@ class Tensor:
     file: where it is stored, for messages.
     read: (start, stop) to these rows, a C-ordered array of its own. Tensors
       without axes have one row.
+    stored: where the values are in the file as they are; None where reading
+      computes them.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   file: Path
   read: Callable[[int, int], np.ndarray]
+  stored: 'Stored | None' = None
+
+  def read_into(self, start: int, rows: np.ndarray) -> None:
+    """Fills `rows` [n,*shape[1:]], each contiguous, from row `start` on.
+
+    Raises:
+      CheckpointError: the file is damaged.
+    """
+    if self.stored is None:
+      rows[...] = self.read(start, start + len(rows))
+    else:
+      self.stored.read_into(start, rows)
 
   def load(self) -> np.ndarray:
     """The whole tensor."""
@@ -119,7 +133,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
   from qwenvl_jax.conversion import torch_file
 
   return {
-    name: Tensor(shape, dtype, path, _reader(path, name, dtype, offset, shape))
+    name: Stored(path, name, offset, shape, dtype).tensor()
     for name, (shape, dtype, offset) in torch_file.contents(path).items()
   }
 
@@ -182,8 +196,8 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         f'{path}: tensor {name} has {last - first} bytes, not what its shape '
         f'{list(shape)} needs; the file is damaged'
       )
-    read = _reader(path, name, dtype, start + first, shape)
-    tensors[name] = Tensor(shape, dtype, path, read)
+    stored = Stored(path, name, start + first, shape, dtype)
+    tensors[name] = stored.tensor()
   return tensors
 
 
@@ -207,25 +221,48 @@ def _parse_header(path: Path, text: bytes) -> dict:
   return header
 
 
-def _reader(path, name, dtype, offset, shape):
-  row = math.prod(shape[1:])
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """Values that are in a file as they are, C-ordered.
 
-  def read(start: int, stop: int) -> np.ndarray:
-    count = (stop - start) * row
-    size = count * dtype.itemsize
+  Attributes:
+    file: the file.
+    name: of the tensor, for messages.
+    offset: of its first byte.
+    shape: of the tensor.
+    dtype: of the tensor.
+  """
+
+  file: Path
+  name: str
+  offset: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def tensor(self) -> Tensor:
+    return Tensor(self.shape, self.dtype, self.file, self.read, self)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop`."""
+    rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+    self.read_into(start, rows)
+    return rows
+
+  def read_into(self, start: int, rows: np.ndarray) -> None:
+    """Fills `rows` [n,*shape[1:]], each contiguous, from row `start` on."""
+    row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
     try:
-      data = buckets.read_array(
-        path, offset + start * row * dtype.itemsize, size
+      count = buckets.read_into(
+        self.file, self.offset + start * row_bytes, rows
       )
     except OSError as error:
       raise CheckpointError(
-        f'{path}: tensor {name} cannot be read ({error})'
+        f'{self.file}: tensor {self.name} cannot be read ({error})'
       ) from error
-    if data.size != size:
-      raise CheckpointError(_truncated(path, buckets.size(path), name))
-    return data.view(dtype).reshape(stop - start, *shape[1:])
-
-  return read
+    if count != rows.nbytes:
+      raise CheckpointError(
+        _truncated(self.file, buckets.size(self.file), self.name)
+      )
 
 
 def _truncated(path: Path, size: int, name: str | None = None) -> str:

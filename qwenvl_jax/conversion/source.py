@@ -5,11 +5,11 @@ each part of the tree, a cast around another.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-import jax
 import numpy as np
 import tensorstore
 
@@ -17,11 +17,14 @@ from qwenvl_jax.conversion import layout, orbax_store
 from qwenvl_jax.conversion.blocks import Block
 from qwenvl_jax.conversion.family import of_names
 from qwenvl_jax.conversion.reader import Tensor
+from qwenvl_jax.conversion.transpose import row_stride
 from qwenvl_jax.conversion.writer import DTYPES, narrow
 from qwenvl_jax.errors import CheckpointError
 
+_LONG_ROW = 1024  # Bytes.
 
-class Source(Protocol):
+
+class Source:
   """Values of parameters.
 
   Attributes:
@@ -36,9 +39,29 @@ class Source(Protocol):
     Raises:
       CheckpointError: a file is damaged, or a value does not fit its dtype.
     """
+    boxes = [
+      np.empty(block.box_shape, self.dtypes[path]) for path in block.paths
+    ]
+    self.read_into(block, boxes)
+    return boxes
+
+  def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
+    """Fills arrays with what `read` gives. A source has one of both itself.
+
+    Args:
+      block: which values.
+      boxes: [*block.box_shape] for each of `block.paths`, with any strides.
+    """
+    for box, values in zip(boxes, self.read(block), strict=True):
+      box[...] = values
+
+  def position(self, block: Block) -> tuple:
+    """Sorts blocks as their values are stored; equal where that is unknown."""
+    del block
+    return ()
 
 
-class ReleasedSource:
+class ReleasedSource(Source):
   """Tensors in a released layout, under any table with the same paths."""
 
   def __init__(
@@ -65,7 +88,7 @@ class ReleasedSource:
     layout.check_shapes(
       expected, {name: x.shape for name, x in tensors.items()}, where
     )
-    self._tensors = tensors
+    self._tensors, self._scratch = tensors, _Scratch()
     self._rules = {path: rule for rule in table for path in rule.paths}
     self.dtypes = {
       path: self._dtype(rule) for path, rule in self._rules.items()
@@ -91,14 +114,33 @@ class ReleasedSource:
         )
     return first
 
-  def read(self, block: Block) -> list[np.ndarray]:
+  def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
     rules = [self._rules[path] for path in block.paths]
-    if set(block.names) <= set(rules[0].released_names()):
-      return block.to_ours(
-        self._tensors[name].read(block.start, block.stop)
-        for name in block.names
-      )
-    return [self._box(path, block) for path in block.paths]
+    if not set(block.names) <= set(rules[0].released_names()):
+      for path, box in zip(block.paths, boxes, strict=True):
+        box[...] = self._box(path, block)
+      return
+    tensors = [self._tensors[name] for name in block.names]
+    layers = boxes[0] if block.stacked else boxes[0][None]
+    if block.untransposed and layers[0, :1].flags.c_contiguous:
+      for tensor, rows in zip(tensors, layers, strict=True):
+        tensor.read_into(block.start, rows)
+    else:
+      block.to_ours((self._rows(tensor, block) for tensor in tensors), boxes)
+
+  def _rows(self, tensor: Tensor, block: Block) -> np.ndarray:
+    """Rows of a tensor, valid until the same thread reads the next."""
+    rows = self._scratch.rows(
+      block.stop - block.start, block.row_shape, tensor.dtype
+    )
+    tensor.read_into(block.start, rows)
+    return rows
+
+  def position(self, block: Block) -> tuple:
+    names = self._rules[block.paths[0]].released_names()
+    tensor = self._tensors[names[block.box[0].start if block.stacked else 0]]
+    offset = tensor.stored.offset if tensor.stored else 0
+    return str(tensor.file), offset, block.start
 
   def _box(self, path: str, block: Block) -> np.ndarray:
     """A box whose rows lie elsewhere under this table."""
@@ -110,10 +152,27 @@ class ReleasedSource:
       rule.to_ours(self._tensors[name].load())[rule.paths.index(path)][inner]
       for name in names
     ]
-    return np.stack(layers) if block.stacked else np.array(layers[0])
+    return np.stack(layers) if block.stacked else layers[0]
 
 
-class OrbaxSource:
+class _Scratch(threading.local):
+  """Memory that a thread uses again and again: new memory costs a pass."""
+
+  def __init__(self):
+    self._buffer = np.empty(0, np.uint8)
+
+  def rows(self, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """[count,*shape] with undefined values, its rows as far as is good."""
+    size = math.prod(shape) * dtype.itemsize
+    # Short rows are better read at once than transposed fast.
+    stride = row_stride(size) if size >= _LONG_ROW else size
+    if count * stride > self._buffer.size:
+      self._buffer = np.empty(count * stride, np.uint8)
+    rows = self._buffer[: count * stride].reshape(count, stride)[:, :size]
+    return rows.view(dtype).reshape(count, *shape)
+
+
+class OrbaxSource(Source):
   """The arrays of an Orbax checkpoint."""
 
   def __init__(self, path: Path):
@@ -130,10 +189,17 @@ class OrbaxSource:
     }
     self.shapes = {name: store.shape for name, store in self._stores.items()}
 
-  def read(self, block: Block) -> list[np.ndarray]:
-    pending = [self._read(path, block.box) for path in block.paths]
+  def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
+    # TensorStore's own `read` into new memory takes three times as long.
+    pending = [
+      tensorstore.array(box, copy=False, write=True).write(
+        self._stores[path][block.box]
+      )
+      for path, box in zip(block.paths, boxes, strict=True)
+    ]
     try:
-      return [future.result() for future in pending]
+      for future in pending:
+        future.result()
     except ValueError as error:
       reason = str(error).split('[')[0].strip()
       raise CheckpointError(
@@ -141,11 +207,8 @@ class OrbaxSource:
         'a file of it is missing or damaged'
       ) from error
 
-  def _read(self, path, box) -> tensorstore.Future:
-    return self._stores[path][box].read(order='C')
 
-
-class ArraySource:
+class ArraySource(Source):
   """A tree of arrays in memory."""
 
   def __init__(self, params: dict):
@@ -160,7 +223,7 @@ class ArraySource:
 
 
 @dataclasses.dataclass(frozen=True)
-class PartsSource:
+class PartsSource(Source):
   """Each part of the tree ('vision', ...) from a source of its own."""
 
   parts: Mapping[str, Source]
@@ -174,12 +237,12 @@ class PartsSource:
       if layout.part_of(path) == part
     }
 
-  def read(self, block: Block) -> list[np.ndarray]:
-    return self.parts[layout.part_of(block.paths[0])].read(block)
+  def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
+    self.parts[layout.part_of(block.paths[0])].read_into(block, boxes)
 
 
 @dataclasses.dataclass(frozen=True)
-class CastSource:
+class CastSource(Source):
   """Another source in one dtype, but for packed kernels.
 
   Attributes:
@@ -212,7 +275,7 @@ class CastSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class GrownSource:
+class GrownSource(Source):
   """A decoder with more rows in its vocabulary than are stored.
 
   Attributes:
@@ -248,93 +311,3 @@ class GrownSource:
 
 # One row a token.
 _VOCABULARY = ('decoder/embed', 'decoder/lm_head/kernel')
-
-
-def to_devices(
-  source: Source,
-  blocks: list[Block],
-  shapes: Mapping[str, tuple[int, ...]],
-  shardings: Mapping[str, jax.sharding.Sharding],
-  cast: Callable[[np.ndarray], np.ndarray] = lambda x: x,
-) -> dict[str, jax.Array]:
-  """Reads parameters onto devices, each process its own shards only.
-
-  Host memory holds the shards of one rule's parameters and a block.
-
-  Args:
-    source: of the values.
-    blocks: all blocks of these parameters.
-    shapes: path to the shape of the whole array.
-    shardings: path to where it goes.
-    cast: applied to every block.
-
-  Returns:
-    Path to array.
-  """
-  arrays, shards = {}, {}
-  missing = {}
-  for block in blocks:
-    for path in block.paths:
-      missing[path] = missing.get(path, 0) + 1
-  for block in blocks:
-    if block.paths[0] not in shards:
-      for path in block.paths:
-        shards[path] = _Shards(shapes[path], shardings[path])
-    if any(shards[path].touches(block.box) for path in block.paths):
-      for path, values in zip(block.paths, source.read(block), strict=True):
-        shards[path].fill(block.box, cast(values))
-    for path in block.paths:
-      missing[path] -= 1
-      if not missing[path]:
-        arrays[path] = shards.pop(path).array()
-  return arrays
-
-
-class _Shards:
-  """Host copies of the shards of one array that this process holds."""
-
-  def __init__(self, shape, sharding):
-    self._shape, self._sharding = shape, sharding
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    boxes = {self._key(index) for index in indices}
-    self._buffers = dict.fromkeys(boxes)
-
-  def _key(self, index):
-    spans = zip(index, self._shape, strict=True)
-    return tuple(s.indices(size)[:2] for s, size in spans)
-
-  def touches(self, box) -> bool:
-    return any(_overlap(box, key) for key in self._buffers)
-
-  def fill(self, box, values: np.ndarray) -> None:
-    for key, buffer in self._buffers.items():
-      overlap = _overlap(box, key)
-      if overlap is None:
-        continue
-      if buffer is None:
-        buffer = np.empty([b - a for a, b in key], values.dtype)
-        self._buffers[key] = buffer
-      target = tuple(
-        slice(a - k, b - k) for (a, b), (k, _) in zip(overlap, key, strict=True)
-      )
-      origin = tuple(
-        slice(a - s.start, b - s.start)
-        for (a, b), s in zip(overlap, box, strict=True)
-      )
-      buffer[target] = values[origin]
-
-  def array(self) -> jax.Array:
-    return jax.make_array_from_callback(
-      self._shape,
-      self._sharding,
-      lambda index: self._buffers[self._key(index)],
-    )
-
-
-def _overlap(box, key):
-  """The (start, stop) that both share along each axis, None if nothing."""
-  spans = [
-    (max(s.start, a), min(s.stop, b))
-    for s, (a, b) in zip(box, key, strict=True)
-  ]
-  return None if any(a >= b for a, b in spans) else spans

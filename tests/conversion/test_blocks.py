@@ -22,7 +22,8 @@ def test_there_and_back(limit):
   back = {name: np.zeros(x.shape, x.dtype) for name, x in tensors.items()}
   for block in plan(table, limit):
     rows = [tensors[n].read(block.start, block.stop) for n in block.names]
-    boxes = block.to_ours(rows)
+    boxes = [np.empty(block.box_shape, 'bfloat16') for _ in block.paths]
+    block.to_ours(rows, boxes)
     for path, box in zip(block.paths, boxes, strict=True):
       assert not params[path][block.box].any()
       params[path][block.box] = box
@@ -56,4 +57,6 @@ def test_block_without_its_last_rows():
   assert (short.start, short.stop) == (0, 100)
   assert short.box_shape == (256, 100)
   rows = np.arange(100 * 256, dtype=np.float32).reshape(100, 256)
-  np.testing.assert_array_equal(short.to_ours([rows])[0], rows.T)
+  box = np.empty((256, 100), np.float32)
+  short.to_ours([rows], [box])
+  np.testing.assert_array_equal(box, rows.T)

@@ -1,0 +1,239 @@
+"""Reads parameters onto devices, as fast as their files are read.
+
+A few threads read blocks, transpose them and put them to their places in host
+arrays; an array goes to its devices when it is full. On a CPU it stays where it
+is: JAX takes the memory over if that starts at a cache line.
+"""
+
+import collections
+import math
+from collections.abc import (
+  Container,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.source import Source
+from qwenvl_jax.model.stacking import apart_path, is_stacked
+
+# So that one reads while another transposes; a disk wants few.
+THREADS = 3
+# Of a bucket, whose answers come late but many at a time.
+BUCKET_THREADS = 16
+
+# Where JAX on a CPU takes host memory over rather than copy it.
+_ALIGNMENT = 64
+
+
+def to_devices(
+  source: Source,
+  blocks: Iterable[Block],
+  shapes: Mapping[str, tuple[int, ...]],
+  shardings: Mapping[str, jax.sharding.Sharding],
+  threads: int = THREADS,
+) -> dict[str, jax.Array]:
+  """Reads parameters onto devices, each process its own shards only.
+
+  Beside the arrays, host memory holds a few blocks; where the devices have
+  memory of their own, only the arrays that are not full yet.
+
+  Args:
+    source: of the values.
+    blocks: all blocks of these parameters.
+    shapes: path to the shape of the whole array. Of the decoder's layers either
+      stacked or apart (see `model.stacking`), which decides what is returned.
+    shardings: path to where it goes.
+    threads: how many blocks are read at a time.
+
+  Returns:
+    Path to array.
+
+  Raises:
+    CheckpointError: a file is damaged, or a value does not fit its dtype.
+  """
+  wanted = [_Read.of(block, shapes) for block in blocks]
+  reads = _stored_order(source, [read for read in wanted if read.parts])
+  missing = collections.Counter(
+    part.path for read in reads for part in read.parts
+  )
+  shards, arrays, running = {}, {}, collections.deque()
+
+  def finish_oldest():
+    read, future = running.popleft()
+    future.result()
+    for part in read.parts:
+      missing[part.path] -= 1
+      if not missing[part.path]:
+        arrays[part.path] = shards.pop(part.path).array()
+
+  with ThreadPoolExecutor(threads) as pool:
+    for read in reads:
+      for part in read.parts:
+        if part.path not in shards:
+          dtype = source.dtypes[read.block.paths[part.index]]
+          shards[part.path] = _Shards(
+            shapes[part.path], dtype, shardings[part.path]
+          )
+      targets = [shards[part.path] for part in read.parts]
+      running.append((read, pool.submit(read.run, source, targets)))
+      if len(running) > 2 * threads:
+        finish_oldest()
+    while running:
+      finish_oldest()
+  return {path: arrays[path] for path in shapes if path in arrays}
+
+
+class _Part(NamedTuple):
+  """What of a block goes to one array.
+
+  Attributes:
+    path: of the array.
+    index: of the block's parameters, which one.
+    layer: of the block's layers, which one, if the array is of one layer.
+    box: where in the array.
+  """
+
+  path: str
+  index: int
+  layer: int | None
+  box: tuple[slice, ...]
+
+
+class _Read(NamedTuple):
+  """A block and where it goes."""
+
+  block: Block
+  parts: tuple[_Part, ...]
+
+  @classmethod
+  def of(cls, block: Block, wanted: Container[str]) -> '_Read':
+    """The read of those arrays that are wanted, stacked or apart."""
+    parts = []
+    for index, path in enumerate(block.paths):
+      if path in wanted:
+        parts.append(_Part(path, index, None, block.box))
+      elif is_stacked(path):
+        first, *inner = block.box
+        for layer in range(first.start, first.stop):
+          apart = apart_path(path, layer)
+          if apart in wanted:
+            parts.append(_Part(apart, index, layer - first.start, tuple(inner)))
+    return cls(block, tuple(parts))
+
+  def run(self, source: Source, targets: Sequence['_Shards']) -> None:
+    """Reads into the shards of each part, without a copy where that can be."""
+    pairs = list(zip(self.parts, targets, strict=True))
+    if not any(target.touches(part.box) for part, target in pairs):
+      return
+    places = [
+      target.view(part.box, stacked=part.layer is not None)
+      for part, target in pairs
+    ]
+    whole = [self.block.box_shape] * len(self.block.paths)
+    if [None if place is None else place.shape for place in places] == whole:
+      source.read_into(self.block, places)
+      return
+    values = source.read(self.block)
+    for part, target in pairs:
+      found = values[part.index]
+      target.fill(part.box, found if part.layer is None else found[part.layer])
+
+
+def _stored_order(source: Source, reads: list[_Read]) -> list[_Read]:
+  """Sorts reads as files hold them, those of the same arrays together."""
+  groups = {}
+  for read in reads:
+    groups.setdefault(tuple(part.path for part in read.parts), []).append(
+      (source.position(read.block), read)
+    )
+
+  def position(pair):
+    return pair[0]
+
+  ordered = [sorted(group, key=position) for group in groups.values()]
+  ordered.sort(key=lambda group: position(group[0]))
+  return [read for group in ordered for _, read in group]
+
+
+class _Shards:
+  """Host copies of the shards of one array that this process holds."""
+
+  def __init__(self, shape, dtype, sharding):
+    self._shape, self._dtype, self._sharding = shape, dtype, sharding
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    self._buffers = {}
+    for key in {self._key(index) for index in indices}:
+      self._buffers[key] = _aligned([b - a for a, b in key], dtype)
+
+  def _key(self, index):
+    spans = zip(index, self._shape, strict=True)
+    return tuple(s.indices(size)[:2] for s, size in spans)
+
+  def _overlaps(self, box) -> Iterator[tuple]:
+    """(what a shard and the box share, the shard's part of it)."""
+    for key, buffer in self._buffers.items():
+      shared = _overlap(box, key)
+      if shared is not None:
+        where = tuple(
+          slice(a - k, b - k) for (a, b), (k, _) in zip(shared, key)
+        )
+        yield shared, buffer[where]
+
+  def touches(self, box) -> bool:
+    return any(self._overlaps(box))
+
+  def view(self, box, stacked: bool) -> np.ndarray | None:
+    """The place of a box, None if it is not all in one shard.
+
+    Args:
+      box: where in the array.
+      stacked: whether to add an axis of one layer.
+    """
+    overlaps = list(self._overlaps(box))
+    if len(overlaps) != 1:
+      return None
+    ((shared, view),) = overlaps
+    if shared != [(s.start, s.stop) for s in box]:
+      return None
+    return view[None] if stacked else view
+
+  def fill(self, box, values: np.ndarray) -> None:
+    """Copies the values of a box to the shards that hold some of them."""
+    for shared, view in self._overlaps(box):
+      origin = tuple(
+        slice(a - s.start, b - s.start) for (a, b), s in zip(shared, box)
+      )
+      view[...] = values[origin]
+
+  def array(self) -> jax.Array:
+    return jax.make_array_from_callback(
+      self._shape,
+      self._sharding,
+      lambda index: self._buffers[self._key(index)],
+      dtype=self._dtype,
+    )
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An array with undefined values, as JAX takes it over."""
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -memory.ctypes.data % _ALIGNMENT
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _overlap(box, key):
+  """The (start, stop) that both share along each axis, None if nothing."""
+  spans = [
+    (max(s.start, a), min(s.stop, b))
+    for s, (a, b) in zip(box, key, strict=True)
+  ]
+  return None if any(a >= b for a, b in spans) else spans
