@@ -76,7 +76,7 @@ def load(
       "'float32' are"
     ) from error
   folder = buckets.as_path(folder)
-  config = folders.read_config(folder, keep_int4)
+  config = folders.read_config(folder, keep_int4).replace(scan_layers=False)
   folders.check_whole(folder)
   if config.decoder.int4_group is not None:
     dtype = dtype or jnp.dtype('bfloat16')
@@ -96,6 +96,8 @@ class Handle:
   Attributes:
     config: sizes and dtypes.
     params: nested dict of arrays with the children vision, adapter, decoder.
+      The decoder's layers are apart, as inference runs them
+      (`model.stacking.stack_layers` gives the tree that training has).
     tokenizer: the folder's own vocabulary, None if it has none.
   """
 

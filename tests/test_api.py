@@ -9,6 +9,7 @@ import qwenvl_jax
 from qwenvl_jax.conversion import convert
 from qwenvl_jax.conversion.folder import write_side_files
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
+from qwenvl_jax.model.stacking import stack_layers
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +82,8 @@ def test_a_run_of_a_part_says_so_and_names_whole_models(handle, tmp_path):
   write_side_files(part, handle.config, None)
   with ocp.PyTreeCheckpointer() as checkpointer:
     save = checkpointer.save
-    save(whole / 'checkpoints' / '9' / 'params', handle.params)
+    params = stack_layers(handle.params)
+    save(whole / 'checkpoints' / '9' / 'params', params)
     held = {'vision': handle.params['vision'], 'head': np.ones(3)}
     save(part / 'checkpoints' / '9' / 'params', held)
   with pytest.raises(CheckpointError) as error:

@@ -76,8 +76,8 @@ def test_only_the_packed_kernels_keep_their_dtypes(kept):
   params = qwenvl_jax.load(kept).params
   decoder = params['decoder']
   assert decoder['embed'].dtype == ml_dtypes.bfloat16
-  assert decoder['blocks']['attn']['q']['bias'].dtype == ml_dtypes.bfloat16
-  kernel = decoder['blocks']['mlp']['down']['kernel']
+  assert decoder['blocks_0']['attn']['q']['bias'].dtype == ml_dtypes.bfloat16
+  kernel = decoder['blocks_0']['mlp']['down']['kernel']
   assert {k: x.dtype.name for k, x in kernel.items()} == {
     'words': 'int32',
     'zeros': 'int32',

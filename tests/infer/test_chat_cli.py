@@ -212,7 +212,7 @@ from qwenvl_jax.infer import chat_cli
 opened, load = [], api.load
 api.load = lambda *a, **b: opened.append(load(*a, **b)) or opened[-1]
 assert not chat_cli.main(['--checkpoint', {folder!r}, '--prompt', 'What?'])
-kernel = opened[0].params['decoder']['blocks']['mlp']['down']['kernel']
+kernel = opened[0].params['decoder']['blocks_0']['mlp']['down']['kernel']
 assert len(kernel.sharding.device_set) == 2
 assert not kernel.sharding.is_fully_replicated
 """

@@ -162,7 +162,7 @@ new = alone.generate(ids[:, :9], max_new_tokens=4)
 for sizes in ((1, 2, 2), (1, 4, 1)):
   with use_mesh(make_mesh(MeshConfig(*sizes))):
     split = qwenvl_jax.load({folder!r}, 'float32', keep_int4=True)
-    blocks = split.params['decoder']['blocks']
+    blocks = split.params['decoder']['blocks_1']
     for path, x in jax.tree_util.tree_leaves_with_path(blocks):
       if path[-1].key == 'words':
         part = np.prod(x.sharding.shard_shape(x.shape))
