@@ -84,3 +84,10 @@ def prompt(seed: int, length: int, pictures: int = 0) -> list[int]:
   for place in sorted(rng.integers(0, text, pictures), reverse=True):
     ids[place:place] = SPAN
   return ids
+
+
+def damaged(params: dict, token: int) -> dict:
+  """The same parameters, but for a token's embedding, which is not finite."""
+  embed = np.array(params['decoder']['embed'])
+  embed[token] = np.nan
+  return params | {'decoder': params['decoder'] | {'embed': embed}}

@@ -10,6 +10,7 @@ import pytest
 
 from qwenvl_jax import batch
 from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.infer.engine import Engine, EngineConfig
 from qwenvl_jax.model.config import (
   AdapterConfig,
   DecoderConfig,
@@ -26,15 +27,19 @@ ANSWER = 'I see <ref>狗</ref><box>(250,100),(750,900)</box>'
 class Golden(NamedTuple):
   """The golden checkpoint and the arrays that PyTorch computed with it."""
 
-  model: QwenVL
+  config: QwenVLConfig
   params: Any
   expected: Any
 
   def prompt(self, case):
     """(ids [T], pixels [I,R,R,3]) of a `generate/` case."""
     ids = self.expected[f'generate/{case}/ids'].reshape(-1)
-    starts, pixels = golden_files.spans(ids)
-    return ids.tolist(), pixels if starts else None
+    return ids.tolist(), self.images(ids)
+
+  def images(self, ids):
+    """Pixels [I,R,R,3] that a row of golden ids names, None for none."""
+    starts, pixels = golden_files.spans(np.asarray(ids))
+    return pixels if starts else None
 
   def new(self, case):
     return self.expected[f'generate/{case}/new'].reshape(-1).tolist()
@@ -43,8 +48,15 @@ class Golden(NamedTuple):
 @pytest.fixture(scope='session')
 def golden():
   return Golden(
-    golden_files.model(), golden_files.params(), golden_files.expected()
+    golden_files.config(), golden_files.params(), golden_files.expected()
   )
+
+
+@pytest.fixture(scope='session')
+def golden_engine(golden):
+  """Room for all goldens; two searches of three or four beams at a time."""
+  sizes = EngineConfig(slots=8, max_len=1024, chunk=512)
+  return Engine(golden.config, golden.params, sizes)
 
 
 @pytest.fixture(scope='session')
