@@ -5,6 +5,7 @@ chunk a block. TensorStore then fills in one chunk at a time. Any Orbax opens
 the result and restores it to any sharding.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def _file(path) -> dict:
   if buckets.in_bucket(path):
     bucket, name = buckets.split(path)
     return {'driver': 'gcs', 'bucket': bucket, 'path': f'{name}/'}
-  # Whoever publishes the folder syncs all files of it at once.
+  # TensorStore refuses `..`. Whoever publishes the folder syncs all files of it
+  # at once.
+  path = os.path.realpath(path)
   return {'driver': 'file', 'path': f'{path}/', 'file_io_sync': False}
 
 

@@ -86,6 +86,13 @@ def test_torch_files(tmp_path):
   same(qwenvl_jax.load(tmp_path).params, qwenvl_jax.load(golden.FOLDER).params)
 
 
+def test_a_folder_beside_this_one(kinds, monkeypatch):
+  folder, _ = kinds['converted']
+  monkeypatch.chdir(kinds['run'][0])
+  params = qwenvl_jax.load(Path('..', folder.name)).params
+  same(params, qwenvl_jax.load(folder).params)
+
+
 def test_a_part_alone(kinds):
   folder, _ = kinds['converted']
   config = golden.config().replace(scan_layers=False)
