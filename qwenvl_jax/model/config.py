@@ -109,6 +109,8 @@ class DecoderConfig:
       rows get dynamic NTK frequencies and LogN query scaling.
     int4_group: not None if the kernels of the blocks are held at 4 bits, for
       inference: so many of their inputs share a scale (128 in the release).
+    int8: whether the kernels of blocks and head are held at 8 bits, for
+      inference (`model.int8`).
   """
 
   vocab_size: int = 151936
@@ -124,9 +126,14 @@ class DecoderConfig:
   dynamic_ntk: bool = True
   logn: bool = True
   int4_group: int | None = None
+  int8: bool = False
 
   def __post_init__(self):
     group = self.int4_group
+    if self.int8 and group is not None:
+      raise ConfigError(
+        'DecoderConfig.int8 and int4_group: kernels are held at 8 or at 4 bits'
+      )
     if group is None:
       return
     inputs = (self.dim, self.heads * self.head_dim, self.mlp_dim)

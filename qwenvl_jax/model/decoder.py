@@ -84,6 +84,7 @@ class SelfAttention(nn.Module):
       'param_dtype': self.param_dtype,
       'int4_group': c.int4_group,
       'outputs_first': self.outputs_first,
+      'int8': c.int8,
     }
 
     def project(name, x):
@@ -147,6 +148,7 @@ class Mlp(nn.Module):
       'param_dtype': self.param_dtype,
       'int4_group': c.int4_group,
       'outputs_first': self.outputs_first,
+      'int8': c.int8,
     }
 
     def project(name):
@@ -203,6 +205,11 @@ class Decoder(nn.Module):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     first = {'outputs_first': not self.scan_layers}
+    if c.int8 and self.scan_layers:
+      raise ConfigError(
+        'DecoderConfig.int8 is for inference, with QwenVLConfig.scan_layers='
+        'False: train in bfloat16 or float32'
+      )
     self.embed_table = self.param(
       'embed',
       nn.with_logical_partitioning(_embed_init, ('vocab_rows', 'embed')),
@@ -223,7 +230,12 @@ class Decoder(nn.Module):
       self.blocks = [Block(c, **kinds, **first) for _ in range(c.layers)]
     self.ln_f = RMSNorm(c.norm_eps, self.param_dtype)
     self.lm_head = Projection(
-      'BTD,DV->BTV', (c.dim, c.vocab_size), ('embed', 'vocab'), **kinds, **first
+      'BTD,DV->BTV',
+      (c.dim, c.vocab_size),
+      ('embed', 'vocab'),
+      **kinds,
+      **first,
+      int8=c.int8,
     )
 
   def embed_tokens(self, tokens):

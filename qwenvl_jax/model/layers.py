@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from qwenvl_jax.fsdp import multiply
 from qwenvl_jax.model.int4 import Int4Kernel
+from qwenvl_jax.model.int8 import Int8Kernel
 
 # Of tables: tokens, positions, queries.
 default_init = nn.initializers.normal(0.02)
@@ -80,6 +81,8 @@ class Projection(nn.Module):
     int4_group: not None if the kernel is packed, see `Int4Kernel`.
     outputs_first: whether the kernel is stored with its outputs first, as
       released, for inference.
+    int8: whether a kernel with its outputs first is held at 8 bits, see
+      `Int8Kernel`.
   """
 
   equation: str
@@ -91,6 +94,7 @@ class Projection(nn.Module):
   kernel_init: Callable | None = None
   int4_group: int | None = None
   outputs_first: bool = False
+  int8: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -127,6 +131,9 @@ class Projection(nn.Module):
     if self.outputs_first:
       shape = outputs_first(shape, contracted)
       axes = outputs_first(axes, contracted)
+      if self.int8:
+        kernel = Int8Kernel(shape, axes, contracted, self.dtype, name='kernel')
+        return kernel(x)
     kernel = self.param(
       'kernel',
       nn.with_logical_partitioning(
