@@ -1,110 +1,98 @@
-import dataclasses
 import pathlib
 
-import jax
-import numpy as np
 import pytest
+import toy
 
-from qwenvl_jax import batch
 from qwenvl_jax.errors import ConfigError, DataError
-from qwenvl_jax.infer import generate as generation
-from qwenvl_jax.infer.generate import generate, stream
-from qwenvl_jax.model.cache import KVCache
+from qwenvl_jax.infer.generate import engine_for, generate, room_for, stream
+from qwenvl_jax.infer.programs import programs
+from qwenvl_jax.infer.request import GenerationError, Request
+from qwenvl_jax.infer.sampling import Sampling
+from qwenvl_jax.infer.scheduler import Scheduler
 
 CASES = ('text', 'one_image', 'cross', 'two_images')
 
 
 @pytest.fixture(scope='module')
-def one(golden):
+def scheduler(golden_engine):
+  return Scheduler(golden_engine)
+
+
+@pytest.fixture(scope='module')
+def one(golden, golden_engine):
   """Continues the golden `text` prompt."""
   ids, _ = golden.prompt('text')
 
   def run(**settings):
     settings = {'max_new_tokens': 36} | settings
-    return generate(golden.model, golden.params, [ids], **settings)[0]
+    return generate(golden_engine, [ids], **settings)[0]
 
   return run
 
 
-def test_rows_of_one_batch_match_pytorch_alone(golden):
-  """The goldens are made one by one: padding and neighbours change nothing.
+def ask(golden, case, **settings):
+  """A golden request for 48 tokens."""
+  ids, images = golden.prompt(case)
+  return Request.create(
+    golden.config,
+    ids,
+    images,
+    max_new_tokens=48,
+    sampling=Sampling(**settings),
+  )
+
+
+def test_rows_of_one_batch_match_pytorch_alone(golden, golden_engine):
+  """The goldens are made one by one: neighbours change nothing.
 
   The rows differ in length, number of images, NTK frequencies and LogN.
   """
   prompts, images = zip(*map(golden.prompt, CASES), strict=True)
+  told = []
   answers = generate(
-    golden.model, golden.params, prompts, images, max_new_tokens=48
+    golden_engine, prompts, images, max_new_tokens=48, progress=told.append
   )
   for case, ids in zip(CASES, answers, strict=True):
     expected = golden.new(case)
     assert ids[: len(expected)] == expected, case
+  assert told == sorted(told)
+  assert told[-1] == len(CASES)
 
 
 @pytest.mark.parametrize('case', ['text', 'one_image'])
-def test_streaming_gives_the_same_ids(golden, case):
-  ids, images = golden.prompt(case)
-  pieces = stream(golden.model, golden.params, ids, images, max_new_tokens=48)
-  assert list(pieces) == golden.new(case)
+def test_streaming_gives_the_same_ids(golden, scheduler, case):
+  if case == 'text':
+    assert list(stream(scheduler, ask(golden, case))) == golden.new(case)
+  else:
+    # As soon as it is known, one id after the other.
+    pieces = stream(scheduler, ask(golden, case))
+    for told, expected in enumerate(golden.new(case), start=1):
+      assert next(pieces) == expected
+      assert scheduler.load.running == (told < 48)
+    assert next(pieces, None) is None
 
 
-def test_prefill_and_decoding_equal_the_full_forward(golden):
-  """Also a prompt read in two parts, each row after padding of its own."""
-  config, lengths = golden.model.config, np.array([9, 14])
-  tokens = np.random.default_rng(0).integers(0, 499, (2, 20))
-  apply = jax.jit(golden.model.apply, static_argnames=('inference', 'method'))
-  full = apply(
-    {'params': golden.params}, batch.text_batch(tokens), inference=True
-  )
-  cache = KVCache.create(config, 2, 24, lengths)
-  mask = np.arange(14) >= 14 - lengths[:, None]
-  padded = np.stack(
-    [np.roll(tokens[i, :14], 14 - n) for i, n in enumerate(lengths)]
-  )
-  whole = batch.text_batch(padded, mask)
-  for columns in (slice(0, 10), slice(10, 14)):
-    part = dataclasses.replace(
-      whole,
-      **{
-        name: getattr(whole, name)[:, columns]
-        for name in (
-          'tokens',
-          'targets',
-          'positions',
-          'segment_ids',
-          'branch_ids',
-          'loss_weights',
-        )
-      },
-    )
-    logits, cache = apply(
-      {'params': golden.params}, part, cache, method='extend'
-    )
-  rows = np.arange(2)
-  for step in range(5):
-    np.testing.assert_allclose(
-      logits, full[rows, lengths - 1 + step], atol=2e-5
-    )
-    position = lengths + step
-    logits, cache = apply(
-      {'params': golden.params},
-      generation.token_batch(
-        tokens[rows, position].astype(np.int32), position.astype(np.int32)
-      ),
-      cache,
-      method='extend',
-    )
+def test_a_stream_that_is_left_frees_its_slot(golden, scheduler):
+  free = scheduler.load.free
+  pieces = stream(scheduler, ask(golden, 'text'))
+  assert [next(pieces), next(pieces)] == golden.new('text')[:2]
+  assert scheduler.load.free == free - 1
+  pieces.close()
+  assert scheduler.load.free == free
+  # One that nobody asked anything of leaves nothing behind either.
+  stream(scheduler, ask(golden, 'text'))
+  assert scheduler.load.waiting == 0
+  with pytest.raises(DataError, match='tokens are more than'):
+    stream(scheduler, Request.create(golden.config, [1] * 1024))
 
 
-def test_answers_end_before_a_stop_id(golden, one):
+def test_answers_end_before_a_stop_id(golden, scheduler, one):
   free = one()
   stop = free[5]
   cut = free[: free.index(stop)]
   assert one(stop_ids=(stop,)) == cut
   assert one(stop_ids=(400, 401, stop)) == cut
-  ids, _ = golden.prompt('text')
-  streamed = stream(
-    golden.model, golden.params, ids, max_new_tokens=36, stop_ids=(stop,)
-  )
+  streamed = stream(scheduler, ask(golden, 'text', stop_ids=(stop,)))
   assert list(streamed) == cut
 
 
@@ -112,54 +100,76 @@ def test_min_new_tokens_hold_the_stop_back(one):
   free = one()
   longer = one(stop_ids=(free[0],), min_new_tokens=4)
   assert len(longer) >= 4
-  assert free[0] not in longer
+  assert free[0] not in longer[:4]
 
 
-def test_sampling_is_repeatable_and_independent_of_the_batch(golden, one):
-  settings = {'temperature': 1.5, 'key': jax.random.key(1)}
-  drawn = one(**settings)
-  assert drawn == one(**settings)
-  assert drawn != one(temperature=1.5, key=jax.random.key(2)) != one()
+def test_sampling_is_repeatable_and_independent_of_the_batch(
+  golden, golden_engine, scheduler, one
+):
+  drawn = one(temperature=1.5, seed=1)
+  assert drawn == one(temperature=1.5, seed=1)
+  assert drawn != one(temperature=1.5, seed=2) != one()
   # A tiny top_p leaves only the best token.
-  assert one(temperature=1.5, top_p=1e-6) == one(temperature=1.5, top_k=1)
+  assert one(temperature=1.5, top_p=1e-6) == one()
   assert one(temperature=1.5, top_k=1) == one()
 
   ids, _ = golden.prompt('text')
-  model, params = golden.model, golden.params
   rows = generate(
-    model, params, [ids, ids[:3], ids], max_new_tokens=36, **settings
+    golden_engine,
+    [ids, ids[:3], ids],
+    max_new_tokens=36,
+    temperature=1.5,
+    seed=1,
   )
   assert rows[0] == drawn
   assert rows[2] != drawn
-  streamed = stream(model, params, ids, max_new_tokens=36, **settings)
-  assert list(streamed) == drawn
+  request = ask(golden, 'text', temperature=1.5, seed=(1, 0))
+  assert list(stream(scheduler, request))[:36] == drawn
 
 
-def test_few_programs_are_compiled(golden):
+def test_penalties_work_on_prompt_and_answer(golden, one):
+  ids, _ = golden.prompt('text')
+  free = one()
+  assert len(set(free)) < len(free)
+  assert len(set(one(frequency_penalty=2.0))) > len(set(free))
+  # What is very unlikely once it was seen never comes.
+  fresh = one(repetition_penalty=1000.0)
+  assert len(set(fresh)) == len(fresh)
+  assert not set(fresh) & set(ids)
+  assert one(logit_bias={77: 100.0}) == [77] * 36
+  banned = dict.fromkeys(free[:3], -100.0)
+  assert not set(one(logit_bias=banned)) & set(free[:3])
+
+
+def test_few_programs_are_compiled():
   """Lengths, rows and settings change; shapes do not."""
 
-  def run(lengths, **settings):
+  def run(lengths, max_new_tokens, **settings):
     prompts = [[3] * n for n in lengths]
-    return generate(golden.model, golden.params, prompts, **settings)
+    found = toy.config()
+    engine = engine_for(found, toy.params(found), prompts, max_new_tokens)
+    generate(engine, prompts, max_new_tokens=max_new_tokens, **settings)
+    return programs(engine.config, None).compiled()
 
-  run([5, 9, 30], max_new_tokens=40)
-  before = generation._prefill._cache_size(), generation._decode._cache_size()
-  run([7, 20, 1], max_new_tokens=33, stop_ids=(3,), min_new_tokens=1)
-  assert before == (
-    generation._prefill._cache_size(),
-    generation._decode._cache_size(),
-  )
+  before = run([5, 9, 30], 40)
+  assert run([7, 20, 1], 45, stop_ids=(3,), min_new_tokens=1) == before
 
 
-def test_no_prompts_no_answers(golden):
-  assert generate(golden.model, golden.params, [], max_new_tokens=3) == []
+def test_engines_have_few_sizes(golden):
+  rooms = {room_for(golden.config, n) for n in range(1, 8193)}
+  assert len(rooms) == 15
+  assert max(rooms) == 8192
+  assert all(room_for(golden.config, n) >= n for n in range(1, 8193))
 
 
-def test_bad_input_names_the_row(golden):
+def test_no_prompts_no_answers(golden_engine):
+  assert generate(golden_engine, [], max_new_tokens=3) == []
+
+
+def test_bad_input_names_the_row(golden, golden_engine):
   def run(prompts, images=None, max_new_tokens=3, **settings):
     return generate(
-      golden.model,
-      golden.params,
+      golden_engine,
       prompts,
       images,
       max_new_tokens=max_new_tokens,
@@ -173,13 +183,19 @@ def test_bad_input_names_the_row(golden):
     run([ids[:200]], [pixels])
   with pytest.raises(DataError, match='2 prompts, but images for 1'):
     run([[1], [2]], [None])
-  limit = golden.model.config.decoder.max_position_embeddings
   with pytest.raises(DataError, match='row 1: 3 prompt tokens'):
-    run([[1], [1, 2, 3]], max_new_tokens=limit - 2)
+    run([[1], [1, 2, 3]], max_new_tokens=1022)
   with pytest.raises(ConfigError, match='max_new_tokens=0'):
     run([[1]], max_new_tokens=0)
   with pytest.raises(ConfigError, match='temperature=-1'):
     run([[1]], temperature=-1)
+
+
+def test_an_answer_that_fails_names_the_row(golden, golden_engine, monkeypatch):
+  damaged = toy.damaged(golden_engine.params, token=77)
+  monkeypatch.setattr(golden_engine, 'params', damaged)
+  with pytest.raises(GenerationError, match='row 1: the logits after 0 new'):
+    generate(golden_engine, [[1, 2], [77, 2]], max_new_tokens=3)
 
 
 SPLIT = """
@@ -198,8 +214,9 @@ alone = qwenvl_jax.load(golden.FOLDER, dtype='float32').logits([ids], pixels)
 for mesh in MeshConfig(fsdp=4), MeshConfig(fsdp=1, tensor=4):
   with use_mesh(make_mesh(mesh)):
     qwen = qwenvl_jax.load(golden.FOLDER, dtype='float32')
-    kernel = qwen.params['decoder']['blocks']['mlp']['down']['kernel']
-    assert not kernel.sharding.is_fully_replicated
+    for path, kernel in jax.tree_util.tree_leaves_with_path(qwen.params):
+      if path[-2].key == 'down':
+        assert not kernel.sharding.is_fully_replicated, path
     (new,) = qwen.generate([ids], pixels, max_new_tokens=48)
     assert new == found['generate/one_image/new'].reshape(-1).tolist(), mesh
     logits = qwen.logits([ids], pixels)
@@ -207,6 +224,7 @@ for mesh in MeshConfig(fsdp=4), MeshConfig(fsdp=1, tensor=4):
 """
 
 
+@pytest.mark.slow
 def test_a_row_may_run_on_several_devices(run_on_devices):
   tests = str(pathlib.Path(__file__).parents[1])
   run_on_devices(4, SPLIT.format(tests=tests))
