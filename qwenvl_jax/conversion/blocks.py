@@ -78,11 +78,21 @@ class Block:
       sizes=self.sizes | {axis: count},
     )
 
-  @property
-  def untransposed(self) -> bool:
-    """Whether rows are the same in released tensors and in parameters."""
+  def released_view(self, box: np.ndarray) -> np.ndarray | None:
+    """The rows that one layer's box is, where memory has them as released.
+
+    Args:
+      box: of the only path, without an axis of layers, with any strides.
+
+    Returns:
+      [stop - start, *row_shape] in the same memory, or None.
+    """
+    if len(self.paths) > 1:
+      return None
     released, ours = self.pattern.split(' -> ')
-    return released == ours
+    rows = einops.rearrange(box, f'{ours} -> {released}', **self.sizes)
+    same = np.may_share_memory(rows, box) and rows.flags.c_contiguous
+    return rows if same else None
 
   def to_ours(
     self, tensors: Iterable[np.ndarray], boxes: Iterable[np.ndarray]

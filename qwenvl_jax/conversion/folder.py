@@ -334,6 +334,7 @@ def read_params(
     shapes,
     {path: placements.get(path, device) for path in shapes},
     BUCKET_THREADS if buckets.in_bucket(folder) else THREADS,
+    outputs_first=not config.scan_layers,
   )
   return layout.unflatten(arrays)
 

@@ -17,7 +17,8 @@ import numpy as np
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import DecoderConfig, QwenVLConfig
 from qwenvl_jax.model.int4 import PER_WORD
-from qwenvl_jax.model.stacking import apart_path, is_stacked
+from qwenvl_jax.model.layers import outputs_first
+from qwenvl_jax.model.stacking import apart_path, inputs_of, is_stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +302,8 @@ def parameter_shapes(
 ) -> dict[str, tuple[int, ...]]:
   """Path to shape of every parameter of a model, or of some parts of it.
 
-  The decoder's layers are stacked or apart, as `config.scan_layers` says.
+  For training or for inference (`model.stacking`), as `config.scan_layers`
+  says.
   """
   shapes = {}
   for rule in rules(config, parts):
@@ -315,11 +317,12 @@ def parameter_shapes(
 def _apart(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
   apart = {}
   for path, shape in shapes.items():
+    layers = 1
     if is_stacked(path):
       layers, *shape = shape
-      apart |= {apart_path(path, i): tuple(shape) for i in range(layers)}
-    else:
-      apart[path] = shape
+    if path.startswith('decoder/') and path.endswith('/kernel'):
+      shape = outputs_first(tuple(shape), inputs_of(path))
+    apart |= {apart_path(path, i): tuple(shape) for i in range(layers)}
   return apart
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from qwenvl_jax.conversion.blocks import Block
 from qwenvl_jax.conversion.source import Source
-from qwenvl_jax.model.stacking import apart_path, is_stacked
+from qwenvl_jax.model.stacking import apart_path, inputs_of, is_stacked
 
 # So that one reads while another transposes; a disk wants few.
 THREADS = 3
@@ -39,6 +39,7 @@ def to_devices(
   shapes: Mapping[str, tuple[int, ...]],
   shardings: Mapping[str, jax.sharding.Sharding],
   threads: int = THREADS,
+  outputs_first: bool = False,
 ) -> dict[str, jax.Array]:
   """Reads parameters onto devices, each process its own shards only.
 
@@ -52,6 +53,8 @@ def to_devices(
       stacked or apart (see `model.stacking`), which decides what is returned.
     shardings: path to where it goes.
     threads: how many blocks are read at a time.
+    outputs_first: whether the decoder's plain kernels go to arrays with their
+      outputs first (see there); `shapes` has them so.
 
   Returns:
     Path to array.
@@ -59,7 +62,7 @@ def to_devices(
   Raises:
     CheckpointError: a file is damaged, or a value does not fit its dtype.
   """
-  wanted = [_Read.of(block, shapes) for block in blocks]
+  wanted = [_Read.of(block, shapes, outputs_first) for block in blocks]
   reads = _stored_order(source, [read for read in wanted if read.parts])
   missing = collections.Counter(
     part.path for read in reads for part in read.parts
@@ -98,13 +101,25 @@ class _Part(NamedTuple):
     path: of the array.
     index: of the block's parameters, which one.
     layer: of the block's layers, which one, if the array is of one layer.
+    inputs: how many axes of the block's values are the last of the array.
     box: where in the array.
   """
 
   path: str
   index: int
   layer: int | None
+  inputs: int
   box: tuple[slice, ...]
+
+  def as_block(self, values: np.ndarray) -> np.ndarray:
+    """A view of values of the array with axes as the block has them."""
+    last = range(-self.inputs, 0)
+    return np.moveaxis(values, tuple(last), tuple(range(self.inputs)))
+
+  def as_array(self, values: np.ndarray) -> np.ndarray:
+    """The inverse of `as_block`."""
+    last = range(-self.inputs, 0)
+    return np.moveaxis(values, tuple(range(self.inputs)), tuple(last))
 
 
 class _Read(NamedTuple):
@@ -114,18 +129,25 @@ class _Read(NamedTuple):
   parts: tuple[_Part, ...]
 
   @classmethod
-  def of(cls, block: Block, wanted: Container[str]) -> '_Read':
+  def of(
+    cls, block: Block, wanted: Container[str], outputs_first: bool
+  ) -> '_Read':
     """The read of those arrays that are wanted, stacked or apart."""
     parts = []
-    for index, path in enumerate(block.paths):
+
+    def add(path, index, layer, box):
       if path in wanted:
-        parts.append(_Part(path, index, None, block.box))
-      elif is_stacked(path):
+        plain = path.startswith('decoder/') and path.endswith('/kernel')
+        inputs = inputs_of(path) if outputs_first and plain else 0
+        box = (*box[inputs:], *box[:inputs])
+        parts.append(_Part(path, index, layer, inputs, box))
+
+    for index, path in enumerate(block.paths):
+      add(path, index, None, block.box)
+      if is_stacked(path):
         first, *inner = block.box
         for layer in range(first.start, first.stop):
-          apart = apart_path(path, layer)
-          if apart in wanted:
-            parts.append(_Part(apart, index, layer - first.start, tuple(inner)))
+          add(apart_path(path, layer), index, layer - first.start, inner)
     return cls(block, tuple(parts))
 
   def run(self, source: Source, targets: Sequence['_Shards']) -> None:
@@ -133,9 +155,10 @@ class _Read(NamedTuple):
     pairs = list(zip(self.parts, targets, strict=True))
     if not any(target.touches(part.box) for part, target in pairs):
       return
+    places = [target.view(part.box) for part, target in pairs]
     places = [
-      target.view(part.box, stacked=part.layer is not None)
-      for part, target in pairs
+      None if place is None else _with_layer(part.as_block(place), part)
+      for (part, _), place in zip(pairs, places, strict=True)
     ]
     whole = [self.block.box_shape] * len(self.block.paths)
     if [None if place is None else place.shape for place in places] == whole:
@@ -144,7 +167,13 @@ class _Read(NamedTuple):
     values = source.read(self.block)
     for part, target in pairs:
       found = values[part.index]
-      target.fill(part.box, found if part.layer is None else found[part.layer])
+      found = found if part.layer is None else found[part.layer]
+      target.fill(part.box, part.as_array(found))
+
+
+def _with_layer(place: np.ndarray, part: _Part) -> np.ndarray:
+  """A view with the axis of layers that a block of them has."""
+  return place if part.layer is None else place[None]
 
 
 def _stored_order(source: Source, reads: list[_Read]) -> list[_Read]:
@@ -190,20 +219,15 @@ class _Shards:
   def touches(self, box) -> bool:
     return any(self._overlaps(box))
 
-  def view(self, box, stacked: bool) -> np.ndarray | None:
-    """The place of a box, None if it is not all in one shard.
-
-    Args:
-      box: where in the array.
-      stacked: whether to add an axis of one layer.
-    """
+  def view(self, box) -> np.ndarray | None:
+    """The place of a box, None if it is not all in one shard."""
     overlaps = list(self._overlaps(box))
     if len(overlaps) != 1:
       return None
     ((shared, view),) = overlaps
     if shared != [(s.start, s.stop) for s in box]:
       return None
-    return view[None] if stacked else view
+    return view
 
   def fill(self, box, values: np.ndarray) -> None:
     """Copies the values of a box to the shards that hold some of them."""

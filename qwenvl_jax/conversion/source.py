@@ -17,7 +17,7 @@ from qwenvl_jax.conversion import layout, orbax_store
 from qwenvl_jax.conversion.blocks import Block
 from qwenvl_jax.conversion.family import of_names
 from qwenvl_jax.conversion.reader import Tensor
-from qwenvl_jax.conversion.transpose import row_stride
+from qwenvl_jax.conversion.transpose import copy_into, row_stride
 from qwenvl_jax.conversion.writer import DTYPES, narrow
 from qwenvl_jax.errors import CheckpointError
 
@@ -53,7 +53,7 @@ class Source:
       boxes: [*block.box_shape] for each of `block.paths`, with any strides.
     """
     for box, values in zip(boxes, self.read(block), strict=True):
-      box[...] = values
+      copy_into(box, values)
 
   def position(self, block: Block) -> tuple:
     """Sorts blocks as their values are stored; equal where that is unknown."""
@@ -122,8 +122,9 @@ class ReleasedSource(Source):
       return
     tensors = [self._tensors[name] for name in block.names]
     layers = boxes[0] if block.stacked else boxes[0][None]
-    if block.untransposed and layers[0, :1].flags.c_contiguous:
-      for tensor, rows in zip(tensors, layers, strict=True):
+    views = [block.released_view(layer) for layer in layers]
+    if all(view is not None for view in views):
+      for tensor, rows in zip(tensors, views, strict=True):
         tensor.read_into(block.start, rows)
     else:
       block.to_ours((self._rows(tensor, block) for tensor in tensors), boxes)
@@ -181,7 +182,7 @@ class OrbaxSource(Source):
     Raises:
       CheckpointError: the checkpoint is incomplete or damaged.
     """
-    self._path = path
+    self._path, self._scratch = path, _Scratch()
     self._stores = orbax_store.open_stores(path)
     self.dtypes = {
       name: np.dtype(store.dtype.numpy_dtype)
@@ -190,22 +191,26 @@ class OrbaxSource(Source):
     self.shapes = {name: store.shape for name, store in self._stores.items()}
 
   def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
-    # TensorStore's own `read` into new memory takes three times as long.
-    pending = [
-      tensorstore.array(box, copy=False, write=True).write(
-        self._stores[path][block.box]
-      )
-      for path, box in zip(block.paths, boxes, strict=True)
-    ]
     try:
-      for future in pending:
-        future.result()
+      for path, box in zip(block.paths, boxes, strict=True):
+        self._read_box(path, block, box)
     except ValueError as error:
       reason = str(error).split('[')[0].strip()
       raise CheckpointError(
         f'{self._path}: {" or ".join(block.paths)} cannot be read ({reason}); '
         'a file of it is missing or damaged'
       ) from error
+
+  def _read_box(self, path: str, block: Block, box: np.ndarray) -> None:
+    stored = self._stores[path][block.box]
+    values = box
+    if not box.flags.c_contiguous:  # TensorStore transposes slowly.
+      rows, *shape = block.box_shape
+      values = self._scratch.rows(rows, tuple(shape), box.dtype)
+    # TensorStore's own `read` into new memory takes three times as long.
+    tensorstore.array(values, copy=False, write=True).write(stored).result()
+    if values is not box:
+      copy_into(box, values)
 
 
 class ArraySource(Source):

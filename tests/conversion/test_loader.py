@@ -147,7 +147,11 @@ def test_values_are_read_to_where_jax_has_them():
   shapes = layout.parameter_shapes(config)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   arrays = loader.to_devices(
-    source, plan(table, 10_000), shapes, dict.fromkeys(shapes, device)
+    source,
+    plan(table, 10_000),
+    shapes,
+    dict.fromkeys(shapes, device),
+    outputs_first=True,
   )
   places = {
     (x.unsafe_buffer_pointer(), x.unsafe_buffer_pointer() + x.nbytes)
