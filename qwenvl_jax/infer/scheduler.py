@@ -246,7 +246,7 @@ class Scheduler:
         # What was given to the program that failed is lost.
         self._end(work, ERROR, _failed(error))
         self._bank.clear()
-        if self._state.logits.is_deleted():
+        if self._state.cache.lengths.is_deleted():
           self._start_over(error)
         if not isinstance(error, Exception):
           raise
