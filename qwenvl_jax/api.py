@@ -44,6 +44,7 @@ def load(
   dtype: Any = None,
   shardings=None,
   keep_int4: bool = False,
+  int8: bool = False,
 ) -> 'Handle':
   """Opens a checkpoint folder.
 
@@ -59,6 +60,9 @@ def load(
     keep_int4: of the Int4 release, keep the decoder's kernels at 4 bits, which
       halves the memory of the whole model. Otherwise they are dequantized. A
       checkpoint that was converted with them always keeps them.
+    int8: round the decoder's kernels to 8 bits as they are read, which halves
+      what a token reads from memory beside bfloat16 (docs/serving.md says what
+      that costs in quality).
 
   Returns:
     A `Handle`.
@@ -77,6 +81,9 @@ def load(
     ) from error
   folder = buckets.as_path(folder)
   config = folders.read_config(folder, keep_int4).replace(scan_layers=False)
+  if int8:
+    decoder = dataclasses.replace(config.decoder, int8=True)
+    config = config.replace(decoder=decoder)
   folders.check_whole(folder)
   if config.decoder.int4_group is not None:
     dtype = dtype or jnp.dtype('bfloat16')

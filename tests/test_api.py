@@ -1,6 +1,7 @@
 """The public face against the goldens."""
 
 import golden
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -9,6 +10,7 @@ import qwenvl_jax
 from qwenvl_jax.conversion import convert
 from qwenvl_jax.conversion.folder import write_side_files
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
+from qwenvl_jax.model.int8 import quantize_params
 from qwenvl_jax.model.stacking import stack_layers
 
 
@@ -120,3 +122,24 @@ def test_a_folder_of_checkpoints_names_them(tmp_path):
   (tmp_path / 'stage3' / 'config.json').write_text('{}')
   with pytest.raises(CheckpointError, match=r'name one of .*stage3'):
     qwenvl_jax.load(tmp_path)
+
+
+def test_kernels_are_rounded_to_8_bits_as_they_are_read(handle):
+  rounded = qwenvl_jax.load(golden.FOLDER, dtype='float32', int8=True)
+  wanted = quantize_params(handle.params)
+  jax.tree.map(np.testing.assert_array_equal, rounded.params, wanted)
+  ids = golden.expected()['generate/text/ids'].reshape(1, -1)
+  assert len(rounded.generate(ids, max_new_tokens=4)[0]) == 4
+
+
+def test_beams_and_scores(handle):
+  e = golden.expected()
+  ids = e['generate/one_image/ids'].reshape(1, -1)
+  new = e['generate/beam3/new'].reshape(-1).tolist()
+  found = handle.beam_search(
+    ids, _images(ids), beams=3, max_new_tokens=len(new), length_penalty=0.0
+  )
+  assert found[0].ids == new
+  scored = handle.score(ids, [new], _images(ids))[0]
+  # A prompt and its answer are read as one, past `seq_length` or not.
+  assert scored.logprobs.sum() == pytest.approx(found[0].score, abs=1e-3)

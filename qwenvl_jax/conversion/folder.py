@@ -11,7 +11,6 @@ transformer is read, of Qwen-7B's the decoder.
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import jax
@@ -19,7 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion import gptq, layout, openclip, orbax_store
+from qwenvl_jax.conversion import (
+  gptq,
+  layout,
+  openclip,
+  orbax_store,
+  rounding,
+)
 from qwenvl_jax.conversion.atomic import UNFINISHED
 from qwenvl_jax.conversion.blocks import plan
 from qwenvl_jax.conversion.hf_config import config_from_hf, config_to_hf
@@ -320,57 +325,31 @@ def read_params(
   placements = dict(layout.flatten(shardings or {}))
   stored = params_folder(folder)
   if stored is not None and config.scan_layers:
-    return _read_orbax(stored, dtype, placements, keep)
+    return orbax_store.restore(stored, dtype, placements, keep)
   source, table = open_source(folder, config, dtype)
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = {
     path: shape
-    for path, shape in layout.parameter_shapes(config).items()
+    for path, shape in layout.parameter_shapes(
+      rounding.as_stored(config)
+    ).items()
     if keep(path)
   }
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def place(path):
+    # Where 8 bits of a kernel go, there all of it goes before it is rounded.
+    return placements.get(path, placements.get(f'{path}/values', device))
+
   arrays = to_devices(
     source,
     plan(table),
     shapes,
-    {path: placements.get(path, device) for path in shapes},
+    {path: place(path) for path in shapes},
     BUCKET_THREADS if buckets.in_bucket(folder) else THREADS,
     outputs_first=not config.scan_layers,
+    finish=rounding.finish(config, placements),
   )
   return layout.unflatten(arrays)
-
-
-def _read_orbax(path: Path, dtype, placements, keep) -> dict:
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  wanted = layout.unflatten(
-    {
-      name: jax.ShapeDtypeStruct(
-        leaf.shape,
-        leaf.dtype if layout.is_packed(name) else dtype or leaf.dtype,
-        sharding=placements.get(name, device),
-      )
-      for name, leaf in layout.flatten(orbax_store.metadata(path))
-      if keep(name)
-    }
-  )
-  if not wanted:
-    return {}
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.restore(
-        buckets.absolute(path),
-        ocp.args.PyTreeRestore(
-          item=wanted,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-          partial_restore=True,
-        ),
-      )
-  except Exception as error:
-    # The rest is the whole of TensorStore's settings.
-    reason = re.split(r' \[| See full', str(error))[0]
-    raise CheckpointError(
-      f'{path} cannot be restored ({reason}); a file of it is missing or '
-      'damaged'
-    ) from error
 
 
 def write_side_files(

@@ -18,7 +18,12 @@ from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import DecoderConfig, QwenVLConfig
 from qwenvl_jax.model.int4 import PER_WORD
 from qwenvl_jax.model.layers import outputs_first
-from qwenvl_jax.model.stacking import apart_path, inputs_of, is_stacked
+from qwenvl_jax.model.stacking import (
+  apart_path,
+  inputs_of,
+  is_plain_kernel,
+  is_stacked,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,18 +316,27 @@ def parameter_shapes(
     blank = np.broadcast_to(np.int8(0), rule.shape)
     for path, part in zip(rule.paths, rule.to_ours(blank), strict=True):
       shapes[path] = stack + part.shape
-  return shapes if config.scan_layers else _apart(shapes)
+  if config.scan_layers:
+    return shapes
+  return _apart(shapes, config.decoder.int8)
 
 
-def _apart(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _apart(
+  shapes: dict[str, tuple[int, ...]], int8: bool
+) -> dict[str, tuple[int, ...]]:
   apart = {}
   for path, shape in shapes.items():
     layers = 1
     if is_stacked(path):
       layers, *shape = shape
-    if path.startswith('decoder/') and path.endswith('/kernel'):
+    if is_plain_kernel(path):
       shape = outputs_first(tuple(shape), inputs_of(path))
-    apart |= {apart_path(path, i): tuple(shape) for i in range(layers)}
+    parts = {'': tuple(shape)}
+    if int8 and is_plain_kernel(path):
+      outputs = tuple(shape)[: -inputs_of(path)]
+      parts = {'/values': tuple(shape), '/scales': outputs}
+    for i in range(layers):
+      apart |= {apart_path(path, i) + x: parts[x] for x in parts}
   return apart
 
 

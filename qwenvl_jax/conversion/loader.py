@@ -8,6 +8,7 @@ is: JAX takes the memory over if that starts at a cache line.
 import collections
 import math
 from collections.abc import (
+  Callable,
   Container,
   Iterable,
   Iterator,
@@ -22,12 +23,20 @@ import numpy as np
 
 from qwenvl_jax.conversion.blocks import Block
 from qwenvl_jax.conversion.source import Source
-from qwenvl_jax.model.stacking import apart_path, inputs_of, is_stacked
+from qwenvl_jax.model.stacking import (
+  apart_path,
+  inputs_of,
+  is_plain_kernel,
+  is_stacked,
+)
 
 # So that one reads while another transposes; a disk wants few.
 THREADS = 3
 # Of a bucket, whose answers come late but many at a time.
 BUCKET_THREADS = 16
+
+# From path and array to what is kept of it, by path.
+Finish = Callable[[str, jax.Array], Mapping[str, jax.Array]]
 
 # Where JAX on a CPU takes host memory over rather than copy it.
 _ALIGNMENT = 64
@@ -40,6 +49,7 @@ def to_devices(
   shardings: Mapping[str, jax.sharding.Sharding],
   threads: int = THREADS,
   outputs_first: bool = False,
+  finish: Finish = lambda path, array: {path: array},
 ) -> dict[str, jax.Array]:
   """Reads parameters onto devices, each process its own shards only.
 
@@ -55,9 +65,10 @@ def to_devices(
     threads: how many blocks are read at a time.
     outputs_first: whether the decoder's plain kernels go to arrays with their
       outputs first (see there); `shapes` has them so.
+    finish: applied to each array as soon as it is there.
 
   Returns:
-    Path to array.
+    Path to array, of those that `finish` gave.
 
   Raises:
     CheckpointError: a file is damaged, or a value does not fit its dtype.
@@ -75,7 +86,8 @@ def to_devices(
     for part in read.parts:
       missing[part.path] -= 1
       if not missing[part.path]:
-        arrays[part.path] = shards.pop(part.path).array()
+        array = shards.pop(part.path).array()
+        arrays.update(finish(part.path, array))
 
   with ThreadPoolExecutor(threads) as pool:
     for read in reads:
@@ -91,7 +103,7 @@ def to_devices(
         finish_oldest()
     while running:
       finish_oldest()
-  return {path: arrays[path] for path in shapes if path in arrays}
+  return arrays
 
 
 class _Part(NamedTuple):
@@ -137,8 +149,8 @@ class _Read(NamedTuple):
 
     def add(path, index, layer, box):
       if path in wanted:
-        plain = path.startswith('decoder/') and path.endswith('/kernel')
-        inputs = inputs_of(path) if outputs_first and plain else 0
+        moves = outputs_first and is_plain_kernel(path)
+        inputs = inputs_of(path) if moves else 0
         box = (*box[inputs:], *box[:inputs])
         parts.append(_Part(path, index, layer, inputs, box))
 

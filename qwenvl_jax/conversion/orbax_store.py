@@ -6,9 +6,11 @@ the result and restores it to any sharding.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -173,4 +175,49 @@ def open_stores(path: Path) -> dict[str, tensorstore.TensorStore]:
   except ValueError as error:
     raise CheckpointError(
       f'{path} cannot be opened ({error}); a file of it is missing or damaged'
+    ) from error
+
+
+def restore(path: Path, dtype, placements, keep) -> dict:
+  """Restores parameters as Orbax does, whole arrays at a time.
+
+  Args:
+    path: an Orbax checkpoint.
+    dtype: to cast to, but for packed kernels; None for the stored one.
+    placements: path to sharding; what is not in it goes to the first device.
+    keep: predicate on paths; others are left out unread.
+
+  Raises:
+    CheckpointError: a file is missing or damaged.
+  """
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  wanted = layout.unflatten(
+    {
+      name: jax.ShapeDtypeStruct(
+        leaf.shape,
+        leaf.dtype if layout.is_packed(name) else dtype or leaf.dtype,
+        sharding=placements.get(name, device),
+      )
+      for name, leaf in layout.flatten(metadata(path))
+      if keep(name)
+    }
+  )
+  if not wanted:
+    return {}
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.restore(
+        buckets.absolute(path),
+        ocp.args.PyTreeRestore(
+          item=wanted,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+          partial_restore=True,
+        ),
+      )
+  except Exception as error:
+    # The rest is the whole of TensorStore's settings.
+    reason = re.split(r' \[| See full', str(error))[0]
+    raise CheckpointError(
+      f'{path} cannot be restored ({reason}); a file of it is missing or '
+      'damaged'
     ) from error

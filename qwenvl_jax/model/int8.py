@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.fsdp import gathered, multiply
-from qwenvl_jax.model.stacking import inputs_of
+from qwenvl_jax.model.stacking import inputs_of, is_plain_kernel
 
 _MAX = 127  # The largest int8 whose negative is one, too.
 
@@ -82,21 +82,11 @@ def quantize(kernel, contracted: int):
   return values, scales.reshape(scales.shape[:-contracted])
 
 
-def is_quantized(path: str) -> bool:
-  """Whether the plain kernel at a path becomes one of 8 bits.
-
-  >>> is_quantized('decoder/blocks_0/mlp/up/kernel')
-  True
-  """
-  return path.startswith('decoder/') and path.endswith('/kernel')
-
-
 def quantize_params(params: dict) -> dict:
   """Rounds the decoder's kernels, blocks and head, to 8 bits.
 
   Args:
-    params: with layers apart (`model.stacking`), of jax arrays. Each kernel is
-      let go as soon as it is rounded, if nobody else has it.
+    params: for inference (`model.stacking`), of jax arrays.
 
   Returns:
     The same tree with `values` and `scales` in place of each plain kernel.
@@ -104,14 +94,16 @@ def quantize_params(params: dict) -> dict:
   rounded = jax.jit(quantize, static_argnums=1)
 
   def convert(tree: dict, path: str) -> dict:
-    for name in list(tree):
+    result = {}
+    for name, x in tree.items():
       here = f'{path}/{name}'
-      if isinstance(tree[name], dict):
-        convert(tree[name], here)
-      elif is_quantized(here):
-        values, scales = rounded(tree.pop(name), inputs_of(here))
-        tree[name] = {'values': values, 'scales': scales}
-    return tree
+      if isinstance(x, dict):
+        result[name] = convert(x, here)
+      elif is_plain_kernel(here):
+        values, scales = rounded(x, inputs_of(here))
+        result[name] = {'values': values, 'scales': scales}
+      else:
+        result[name] = x
+    return result
 
-  copied = jax.tree.map(lambda x: x, params)
-  return copied | {'decoder': convert(copied['decoder'], 'decoder')}
+  return params | {'decoder': convert(params['decoder'], 'decoder')}

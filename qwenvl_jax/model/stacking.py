@@ -99,6 +99,15 @@ def stack_layers(params: dict) -> dict:
   return params | {'decoder': rest | {_STACKED: blocks}}
 
 
+def is_plain_kernel(path: str) -> bool:
+  """Whether a path is a kernel of the decoder that is not packed.
+
+  >>> is_plain_kernel('decoder/blocks_0/mlp/up/kernel')
+  True
+  """
+  return path.startswith('decoder/') and path.endswith('/kernel')
+
+
 def inputs_of(path: str) -> int:
   """How many axes of the kernel at a path of the decoder are inputs."""
   return _INPUTS.get(path.split('/')[-2], 1)
