@@ -156,12 +156,12 @@ def measure(config, params, rows: int, limit: float, args) -> None:
   seconds = []
   for slot in range(rows):
     began = time.perf_counter()
-    reading = Reading(engine, bank, request)
+    reading = Reading(engine, bank, [request])
     while not reading.finished:
       reading.step()
     jax.block_until_ready(reading.prefix)
     seconds.append(time.perf_counter() - began)
-    state = engine.insert(state, reading.prefix, slot, request.sampling)
+    state = engine.insert(state, reading.prefix, [slot], [request.sampling])
     reading.release()
 
   def steps(state, count):

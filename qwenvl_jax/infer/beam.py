@@ -118,12 +118,12 @@ class _Driver:
     return [found[row] for row in range(len(requests))]
 
   def _begin(self, request: Request, slots: np.ndarray) -> '_Search':
-    reading = Reading(self._engine, self._bank, request)
+    reading = Reading(self._engine, self._bank, [request])
     while not reading.finished:
       reading.step()
     for slot in slots:
       self._state = self._engine.insert(
-        self._state, reading.prefix, int(slot), request.sampling
+        self._state, reading.prefix, [int(slot)], [request.sampling]
       )
     reading.release()
     return _Search(request, slots, self._length_penalty)

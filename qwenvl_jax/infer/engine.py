@@ -48,6 +48,8 @@ class EngineConfig:
       `max_position_embeddings`.
     chunk: tokens of a prompt that are read at once, a multiple of 4 times
       `prompts.MIN_LENGTH`; None for what suits the device.
+    read_rows: prompts of up to a chunk that are read at once where so many of
+      about one length wait; 1 lets running answers go on soonest.
     images: images whose features are kept; None for as many as a prompt of
       `max_len` can hold, at least 32.
     cache_dtype: of the key-value cache: None for the compute dtype, or 'int8',
@@ -57,11 +59,12 @@ class EngineConfig:
   slots: int = 8
   max_len: int | None = None
   chunk: int | None = None
+  read_rows: int = 1
   images: int | None = None
   cache_dtype: str | None = None
 
   def __post_init__(self):
-    for name in ('slots', 'max_len', 'chunk', 'images'):
+    for name in ('slots', 'max_len', 'chunk', 'read_rows', 'images'):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ConfigError(f'EngineConfig.{name}={value}: must be at least 1')
@@ -99,6 +102,7 @@ class Engine:
     slots: B.
     max_len: tokens of a prompt and its answer.
     chunk: tokens of a prompt that are read at once.
+    read_rows: prompts that are read at once.
     images: places for image features.
   """
 
@@ -131,9 +135,10 @@ class Engine:
       )
     on_tpu = jax.default_backend() == 'tpu'
     self.chunk = sizes.chunk or (_CHUNK_TPU if on_tpu else _CHUNK)
-    self.slots = sizes.slots
+    self.slots, self.read_rows = sizes.slots, sizes.read_rows
     queries = config.adapter.queries
-    self.images = sizes.images or max(32, self.max_len // (queries + 2))
+    most = self.read_rows * (self.max_len // (queries + 2))
+    self.images = sizes.images or max(32, most)
     self._size = self.prefix_size(self.max_len)
     self._programs = programs(config, sizes.cache_dtype)
 
@@ -162,6 +167,11 @@ class Engine:
     if length <= self.chunk:
       return self.pieces(length)[0].length
     return bucket(-(-length // self.chunk)) * self.chunk
+
+  def joins(self, length: int, other: int) -> bool:
+    """Whether prompts of these lengths may be read together."""
+    size = self.prefix_size(length)
+    return size <= self.chunk and size == self.prefix_size(other)
 
   def program_lengths(self) -> list[int]:
     """Lengths of prompts that need every program of reading between them."""
@@ -195,13 +205,19 @@ class Engine:
       A state with all slots free, and a bank.
     """
     side = self.config.vision.image_size
-    bank = self.encode(bank, np.zeros((side, side, 3), np.uint8), 0)
-    for length in self.program_lengths():
-      tokens, rows = np.zeros(length, np.int32), np.full(length, -1, np.int32)
-      prefix = self.start(length)
-      for piece in self.pieces(length):
-        prefix = self.prefill(prefix, bank, tokens, rows, piece)
-      state = self.insert(state, prefix, 0, Sampling())
+    for count in {1, self.read_rows}:
+      pixels = np.zeros((count, side, side, 3), np.uint8)
+      bank = self.encode(bank, pixels, [0] * count)
+      for length in self.program_lengths():
+        pieces = self.pieces(length)
+        if count > 1 and len(pieces) > 1:
+          continue
+        tokens = [np.zeros(length, np.int32)] * count
+        rows = [np.full(length, -1, np.int32)] * count
+        prefix = self.start([length] * count)
+        for piece in pieces:
+          prefix = self.prefill(prefix, bank, tokens, rows, piece)
+        state = self.insert(state, prefix, [0] * count, [Sampling()] * count)
     words = -(-self.config.decoder.vocab_size // 32)
     everything = np.full((self.slots, words), 0xFFFFFFFF, np.uint32)
     for masks in (None, everything):
@@ -218,77 +234,93 @@ class Engine:
     """Makes an empty bank [F,Q,D] of image features."""
     return self._programs.init_bank(self.images)
 
-  def encode(self, bank, pixels, place: int) -> jax.Array:
-    """Puts the features of an image into the bank.
+  def encode(self, bank, pixels, places: Sequence[int]) -> jax.Array:
+    """Puts the features of images into the bank.
 
     Args:
       bank: [F,Q,D], given up.
-      pixels: [R,R,3] uint8 or normalized float.
-      place: which of the F.
+      pixels: [E,R,R,3] uint8 or normalized float.
+      places: [E], which of the F.
     """
     return self._programs.encode(
-      self.params, bank, pixels[None], np.int32(place)
+      self.params, bank, pixels, np.asarray(places, np.int32)
     )
 
-  def start(self, length: int) -> Prefix:
-    """Makes the prefix of a prompt of so many tokens, none of them read."""
-    return self._programs.start(self.prefix_size(length), np.int32(length))
+  def start(self, lengths: Sequence[int]) -> Prefix:
+    """Makes the prefix of prompts of so many tokens, none of them read.
+
+    Args:
+      lengths: one, or several whose `prefix_size` is the same.
+    """
+    return self._programs.start(
+      self.prefix_size(lengths[0]), np.asarray(lengths, np.int32)
+    )
 
   def prefill(
-    self, prefix: Prefix, bank, tokens: Sequence[int], rows, piece: Piece
+    self,
+    prefix: Prefix,
+    bank,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[np.ndarray],
+    piece: Piece,
   ) -> Prefix:
-    """Reads one piece of a prompt.
+    """Reads one piece of prompts.
 
     Args:
       prefix: of what stands before the piece; given up.
       bank: of image features.
-      tokens: [T] ids of the whole prompt.
-      rows: [T] int32, for each of them the row of the bank's F*Q features that
-        stands in its place, or -1.
-      piece: from `pieces`.
+      prompts: [T] ids of each whole prompt.
+      rows: [T] int32 of each: for each token the row of the bank's F*Q features
+        that stands in its place, or -1.
+      piece: from `pieces`, of the longest; several prompts have one.
     """
     return self._programs.prefill(
-      self.params, prefix, bank, *_piece_arrays(tokens, rows, piece)
+      self.params, prefix, bank, *_piece_arrays(prompts, rows, piece)
     )
 
   def score(
     self,
     prefix: Prefix,
     bank,
-    tokens: Sequence[int],
-    rows,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[np.ndarray],
     piece: Piece,
     top: int = 0,
   ) -> tuple[Prefix, Scores]:
-    """`prefill`, and what the model says of the token after each.
+    """`prefill` of one prompt, and what the model says of the token after each.
 
     The token after the prompt's last is nothing: leave its score alone.
     """
     targets = np.zeros(piece.length, np.int32)
-    following = tokens[piece.start + 1 : piece.stop + 1]
+    following = prompts[0][piece.start + 1 : piece.stop + 1]
     targets[: len(following)] = following
     return self._programs.score(
       self.params,
       prefix,
       bank,
-      *_piece_arrays(tokens, rows, piece),
+      *_piece_arrays(prompts, rows, piece),
       targets,
       top=top,
     )
 
   def insert(
-    self, state: State, prefix: Prefix, slot: int, sampling: Sampling
+    self,
+    state: State,
+    prefix: Prefix,
+    slots: Sequence[int],
+    samplings: Sequence[Sampling],
   ) -> State:
-    """Puts a prompt that was read into a slot; the prefix stays usable.
+    """Puts prompts that were read into slots; the prefix stays usable.
 
     Args:
       state: given up.
-      prefix: of the whole prompt.
-      slot: a free one.
-      sampling: how its tokens are chosen.
+      prefix: of whole prompts.
+      slots: free ones, one a prompt.
+      samplings: how their tokens are chosen.
     """
-    row = Settings.create([sampling])
-    return self._programs.insert(state, prefix, np.int32(slot), row)
+    return self._programs.insert(
+      state, prefix, np.asarray(slots, np.int32), Settings.create(samplings)
+    )
 
   def choose(
     self, state: State, masks=None, top: int = 0
@@ -329,13 +361,17 @@ class Engine:
     )
 
 
-def _piece_arrays(tokens, rows, piece: Piece):
-  """[1,T] tokens, [1,T] rows, their count, and the offset or None."""
-  # Padded with a token of the prompt: any other may have an embedding that is
-  # not finite, which would stay in the cache.
-  padded = np.full((1, piece.length), tokens[piece.stop - 1], np.int32)
-  padded[0, : piece.stop - piece.start] = tokens[piece.start : piece.stop]
-  taken = np.full((1, piece.length), -1, np.int32)
-  taken[0, : piece.stop - piece.start] = rows[piece.start : piece.stop]
-  offset = np.int32(piece.start) if piece.start else None
-  return padded, taken, np.int32(piece.stop - piece.start), offset
+def _piece_arrays(prompts, rows, piece: Piece):
+  """[R,T] tokens, [R,T] rows of the bank, [R] counts, the offset or None."""
+  shape = len(prompts), piece.length
+  padded, taken = np.empty(shape, np.int32), np.full(shape, -1, np.int32)
+  counts = np.empty(len(prompts), np.int32)
+  for index, (tokens, features) in enumerate(zip(prompts, rows, strict=True)):
+    stop = min(piece.stop, len(tokens))
+    count = counts[index] = stop - piece.start
+    # Padded with a token of the prompt: any other may have an embedding that is
+    # not finite, which would stay in the cache.
+    padded[index] = tokens[stop - 1]
+    padded[index, :count] = tokens[piece.start : stop]
+    taken[index, :count] = features[piece.start : stop]
+  return padded, taken, counts, np.int32(piece.start) if piece.start else None

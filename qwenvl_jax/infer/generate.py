@@ -9,6 +9,9 @@ from qwenvl_jax.infer.sampling import Sampling
 from qwenvl_jax.infer.scheduler import Scheduler
 from qwenvl_jax.model.config import QwenVLConfig
 
+# Prompts that are read together where nobody waits for single tokens.
+_READ_ROWS = 8
+
 # Engines for few tokens are alike, so that few sizes are compiled for.
 _MIN_ROOM = 64
 
@@ -34,13 +37,14 @@ def engine_for(
   prompts_lib.check_count('max_new_tokens', max_new_tokens)
   prompts_lib.check_count('slots', slots)
   longest = max((len(prompt) for prompt in prompts), default=0)
+  slots = min(prompts_lib.bucket(max(len(prompts), 1)), slots)
   return Engine(
     config,
     params,
     EngineConfig(
-      slots=min(prompts_lib.bucket(max(len(prompts), 1)), slots),
+      slots=slots,
       max_len=room_for(config, longest + max_new_tokens),
-      **sizes,
+      **{'read_rows': min(slots, _READ_ROWS)} | sizes,
     ),
   )
 
@@ -113,11 +117,15 @@ def run(
     DataError: the engine has no room for a request; names the row.
     GenerationError: the first request that could not be answered.
   """
-  scheduler = Scheduler(engine)
-  answers = [
-    scheduler.submit(request, name=f'row {row}')
-    for row, request in enumerate(requests)
-  ]
+  # Nobody waits for single tokens: all slots are filled before a step.
+  scheduler = Scheduler(engine, read_tokens=engine.slots * engine.max_len)
+  # Those of like length one after the other: they can be read together.
+  order = sorted(
+    range(len(requests)), key=lambda row: len(requests[row].tokens)
+  )
+  answers = [None] * len(requests)
+  for row in order:
+    answers[row] = scheduler.submit(requests[row], name=f'row {row}')
   while scheduler.step():
     progress(sum(answer.finished for answer in answers))
   for row, answer in enumerate(answers):

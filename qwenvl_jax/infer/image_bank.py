@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,6 +33,9 @@ class ImageBank:
     self._free = list(range(self._engine.images))
     self._holders = collections.Counter()
 
+  def __contains__(self, key: bytes) -> bool:
+    return key in self._places
+
   def find(self, key: bytes) -> int | None:
     """Holds the features of an image, if they are there.
 
@@ -47,24 +51,20 @@ class ImageBank:
       self._holders[key] += 1
     return place
 
-  def encode(self, key: bytes, pixels: np.ndarray) -> int:
-    """Computes the features of an image and holds them.
+  def encode(self, keys: Sequence[bytes], pixels: np.ndarray) -> None:
+    """Computes the features of images, for `find` to hold.
 
     Args:
-      key: from `image_key`.
-      pixels: [R,R,3].
-
-    Returns:
-      Their place.
+      keys: from `image_key`, of images that are not there.
+      pixels: [E,R,R,3], one a key.
     """
-    if not self._free:
+    while len(self._free) < len(keys):
       self._free.append(self._evict())
-    place = self._free[-1]
-    # Where this fails, the place stays free.
-    self.features = self._engine.encode(self.features, pixels, place)
-    self._places[key] = self._free.pop()
-    self._holders[key] += 1
-    return place
+    places = self._free[-len(keys) :]
+    # Where this fails, the places stay free.
+    self.features = self._engine.encode(self.features, pixels, places)
+    del self._free[-len(keys) :]
+    self._places |= zip(keys, places, strict=True)
 
   def release(self, key: bytes) -> None:
     """Lets go of the features of an image."""

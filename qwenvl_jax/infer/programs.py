@@ -104,49 +104,47 @@ class Functions:
     adapter = self._config.adapter
     return jnp.zeros((images, adapter.queries, adapter.dim), self._config.dtype)
 
-  def encode(self, params, bank, pixels, place):
+  def encode(self, params, bank, pixels, places):
     features = self._apply(params, pixels, method='encode_images')
-    return constrain(
-      jax.lax.dynamic_update_slice(
-        bank, features.astype(bank.dtype), (place, 0, 0)
-      ),
-      *(None, None, None),
-    )
+    bank = bank.at[places].set(features.astype(bank.dtype))
+    return constrain(bank, None, None, None)
 
-  def start(self, size: int, length) -> Prefix:
-    vocabulary = self._config.decoder.vocab_size
+  def start(self, size: int, lengths) -> Prefix:
+    vocabulary, (rows,) = self._config.decoder.vocab_size, lengths.shape
     cache = KVCache.create(
-      self._config, 1, size, length, dtype=self._cache_dtype
+      self._config, rows, size, lengths, dtype=self._cache_dtype
     )
     return Prefix(
       cache=cache,
-      tokens=jnp.full((1, size), -1, jnp.int32),
-      logits=jnp.zeros((1, vocabulary), jnp.float32),
+      tokens=jnp.full((rows, size), -1, jnp.int32),
+      logits=jnp.zeros((rows, vocabulary), jnp.float32),
     )
 
-  def prefill(self, params, prefix, bank, tokens, rows, count, offset):
+  def prefill(self, params, prefix, bank, tokens, rows, counts, offset):
     x, prefix = self._read(
-      params, prefix, bank, tokens, rows, count, offset, last=count - 1
+      params, prefix, bank, tokens, rows, counts, offset, last=counts - 1
     )
     logits = self._apply(params, x, method='head')[:, 0]
     logits = constrain(logits.astype(jnp.float32), 'batch', 'vocab_act')
     return dataclasses.replace(prefix, logits=logits)
 
   def score(
-    self, params, prefix, bank, tokens, rows, count, offset, targets, *, top
+    self, params, prefix, bank, tokens, rows, counts, offset, targets, *, top
   ):
-    x, prefix = self._read(params, prefix, bank, tokens, rows, count, offset)
+    x, prefix = self._read(params, prefix, bank, tokens, rows, counts, offset)
     logits = self._apply(params, x, method='head')[0].astype(jnp.float32)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     found = jnp.take_along_axis(logprobs, targets[:, None], axis=1)[:, 0]
     tops, ids = jax.lax.top_k(logprobs, top)
-    last = jax.lax.dynamic_slice_in_dim(logits, count - 1, 1, axis=0)
+    last = logits[counts - 1]
     prefix = dataclasses.replace(
       prefix, logits=constrain(last, 'batch', 'vocab_act')
     )
     return prefix, Scores(found, ids, tops)
 
-  def _read(self, params, prefix, bank, tokens, rows, count, offset, last=None):
+  def _read(
+    self, params, prefix, bank, tokens, rows, counts, offset, last=None
+  ):
     """Hidden states of a piece, and the prefix with it in its cache."""
     x, cache = self._apply(
       params,
@@ -159,39 +157,40 @@ class Functions:
       method='extend',
     )
     start = 0 if offset is None else offset
-    real = jnp.arange(tokens.shape[1]) < count
+    real = jnp.arange(tokens.shape[1]) < counts[:, None]
     written = jax.lax.dynamic_update_slice(
       prefix.tokens, jnp.where(real, tokens, -1), (0, start)
     )
-    cache = dataclasses.replace(
-      cache, lengths=cache.lengths * 0 + start + count
-    )
+    cache = dataclasses.replace(cache, lengths=start + counts)
     return x, dataclasses.replace(prefix, cache=cache, tokens=written)
 
-  def insert(self, state: State, prefix: Prefix, slot, settings) -> State:
-    def put(old, new):
-      start = (slot, *(0,) * (old.ndim - 1))
-      return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
-
-    vocabulary = state.logits.shape[1]
+  def insert(self, state: State, prefix: Prefix, slots, settings) -> State:
+    vocabulary, (rows,) = state.logits.shape[1], slots.shape
     ids = jnp.where(prefix.tokens < 0, vocabulary, prefix.tokens)
-    in_prompt = jnp.zeros((1, vocabulary), bool)
-    in_prompt = in_prompt.at[0, ids[0]].set(True, mode='drop')
-    one = jnp.ones(1, jnp.int32)
-    return place(
-      State(
-        cache=jax.tree.map(put, state.cache, prefix.cache),
-        logits=put(state.logits, prefix.logits),
-        tokens=put(state.tokens, one * 0),
-        active=put(state.active, one),
-        generated=put(state.generated, one * 0),
-        settings=jax.tree.map(
-          lambda old, new: put(old, jnp.asarray(new)), state.settings, settings
-        ),
-        counts=put(state.counts, jnp.zeros((1, vocabulary), jnp.int32)),
-        in_prompt=put(state.in_prompt, in_prompt),
-      )
+    in_prompt = jnp.zeros((rows, vocabulary), bool)
+    in_prompt = in_prompt.at[jnp.arange(rows)[:, None], ids].set(
+      True, mode='drop'
     )
+    new = State(
+      cache=prefix.cache,
+      logits=prefix.logits,
+      tokens=jnp.zeros(rows, jnp.int32),
+      active=jnp.ones(rows, bool),
+      generated=jnp.zeros(rows, jnp.int32),
+      settings=settings,
+      counts=jnp.zeros((rows, vocabulary), jnp.int32),
+      in_prompt=in_prompt,
+    )
+
+    def put(old, new):
+      # Slice by slice: a scatter of whole rows is slower on a CPU.
+      for row in range(rows):
+        start = (slots[row], *(0,) * (old.ndim - 1))
+        part = jnp.asarray(new)[row : row + 1].astype(old.dtype)
+        old = jax.lax.dynamic_update_slice(old, part, start)
+      return old
+
+    return place(jax.tree.map(put, state, new))
 
   def choose(self, state: State, masks, *, top: int):
     logits = state.logits

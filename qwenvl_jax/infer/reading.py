@@ -1,4 +1,6 @@
-"""A prompt on its way into a prefix, piece by piece."""
+"""Prompts on their way into a prefix, piece by piece."""
+
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ from qwenvl_jax.infer.state import Prefix, Scores
 
 
 class Reading:
-  """One prompt: which images are still to be encoded, which pieces to be read.
+  """One prompt, or several short ones: what is still to be encoded and read.
 
   Attributes:
     prefix: what was read so far, None before the first piece.
@@ -21,27 +23,31 @@ class Reading:
     self,
     engine: Engine,
     bank: ImageBank,
-    request: Request,
+    requests: Sequence[Request],
     top: int | None = None,
   ):
     """Begins to read.
 
     Args:
-      engine: reads the prompt.
-      bank: of image features; those of the prompt are held until `release`.
-      request: has the prompt.
-      top: to score the prompt's tokens, how many of the most likely ones to
-        tell beside each; None for no scores.
+      engine: reads the prompts.
+      bank: of image features; those of the prompts are held until `release`.
+      requests: have the prompts, see `Engine.joins`.
+      top: to score the tokens of one prompt, how many of the most likely ones
+        to tell beside each; None for no scores.
     """
-    self._engine, self._bank, self._request = engine, bank, request
+    self._engine, self._bank = engine, bank
+    self._prompts = [request.tokens for request in requests]
+    self._rows = [
+      np.full(len(tokens), -1, np.int32) for tokens in self._prompts
+    ]
     self._images = [
-      (image_key(pixels, request.salt), pixels, start)
+      (image_key(pixels, request.salt), pixels, rows[start:])
+      for request, rows in zip(requests, self._rows, strict=True)
       for pixels, start in zip(
         request.images, request.image_starts, strict=True
       )
     ]
-    self._pieces = engine.pieces(len(request.tokens))
-    self._rows = np.full(len(request.tokens), -1, np.int32)
+    self._pieces = engine.pieces(max(map(len, self._prompts)))
     self._held: list[bytes] = []
     self._top = top
     self._scores: list[tuple[int, Scores]] = []
@@ -52,36 +58,57 @@ class Reading:
     return not self._pieces
 
   def step(self) -> int:
-    """Encodes one image, or reads one piece; returns its cost in tokens."""
-    while self._images:
-      cost = self._look_up(*self._images.pop(0))
-      if cost:
-        return cost
-    engine, request = self._engine, self._request
+    """Encodes images, or reads one piece; returns its cost in tokens."""
+    cost = self._find_images()
+    if cost:
+      return cost
+    engine = self._engine
     if self.prefix is None:
-      self.prefix = engine.start(len(request.tokens))
+      self.prefix = engine.start([len(tokens) for tokens in self._prompts])
     piece = self._pieces.pop(0)
     arguments = (
-      *(self.prefix, self._bank.features, request.tokens, self._rows, piece),
+      *(self.prefix, self._bank.features, self._prompts, self._rows, piece),
     )
     if self._top is None:
       self.prefix = engine.prefill(*arguments)
     else:
       self.prefix, scores = engine.score(*arguments, self._top)
       self._scores.append((piece.stop - piece.start, scores))
-    return piece.length
+    return len(self._prompts) * piece.length
 
-  def _look_up(self, key: bytes, pixels: np.ndarray, start: int) -> int:
-    """Puts an image in its place; returns the cost of encoding it."""
-    cost, place = 0, self._bank.find(key)
-    if place is None:
-      place = self._bank.encode(key, pixels)
-      patch = self._engine.config.vision.patch_size
-      cost = pixels.shape[0] // patch * (pixels.shape[1] // patch)
-    self._held.append(key)
+  def _find_images(self) -> int:
+    """Puts images in their places until some must be encoded.
+
+    Returns:
+      What encoding them cost; 0 if all have their places.
+    """
     queries = self._engine.queries
-    self._rows[start : start + queries] = np.arange(queries) + place * queries
-    return cost
+    while self._images:
+      key, _, rows = self._images[0]
+      place = self._bank.find(key)
+      if place is None:
+        return self._encode()
+      self._held.append(key)
+      rows[:queries] = np.arange(queries) + place * queries
+      self._images.pop(0)
+    return 0
+
+  def _encode(self) -> int:
+    """Encodes the next images: one, or as many as there are rows to read."""
+    first = self._images[0][1]
+    alike = {
+      key: pixels
+      for key, pixels, _ in self._images
+      if (pixels.shape, pixels.dtype) == (first.shape, first.dtype)
+      and key not in self._bank
+    }
+    count = (
+      self._engine.read_rows if len(alike) >= self._engine.read_rows else 1
+    )
+    keys = list(alike)[:count]
+    self._bank.encode(keys, np.stack([alike[key] for key in keys]))
+    patch = self._engine.config.vision.patch_size
+    return count * (first.shape[0] // patch) * (first.shape[1] // patch)
 
   def scores(self) -> Scores:
     """What the model says of each token after the first, as NumPy arrays."""

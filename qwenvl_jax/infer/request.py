@@ -88,6 +88,14 @@ class Request:
     tokens = prompts.check_ids(tokens, config, name)
     starts = prompts.image_starts(tokens, config, name)
     images = tuple(prompts.match_images(starts, images, name))
+    patch = config.vision.patch_size
+    for number, image in enumerate(images, 1):
+      if image.shape[0] % patch or image.shape[1] % patch:
+        raise DataError(
+          f'{name}: image {number} of {image.shape[0]}x{image.shape[1]} pixels '
+          f'does not split into patches of {patch}; resize it to '
+          f'{config.vision.image_size}'
+        )
     request = cls(tokens, images, tuple(starts), **settings)
     request.sampling.check_ids(config.decoder.vocab_size)
     return request

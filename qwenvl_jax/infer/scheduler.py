@@ -1,13 +1,14 @@
 """Who is answered when: a queue in front of the engine's slots.
 
 Plain Python around the engine. Requests are admitted in the order in which they
-arrive, as slots come free. One prompt is read at a time, a bounded number of
-tokens before each step of the running answers, so that these never wait for
-long. Nothing that happens to one request touches another.
+arrive, as slots come free. One prompt is read at a time, or a few short ones,
+and a bounded number of tokens before each step of the running answers, so that
+these never wait for long. Nothing that happens to one request touches another.
 """
 
 import collections
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from qwenvl_jax.infer.request import (
   Token,
   check_fits,
 )
+from qwenvl_jax.infer.sampling import Sampling
 from qwenvl_jax.infer.state import Chosen
 
 
@@ -47,13 +49,11 @@ class _Work:
     answer: to the request.
     deadline: by the scheduler's clock, None for none.
     slot: kept for it from when its prompt is read on; -1 before.
-    reading: of its prompt, while that goes on.
   """
 
   answer: Answer
   deadline: float | None
   slot: int = -1
-  reading: Reading | None = None
 
   @property
   def request(self) -> Request:
@@ -114,7 +114,11 @@ class Scheduler:
     self._waiting: collections.deque[_Work] = collections.deque()
     self._waiting_tokens = 0
     self._cancelled: set[Answer] = set()
-    self._reading: _Work | None = None
+    # Those whose prompts are being read together, and how far that is.
+    self._group: list[_Work] = []
+    self._reading: Reading | None = None
+    self._read_slots: list[int] = []
+    self._read_samplings: list[Sampling] = []
     self._running: dict[int, _Work] = {}
     self._free = list(range(engine.slots))[::-1]
     words = -(-engine.config.decoder.vocab_size // 32)
@@ -173,8 +177,7 @@ class Scheduler:
   def load(self) -> Load:
     """How busy it is now."""
     with self._lock:
-      works = [*self._running.values()]
-      works += [self._reading] if self._reading else []
+      works = [*self._running.values(), *self._group]
       return Load(
         waiting=len(self._waiting),
         running=len(works),
@@ -219,8 +222,7 @@ class Scheduler:
 
     with self._lock:
       cancelled, self._cancelled = self._cancelled, set()
-      works = [*self._waiting, *self._running.values()]
-      works += [self._reading] if self._reading else []
+      works = [*self._waiting, *self._running.values(), *self._group]
       ended = [
         (work, reason(work.answer))
         for work in works
@@ -235,16 +237,16 @@ class Scheduler:
     """Reads prompts until the budget of one step is used up."""
     budget, busy = self._read_tokens, False
     while budget > 0:
-      if self._reading is None and not self._admit():
+      if not self._group and not self._admit():
         break
-      work, busy = self._reading, True
+      busy = True
       try:
-        budget -= self._read_on(work)
+        budget -= self._read_on()
       except QwenVLError as error:
-        self._end(work, ERROR, error)
+        self._end_group(error)
       except BaseException as error:
         # What was given to the program that failed is lost.
-        self._end(work, ERROR, _failed(error))
+        self._end_group(_failed(error))
         self._bank.clear()
         if self._state.cache.lengths.is_deleted():
           self._start_over(error)
@@ -253,34 +255,67 @@ class Scheduler:
     return busy
 
   def _admit(self) -> bool:
-    """Takes the next request from the queue, if a slot is free."""
+    """Takes the next requests from the queue, if slots are free."""
     with self._lock:
-      if not self._free or not self._waiting:
-        return False
-      work = self._waiting.popleft()
-      self._waiting_tokens -= len(work.request.tokens)
-      work.slot = self._free.pop()
-      self._reading = work
-    return True
+      count = self._joining()
+      for _ in range(count):
+        work = self._waiting.popleft()
+        self._waiting_tokens -= len(work.request.tokens)
+        work.slot = self._free.pop()
+        self._group.append(work)
+    return count > 0
 
-  def _read_on(self, work: _Work) -> int:
-    """Reads a part of a prompt; returns its cost in tokens."""
-    request = work.request
-    if work.reading is None:
-      work.reading = Reading(self.engine, self._bank, request)
-    reading = work.reading
+  def _joining(self) -> int:
+    """How many of those who wait are read next, in the order of arrival."""
+    rows = self.engine.read_rows
+    if not self._free or not self._waiting:
+      return 0
+    if rows > min(len(self._free), len(self._waiting)):
+      return 1
+    first, *others = (
+      work.request for work in itertools.islice(self._waiting, rows)
+    )
+    length = len(first.tokens)
+    alike = all(
+      self.engine.joins(length, len(other.tokens)) for other in others
+    )
+    images = sum(len(request.images) for request in (first, *others))
+    return rows if alike and images <= self.engine.images else 1
+
+  def _read_on(self) -> int:
+    """Reads a part of prompts; returns its cost in tokens."""
+    group = self._group
+    requests = [work.request for work in group]
+    if self._reading is None:
+      self._reading = Reading(self.engine, self._bank, requests)
+      self._read_slots = [work.slot for work in group]
+      self._read_samplings = [request.sampling for request in requests]
+    reading = self._reading
     cost = reading.step()
     if reading.finished:
-      if request.matcher is not None:
-        request.matcher.fill(self._masks[work.slot])
+      for work in group:
+        if work.request.matcher is not None:
+          work.request.matcher.fill(self._masks[work.slot])
       self._state = self.engine.insert(
-        self._state, reading.prefix, work.slot, request.sampling
+        self._state, reading.prefix, self._read_slots, self._read_samplings
       )
-      reading.release()
+      left = {work.slot for work in group}
+      for slot in self._read_slots:
+        if slot not in left:  # Its request ended while the others were read.
+          self._state = self.engine.free(self._state, slot)
       with self._lock:
-        work.reading = self._reading = None
-        self._running[work.slot] = work
+        self._running |= {work.slot: work for work in group}
+      self._stop_reading()
     return cost
+
+  def _stop_reading(self) -> None:
+    if self._reading is not None:
+      self._reading.release()
+    self._group, self._reading = [], None
+
+  def _end_group(self, error: QwenVLError) -> None:
+    for work in [*self._group]:
+      self._end(work, ERROR, error)
 
   def _advance(self) -> None:
     """One step of all running answers."""
@@ -311,8 +346,7 @@ class Scheduler:
     that is being read.
     """
     self._state = self.engine.init_state()
-    works = [*self._running.values()]
-    for work in works + ([self._reading] if self._reading else []):
+    for work in [*self._running.values(), *self._group]:
       self._end(work, ERROR, _failed(error))
     self._bank.clear()
 
@@ -344,8 +378,6 @@ class Scheduler:
     self, work: _Work, reason: str, error: QwenVLError | None = None
   ) -> None:
     """Ends an answer, wherever it is, and frees what it holds."""
-    if work.reading is not None:
-      work.reading.release()
     with self._lock:
       if work.slot < 0:
         self._waiting.remove(work)
@@ -353,8 +385,10 @@ class Scheduler:
       else:
         self._free.append(work.slot)
         self._masks[work.slot] = 0xFFFFFFFF
-        if work is self._reading:
-          self._reading = None
+        if work in self._group:
+          self._group.remove(work)
+          if not self._group:
+            self._stop_reading()
         else:
           del self._running[work.slot]
           self._state = self.engine.free(self._state, work.slot)

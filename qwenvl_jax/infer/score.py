@@ -74,7 +74,7 @@ def score(
   bank = ImageBank(engine)
   results = []
   for request, prompt in zip(requests, prompts):
-    reading = Reading(engine, bank, request, top)
+    reading = Reading(engine, bank, [request], top)
     while not reading.finished:
       reading.step()
     results.append(Scored(*(x[len(prompt) - 1 :] for x in reading.scores())))

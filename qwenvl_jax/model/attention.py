@@ -201,11 +201,11 @@ def cached_mask(index, size: int) -> Mask:
   """Which of a cache's indices new tokens may see: all up to their own.
 
   Args:
-    index: [T] int32, where in the cache the new tokens are.
+    index: [B,T] int32, where in the cache the new tokens are; B is 1 where that
+      is the same in all rows.
     size: S, of the cache.
   """
-  seen = jnp.arange(size)[None, :] <= index[:, None]
-  return Mask(bias=_bias(seen[None]))
+  return Mask(bias=_bias(jnp.arange(size) <= index[..., None]))
 
 
 def _causal(query_index, query_segments, key_segments):

@@ -53,11 +53,11 @@ class Context(NamedTuple):
 
 
 class Last(NamedTuple):
-  """Of the last layer, the one token whose hidden state is wanted.
+  """Of the last layer, the one token a row whose hidden state is wanted.
 
   Attributes:
-    index: [] int32, among the T tokens.
-    context: of this token alone.
+    index: [B] int32, among the T tokens.
+    context: of these tokens alone.
   """
 
   index: jax.Array
@@ -65,7 +65,8 @@ class Last(NamedTuple):
 
   def take(self, x) -> jax.Array:
     """[B,1,...] of [B,T,...]."""
-    return jax.lax.dynamic_slice_in_dim(x, self.index, 1, axis=1)
+    index = self.index.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, index, axis=1)
 
 
 class SelfAttention(nn.Module):
@@ -280,7 +281,7 @@ class Decoder(nn.Module):
       cache: with room for T more tokens.
       offset: [] int32, how many tokens every row has; None for none, where the
         new tokens see each other only.
-      last: [] int32, the only one of the T whose hidden state is wanted: the
+      last: [B] int32, the only one of the T whose hidden state is wanted: the
         last layer needs no more than keys and values of the others. None for
         all.
 
@@ -299,7 +300,7 @@ class Decoder(nn.Module):
       segments = jnp.ones((rows, length), jnp.int32)
       mask = causal_mask(segments, None, self.attention)
     else:
-      mask = cached_mask(index, cache.size)
+      mask = cached_mask(index[None], cache.size)
     context = context._replace(mask=mask, offset=offset)
     if last is not None:
       seen = length if offset is None else cache.size
@@ -309,7 +310,7 @@ class Decoder(nn.Module):
           one.take(context.cos),
           one.take(context.sin),
           None if context.logn is None else one.take(context.logn),
-          cached_mask(one.take(index[None])[0], seen),
+          cached_mask(one.take(positions), seen),
           offset,
         )
       )

@@ -82,10 +82,10 @@ def test_sizes_that_cannot_be():
 def place(engine, state, bank, tokens, images=None, slot=0, **settings):
   """Reads a prompt into a slot."""
   request = Request.create(engine.config, tokens, images, **settings)
-  reading = Reading(engine, bank, request)
+  reading = Reading(engine, bank, [request])
   while not reading.finished:
     reading.step()
-  state = engine.insert(state, reading.prefix, slot, request.sampling)
+  state = engine.insert(state, reading.prefix, [slot], [request.sampling])
   reading.release()
   return state
 
@@ -143,7 +143,7 @@ def test_a_slot_is_updated_in_place(engine):
   """There is one cache: every step is given the old one and writes into it."""
   state = engine.init_state()
   cache, one = bytes_of(state.cache), bytes_of(state.cache) / engine.slots
-  programs, prefix = engine._programs, engine.start(500)
+  programs, prefix = engine._programs, engine.start([500])
   assert bytes_of(prefix.cache) == pytest.approx(one, rel=0.01)
   for lowered in (
     programs.forward.lower(engine.params, state),
@@ -155,7 +155,7 @@ def test_a_slot_is_updated_in_place(engine):
     assert memory.temp_size_in_bytes < 0.2 * cache
   bank, piece = engine.init_bank(), engine.pieces(500)[-1]
   tokens, rows = np.zeros(500, np.int32), np.full(500, -1, np.int32)
-  engine.prefill(prefix, bank, tokens, rows, piece)
+  engine.prefill(prefix, bank, [tokens], [rows], piece)
   assert prefix.cache.layers[0].keys.is_deleted()
   after, _ = engine.choose(state)
   assert state.cache.layers[0].keys.is_deleted()

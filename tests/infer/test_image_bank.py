@@ -18,10 +18,11 @@ class Encoder:
   def init_bank(self):
     return [None] * self.images
 
-  def encode(self, bank, pixels, place):
+  def encode(self, bank, pixels, places):
     if pixels is None:
       raise DataError('no pixels')
-    bank[place] = pixels
+    for place, image in zip(places, pixels, strict=True):
+      bank[place] = image
     return bank
 
 
@@ -35,7 +36,8 @@ def hold(bank, name):
   place = bank.find(name)
   if place is not None:
     return place, False
-  return bank.encode(name, name), True
+  bank.encode([name], [name])
+  return bank.find(name), True
 
 
 def test_found_again_by_its_key(bank):
@@ -79,7 +81,7 @@ def test_what_is_held_stays(bank):
 def test_an_image_that_fails_takes_no_place(bank):
   for number in range(10):
     with pytest.raises(DataError):
-      bank.encode(bytes([number]), None)
+      bank.encode([bytes([number])], None)
   for name in (b'a', b'b', b'c'):
     hold(bank, name)
   assert sorted(bank.features) == [b'a', b'b', b'c']
@@ -88,8 +90,21 @@ def test_an_image_that_fails_takes_no_place(bank):
   # One that fails where all places are taken costs at most what it evicted.
   for number in range(10):
     with pytest.raises(DataError):
-      bank.encode(bytes([number]), None)
+      bank.encode([bytes([number])], None)
   assert not hold(bank, b'b')[1]
+  assert not hold(bank, b'c')[1]
+
+
+def test_several_are_encoded_at_once(bank):
+  hold(bank, b'a')
+  bank.encode([b'b', b'c'], [b'b', b'c'])
+  assert b'b' in bank
+  assert [bank.features[bank.find(x)] for x in (b'c', b'b')] == [b'c', b'b']
+  bank.release(b'a')
+  bank.release(b'b')
+  bank.encode([b'd', b'e'], [b'd', b'e'])
+  assert b'a' not in bank
+  assert b'b' not in bank
   assert not hold(bank, b'c')[1]
 
 
