@@ -64,13 +64,12 @@ def _local(q, k, v, cache, lengths):
     _, heads, size, head_dim = cache.keys.shape
     itemsize = cache.keys.dtype.itemsize
     if decode_kernel.block_size(heads, size, head_dim, itemsize):
-      out, cache = decode_kernel.append_and_attend(
-        scaled(q), new, cache, lengths
-      )
-      return out.astype(q.dtype), LayerCache(*cache)
+      out, cache = decode_kernel.append_and_attend(q, new, cache, lengths)
+      return out, LayerCache(*cache)
   cache = append(cache, new, lengths)
   attend = _by_rows if device == 'cpu' else _whole
-  return attend(scaled(q), cache, lengths).astype(q.dtype), cache
+  q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+  return attend(q, cache, lengths).astype(q.dtype), cache
 
 
 def stored(k, v, cache: LayerCache) -> LayerCache:
@@ -85,11 +84,6 @@ def stored(k, v, cache: LayerCache) -> LayerCache:
     return LayerCache(k.astype(cache.keys.dtype), v.astype(cache.values.dtype))
   (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
   return LayerCache(k, v, k_scales, v_scales)
-
-
-def scaled(q):
-  """Queries [...,H] over the root of H."""
-  return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
 def append(cache: LayerCache, new: LayerCache, lengths) -> LayerCache:

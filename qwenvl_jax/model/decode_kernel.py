@@ -10,7 +10,6 @@ block is under way while one is worked on, also from row to row.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +51,7 @@ def append_and_attend(q, new, cache, lengths, interpret: bool = False):
   """Writes one token of each row into the cache and attends to all so far.
 
   Args:
-    q: [B,N,H], scaled, in the dtype of the products.
+    q: [B,N,H] in the dtype of the products.
     new: (k, v, key scales, value scales) of the new tokens as the cache holds
       them: [B,N,H] twice and [B,N] float32 twice, these None unless int8.
     cache: (keys, values, key scales, value scales): [B,N,S,H] twice and [B,N,S]
@@ -61,7 +60,7 @@ def append_and_attend(q, new, cache, lengths, interpret: bool = False):
     interpret: run without a TPU, slowly.
 
   Returns:
-    ([B,N,H] float32, the new cache).
+    ([B,N,H] in the dtype of q, the new cache).
   """
   rows, heads, size, head_dim = cache[0].shape
   dtype = cache[0].dtype
@@ -103,7 +102,7 @@ def append_and_attend(q, new, cache, lengths, interpret: bool = False):
   blocks = pl.BlockSpec((1, heads, block, head_dim), of_block)
   tiles = pl.BlockSpec((1, heads, tile, head_dim), of_tile)
   quantized = cache[2] is not None
-  arrays = [q, *(x.astype(jnp.float32) for x in new[:2])]
+  arrays = [q, *new[:2]]
   in_specs = [vector, vector, vector]
   stored, stored_specs, out_specs = [*cache[:2]], [blocks] * 2, [tiles] * 2
   if quantized:
@@ -129,7 +128,7 @@ def append_and_attend(q, new, cache, lengths, interpret: bool = False):
       ],
     ),
     out_shape=[
-      jax.ShapeDtypeStruct((rows, heads, head_dim), jnp.float32),
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
       *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stored),
     ],
     input_output_aliases={first + i: 1 + i for i in range(len(stored))},
@@ -186,11 +185,14 @@ def _kernel(
   number, last = step_blocks[at], length // block
   precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
+  scale = q.shape[-1] ** -0.5
+
   @pl.when(number == 0)
   def _start():
     """From the new token, which always counts."""
-    score = jnp.sum(q[0].astype(jnp.float32) * k[0], axis=1, keepdims=True)
-    value = v[0]
+    key, value = k[0].astype(jnp.float32), v[0].astype(jnp.float32)
+    score = q[0].astype(jnp.float32) * key
+    score = scale * jnp.sum(score, axis=1, keepdims=True)
     if quantized:
       score *= k_scale[0]
       value *= v_scale[0]
@@ -213,8 +215,7 @@ def _kernel(
       ],
       axis=0,
     )
-    if quantized:
-      scores *= key_scales[0]
+    scores *= scale * key_scales[0] if quantized else scale
     index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     scores = jnp.where(index < length - number * block, scores, _MASKED)
     before = highest[:, :1]
@@ -242,7 +243,7 @@ def _kernel(
 
   @pl.when(number == last)
   def _finish():
-    out[0] = weighted[...] / total[:, :1]
+    out[0] = (weighted[...] / total[:, :1]).astype(out.dtype)
     place = length % block
     _put(keys, new_keys, k[0], place, tile)
     _put(values, new_values, v[0], place, tile)
@@ -271,8 +272,3 @@ def _put_scale(old, new, scale, place):
   before = old[0, :, pl.ds(start, _LANES)]
   index = jax.lax.broadcasted_iota(jnp.int32, before.shape, 1)
   new[0] = jnp.where(index == place % _LANES, scale, before)
-
-
-def flops(rows: int, heads: int, size: int, head_dim: int) -> float:
-  """FLOPs of a call on full rows: the two products."""
-  return 4.0 * math.prod((rows, heads, size, head_dim))
