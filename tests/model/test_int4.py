@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.infer import generate
-from qwenvl_jax.infer.sampling import Chooser, Sampling
-from qwenvl_jax.model.cache import KVCache
+from qwenvl_jax.infer.programs import programs
 from qwenvl_jax.model.config import (
   AdapterConfig,
   DecoderConfig,
@@ -21,7 +19,6 @@ from qwenvl_jax.model.config import (
   qwen_vl_7b,
 )
 from qwenvl_jax.model.int4 import Int4Kernel, dequantized
-from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.train.objective import NextToken
 
 INT4 = pathlib.Path(__file__).parents[1] / 'goldens' / 'int4'
@@ -97,41 +94,24 @@ def test_half_a_byte_a_weight_at_full_size():
 
 
 def test_decoding_holds_no_dequantized_model():
-  """Only one layer's kernels are ever there, also in the loop over tokens."""
+  """Of 16 layers, the kernels of one or two are ever there."""
   config = QwenVLConfig(
     VisionConfig(28, width=32, layers=1, heads=2, mlp_dim=64, position_grid=2),
     AdapterConfig(queries=4, dim=256, heads=2),
     DecoderConfig(512, 256, 16, 4, 64, 512, int4_group=128),
     image_start_id=500,
     remat='none',
+    scan_layers=False,
   )
-  model = QwenVL(config)
   params = nn.meta.unbox(
     jax.eval_shape(NextToken(config).init, jax.random.key(0))
   )
   decoder = config.decoder
   # In float32, which a CPU multiplies bfloat16 in.
   layer = 4 * (4 * decoder.dim**2 + 3 * decoder.dim * decoder.mlp_dim)
-  cache = jax.eval_shape(
-    lambda: KVCache.create(config, 1, 32, jnp.ones(1, jnp.int32))
-  )
-  chooser = Chooser.create(Sampling(), (), 0, None)
-  rows = np.zeros(1, np.int32)
-  memory = (
-    generate._decode.lower(
-      model,
-      params,
-      cache,
-      jax.ShapeDtypeStruct((1, decoder.vocab_size), config.dtype),
-      chooser,
-      rows,
-      np.zeros(1, bool),
-      32,
-      room=32,
-    )
-    .compile()
-    .memory_analysis()
-  )
+  engine = programs(config)
+  state = jax.eval_shape(lambda: engine.init_state(1, 32))
+  memory = engine.forward.lower(params, state).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 2 * layer
 
 
