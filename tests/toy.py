@@ -62,7 +62,11 @@ def params(config: QwenVLConfig) -> dict:
       size = 0.7  # What is drawn is to depend on what the model says.
     return rng.normal(0, size, leaf.shape).astype(np.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, nn.meta.unbox(shapes)['params'])
+  found = jax.tree_util.tree_map_with_path(
+    draw, nn.meta.unbox(shapes)['params']
+  )
+  # Bound to a device, as what is read from a checkpoint.
+  return jax.device_put(found, jax.devices()[0])
 
 
 def engine(layers: int = 1, dim: int = 32, **sizes) -> Engine:
@@ -90,4 +94,5 @@ def damaged(params: dict, token: int) -> dict:
   """The same parameters, but for a token's embedding, which is not finite."""
   embed = np.array(params['decoder']['embed'])
   embed[token] = np.nan
+  embed = jax.device_put(embed, jax.devices()[0])
   return params | {'decoder': params['decoder'] | {'embed': embed}}

@@ -126,6 +126,13 @@ class Engine:
       config = config.replace(scan_layers=False)
       params = unstack_layers(params)
     self.config, self.params = config, params
+    devices = {
+      device
+      for leaf in jax.tree.leaves(params)
+      if isinstance(leaf, jax.Array)
+      for device in leaf.devices()
+    }
+    self._device = devices.pop() if len(devices) == 1 else None
     positions = config.decoder.max_position_embeddings
     self.max_len = sizes.max_len or positions
     if self.max_len > positions:
@@ -228,11 +235,21 @@ class Engine:
 
   def init_state(self) -> State:
     """Makes a state with all slots free."""
-    return self._programs.init_state(self.slots, self._size)
+    return self._put(self._programs.init_state(self.slots, self._size))
 
   def init_bank(self) -> jax.Array:
     """Makes an empty bank [F,Q,D] of image features."""
-    return self._programs.init_bank(self.images)
+    return self._put(self._programs.init_bank(self.images))
+
+  def _put(self, arrays):
+    """Places new arrays like what the programs make of them.
+
+    JAX compiles again for arrays that are bound to a device after some that
+    were not, and parameters that were loaded are bound. On a mesh, the programs
+    themselves say where arrays are.
+    """
+    device = self._device
+    return arrays if device is None else jax.device_put(arrays, device)
 
   def encode(self, bank, pixels, places: Sequence[int]) -> jax.Array:
     """Puts the features of images into the bank.
@@ -252,9 +269,8 @@ class Engine:
     Args:
       lengths: one, or several whose `prefix_size` is the same.
     """
-    return self._programs.start(
-      self.prefix_size(lengths[0]), np.asarray(lengths, np.int32)
-    )
+    size = self.prefix_size(lengths[0])
+    return self._put(self._programs.start(size, np.asarray(lengths, np.int32)))
 
   def prefill(
     self,

@@ -293,9 +293,11 @@ class Scheduler:
     reading = self._reading
     cost = reading.step()
     if reading.finished:
-      for work in group:
+      for work in [*group]:
         if work.request.matcher is not None:
-          work.request.matcher.fill(self._masks[work.slot])
+          self._begin_grammar(work)
+      if not group:
+        return cost
       self._state = self.engine.insert(
         self._state, reading.prefix, self._read_slots, self._read_samplings
       )
@@ -307,6 +309,13 @@ class Scheduler:
         self._running |= {work.slot: work for work in group}
       self._stop_reading()
     return cost
+
+  def _begin_grammar(self, work: _Work) -> None:
+    try:
+      work.request.matcher.fill(self._masks[work.slot])
+    except Exception as error:
+      known = isinstance(error, QwenVLError)
+      self._end(work, ERROR, error if known else _failed(error))
 
   def _stop_reading(self) -> None:
     if self._reading is not None:
