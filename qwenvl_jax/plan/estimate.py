@@ -3,8 +3,14 @@
 The compiler writes beside most operations how many cycles it expects them to
 take. Collectives carry no estimate: they take their bytes over the bandwidth of
 the links, which serve one after the other. Attention kernels carry none either:
-they take their FLOPs at half of the chip's peak. Nothing of this was measured
-on a chip; it is an estimate and named so.
+they take their FLOPs at half of the chip's peak, or what they read from memory
+at `MEMORY_EFFICIENCY` of its bandwidth, if that is more. Nothing of this was
+measured on a chip; it is an estimate and named so.
+
+A step that waits for memory needs one thing more. The compiler copies
+parameters ahead, into vector memory, and counts no time for that, though memory
+serves only one at a time. Where it is asked for, whoever uses memory waits for
+the copies that were begun before.
 """
 
 import collections
@@ -16,6 +22,9 @@ from qwenvl_jax.plan.topology import Chip
 
 # What an attention kernel reaches of the peak.
 KERNEL_EFFICIENCY = 0.5
+# What a decode kernel reaches of the bandwidth of memory; docs/serving.md says
+# why.
+MEMORY_EFFICIENCY = 0.86
 
 
 @dataclasses.dataclass
@@ -42,6 +51,7 @@ class Estimate:
   Attributes:
     compute_seconds: operations with the compiler's estimate.
     kernel_seconds: attention kernels.
+    memory_seconds: waiting for memory, beside what the two above contain.
     traffic: by kind of collective.
     collectives: all of them, with how often each runs and whether beside
       computation.
@@ -50,6 +60,7 @@ class Estimate:
 
   compute_seconds: float = 0.0
   kernel_seconds: float = 0.0
+  memory_seconds: float = 0.0
   traffic: dict[str, Traffic] = dataclasses.field(
     default_factory=lambda: collections.defaultdict(Traffic)
   )
@@ -66,7 +77,12 @@ class Estimate:
 
   @property
   def seconds(self) -> float:
-    return self.compute_seconds + self.kernel_seconds + self.exposed_seconds
+    return (
+      self.compute_seconds
+      + self.kernel_seconds
+      + self.memory_seconds
+      + self.exposed_seconds
+    )
 
   @property
   def bytes(self) -> float:
@@ -80,15 +96,18 @@ class Estimate:
     return sum(t.overlapped for t in self.traffic.values()) / self.bytes
 
 
-def estimate(program: hlo.Program, chip: Chip) -> Estimate:
+def estimate(
+  program: hlo.Program, chip: Chip, memory: bool = False
+) -> Estimate:
   """Plays a program through.
 
   Args:
     program: as compiled for the chip.
     chip: gives clock, peak and bandwidths.
+    memory: whether copies that are begun ahead keep memory busy.
   """
   result = Estimate()
-  _play(program, program.entry, 1, chip, result)
+  _play(program, program.entry, 1, chip, result, memory)
   return result
 
 
@@ -109,28 +128,34 @@ def seconds_on_links(collective: Collective, chip: Chip) -> float:
 
 
 class _Play:
-  """One run through a computation: a clock, and links that are busy until."""
+  """One run through a computation: a clock, and links that are busy until.
 
-  def __init__(self):
+  `memory` is None where nobody asks for it, else a `_Memory`.
+  """
+
+  def __init__(self, memory: bool):
     self.now = 0.0
     self.busy_until = 0.0
     self.under_way = {}
+    self.memory = _Memory() if memory else None
 
 
-def _play(program, name, times, chip, result) -> float:
+def _play(program, name, times, chip, result, memory) -> float:
   """Adds a computation's costs to the result; returns the seconds of a run."""
   computation = program.computations[name]
-  play = _Play()
+  play = _Play(memory)
   for instruction in computation:
     opcode = instruction.opcode
     if opcode == 'while':
       trips = hlo.trips(program, instruction, computation)
       body = instruction.attribute(r'body=%?([\w.\-]+)')
-      play.now += trips * _play(program, body, times * trips, chip, result)
+      play.now += trips * _play(
+        program, body, times * trips, chip, result, memory
+      )
       continue
     if opcode in ('call', 'conditional'):
       for called in instruction.called:
-        play.now += _play(program, called, times, chip, result)
+        play.now += _play(program, called, times, chip, result, memory)
       continue
     _end(instruction, program, play, times, result)
     _compute(instruction, computation, play, times, chip, result)
@@ -146,14 +171,79 @@ def _compute(instruction, computation, play, times, chip, result) -> None:
   if instruction.opcode == 'custom-call' and not cycles:
     work = flops.kernel_call_flops(instruction, computation) or 0.0
     seconds = work / (KERNEL_EFFICIENCY * chip.peak_flops)
+    if flops.is_decode_attention(instruction):
+      read = flops.decode_attention_bytes(instruction, computation)
+      reading = read / (MEMORY_EFFICIENCY * chip.hbm_bandwidth)
+      seconds = max(seconds, reading)
     result.kernel_seconds += times * seconds
   else:
     result.compute_seconds += times * seconds
+  if play.memory is not None:
+    waited = play.memory.wait(instruction, computation, play.now, seconds, chip)
+    play.now += waited
+    result.memory_seconds += times * waited
   if seconds:
     play.now += seconds
     result.by_operation[instruction.op_name or instruction.name] += (
       times * seconds
     )
+
+
+class _Memory:
+  """Who uses memory, one after the other."""
+
+  _COPIES = ('copy', 'slice', 'dynamic-slice')
+
+  def __init__(self):
+    self._busy_until = 0.0
+    self._copies = {}
+
+  def wait(self, instruction, computation, now, seconds, chip) -> float:
+    """Seconds that an instruction waits for memory.
+
+    Args:
+      instruction: may begin a copy, wait for one, or use memory itself.
+      computation: that it stands in.
+      now: when it begins.
+      seconds: that it takes alone.
+      chip: gives the bandwidth.
+    """
+    base, _, end = instruction.opcode.rpartition('-')
+    if base in self._COPIES and end == 'start':
+      moved = max(
+        (shape.bytes for shape in instruction.shapes if shape.on_chip),
+        default=2 * instruction.shapes[0].bytes,
+      )
+      self._copies[instruction.name] = self._use(
+        now, moved / chip.hbm_bandwidth
+      )
+      return 0.0
+    if base in self._COPIES and end == 'done':
+      (begun,) = instruction.operands
+      return max(0.0, self._copies.pop(begun, now) - now)
+    if not seconds:
+      return 0.0
+    operands = computation.operands(instruction)
+    used = sum(
+      shape.bytes
+      for one in (instruction, *operands)
+      for shape in one.shapes
+      if not shape.on_chip
+    )
+    if not used:
+      return 0.0
+    # Of a table that rows are taken from, not all is read. What a kernel does
+    # not reach of the bandwidth is there for nobody.
+    using = min(used / chip.hbm_bandwidth, seconds)
+    if flops.is_decode_attention(instruction):
+      using = seconds
+    done = self._use(now, using)
+    return max(0.0, done - now - seconds)
+
+  def _use(self, now: float, seconds: float) -> float:
+    """When memory has served someone who asks for so many seconds of it."""
+    self._busy_until = max(self._busy_until, now) + seconds
+    return self._busy_until
 
 
 def _begin(instruction, computation, program, play, times, chip, result):

@@ -1,4 +1,7 @@
-"""FLOPs of a compiled program: products, convolutions, attention kernels."""
+"""FLOPs of a compiled program: products, convolutions, attention kernels.
+
+Of kernels that wait for memory, also the bytes.
+"""
 
 import functools
 import json
@@ -7,7 +10,13 @@ import re
 
 import numpy as np
 
-from qwenvl_jax.plan.hlo import Computation, Instruction, Program, walk
+from qwenvl_jax.plan.hlo import (
+  Computation,
+  Instruction,
+  Program,
+  Shape,
+  walk,
+)
 
 
 def product_flops(program: Program) -> float:
@@ -103,6 +112,7 @@ _FLOPS = {'dot': _dot, 'convolution': _convolution}
 # more where the kernel of dK and dV also makes dQ.
 _SPLASH = re.compile(r'splash_m[hq]a_(fwd|dq|dkv)')
 
+_DECODE = re.compile(r'^decode_attention\b')
 
 # The decoder's attention is causal, that of the vision transformer is not.
 _CAUSAL = re.compile(r'\bdecoder\b')
@@ -132,11 +142,40 @@ def kernel_call_flops(
   call: Instruction, computation: Computation
 ) -> float | None:
   """FLOPs of one call of an attention kernel; None for anything else."""
+  if is_decode_attention(call):
+    # Scores and values, two FLOPs for each key of a full cache.
+    return 4.0 * _keys(call, computation).size
   match = _SPLASH.search(call.name) or _SPLASH.search(call.op_name)
   if '"tpu_custom_call"' not in call.rest or not match:
     return None
   return _splash(
     match[1], call, computation, bool(_CAUSAL.search(call.op_name))
+  )
+
+
+def is_decode_attention(call: Instruction) -> bool:
+  """Whether this is `model.decode_kernel`."""
+  return '"tpu_custom_call"' in call.rest and bool(_DECODE.search(call.name))
+
+
+def decode_attention_bytes(
+  call: Instruction, computation: Computation
+) -> float:
+  """Bytes that a call of `model.decode_kernel` reads from a full cache."""
+  rows, _, size = _keys(call, computation).dims[:3]
+  return sum(
+    operand.bytes
+    for operand in computation.operands(call)
+    if operand.shapes[0].dims[::2][:2] == (rows, size)
+  )
+
+
+def _keys(call, computation) -> Shape:
+  """The first operand [B,N,S,H] of `model.decode_kernel`."""
+  return next(
+    operand.shapes[0]
+    for operand in computation.operands(call)
+    if len(operand.shapes[0].dims) == 4
   )
 
 

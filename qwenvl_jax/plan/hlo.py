@@ -16,7 +16,9 @@ _BITS = {
   's32': 32, 'u32': 32, 's64': 64, 'u64': 64, 'bf16': 16, 'f16': 16,
   'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128,
 }  # fmt: skip
-_SHAPE = re.compile(r'\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]')
+_SHAPE = re.compile(r'\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?')
+# In a layout: the memory beside a TPU's units, not the large one.
+_ON_CHIP = 'S(1)'
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*->.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = ')
 _OPCODE = re.compile(r'([\w\-]+)\(')
@@ -29,10 +31,17 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Of one array."""
+  """Of one array.
+
+  Attributes:
+    dtype: as 'bf16'.
+    dims: sizes of its axes.
+    on_chip: whether it lies in the chip's vector memory, not in HBM.
+  """
 
   dtype: str
   dims: tuple[int, ...]
+  on_chip: bool = dataclasses.field(default=False, compare=False)
 
   @property
   def size(self) -> int:
@@ -157,7 +166,7 @@ def parse(text: str) -> Program:
       if match:
         name, lines = match[2], []
         entry = name if match[1] else entry
-    elif line == '}':
+    elif line == '}' or line.startswith('}, '):  # Of a core of another kind.
       computations[name] = _computation(name, lines)
       name = None
     elif _INSTRUCTION.match(line):
@@ -181,8 +190,10 @@ def _instruction(line: str) -> Instruction:
   name, text = match[2], line[match.end() :]
   end = _closing(text, 0) + 1 if text.startswith('(') else text.index(' ')
   shapes = tuple(
-    Shape(dtype, tuple(int(n) for n in dims.split(',') if n))
-    for dtype, dims in _SHAPE.findall(text[:end])
+    Shape(
+      dtype, tuple(int(n) for n in dims.split(',') if n), _ON_CHIP in layout
+    )
+    for dtype, dims, layout in _SHAPE.findall(text[:end])
   )
   opcode = _OPCODE.search(text, end)
   close = _closing(text, opcode.end() - 1)

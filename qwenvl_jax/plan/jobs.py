@@ -5,29 +5,30 @@ no checkpoint is opened.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from qwenvl_jax.batch import Batch
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.infer import generate
-from qwenvl_jax.infer.sampling import Chooser, Sampling
+from qwenvl_jax.infer.programs import Functions
+from qwenvl_jax.infer.sampling import Sampling, Settings
+from qwenvl_jax.infer.state import State
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.plan.model_flops import Work, work_of
 from qwenvl_jax.sharding import (
-  BATCH_AXES,
   batch_sharding,
   data_shards,
   make_mesh,
-  replicated,
+  spec,
   use_mesh,
 )
 from qwenvl_jax.train.loop import TrainConfig
@@ -55,6 +56,8 @@ class Job:
     trained: paths of the trained parameters.
     accumulation: microbatches a step.
     steps: of the whole run; None where there is no such thing.
+    hbm_read_bytes: that each chip has to read from its memory in a step, where
+      that is what a step waits for; else None.
   """
 
   what: str
@@ -67,6 +70,7 @@ class Job:
   trained: frozenset[str] = frozenset()
   accumulation: int = 1
   steps: int | None = None
+  hbm_read_bytes: float | None = None
 
 
 def make(
@@ -75,6 +79,7 @@ def make(
   devices: Sequence,
   rows: int | None = None,
   length: int | None = None,
+  cache_dtype: str | None = None,
 ) -> Job:
   """The program of a configuration for these devices.
 
@@ -86,6 +91,7 @@ def make(
       of a microbatch in 'eval', else one for each shard of the batch.
     length: tokens of the prompts in 'prefill', slots of the cache in 'decode';
       None for the length of a training row.
+    cache_dtype: of the cache in 'decode', see `infer.engine.EngineConfig`.
 
   Raises:
     ConfigError: a mesh or a batch that the devices do not allow, or a
@@ -116,13 +122,10 @@ def make(
   if what == 'eval':
     rows = data.batch_size // config.accumulation if rows is None else rows
     return _eval(config, mesh, rows)
-  make_inference = _prefill if what == 'prefill' else _decode
-  return make_inference(
-    config,
-    mesh,
-    rows or data_shards(mesh),
-    length or data.sequence_length,
-  )
+  rows, length = rows or data_shards(mesh), length or data.sequence_length
+  if what == 'prefill':
+    return _prefill(config, mesh, rows, length)
+  return _decode(config, mesh, rows, length, cache_dtype)
 
 
 def abstract_batch(data: Pipeline, mesh: Mesh) -> dict[str, Any]:
@@ -193,55 +196,66 @@ def _prefill(config: TrainConfig, mesh: Mesh, rows: int, length: int) -> Job:
   data = dataclasses.replace(
     config.data, batch_size=rows, sequence_length=length
   )
+  config = _apart(config)
   model = QwenVL(config.objective.config)
   params = _inference_params(config, mesh)
   batch = abstract_batch(data, mesh)
 
-  def read(params, batch):
-    batch = Batch(**batch)
-    lengths = jnp.sum(batch.segment_ids, axis=1)
-    cache = KVCache.create(model.config, rows, length, lengths)
-    return model.apply({'params': params}, batch, cache, method='extend')
+  def read(params, pixels, tokens, sources):
+    def apply(*arguments, method):
+      return model.apply({'params': params}, *arguments, method=method)
 
-  cache = _abstract_cache(model.config, rows, length, mesh)
-  places = jax.tree.map(lambda x: x.sharding, cache)
-  program = jax.jit(read, out_shardings=(batch_sharding(mesh), places))
+    cache = KVCache.create(model.config, rows, length, length)
+    features = apply(pixels, method='encode_images')
+    features = features.reshape(-1, features.shape[-1])
+    x, cache = apply(tokens, cache, None, features, sources, method='extend')
+    return apply(x[:, -1:], method='head')[:, 0], cache
+
+  tokens = batch['tokens']
   return _job(
     config,
     mesh,
-    program,
-    (params, batch),
+    jax.jit(read),
+    (params, batch['pixels'], tokens, tokens),
     what='prefill',
     params=params,
     work=dataclasses.replace(work_of(data), logits=1),
   )
 
 
-def _decode(config: TrainConfig, mesh: Mesh, rows: int, length: int) -> Job:
-  """One more token in every row; the cache is given up and comes back."""
+def _decode(
+  config: TrainConfig,
+  mesh: Mesh,
+  rows: int,
+  length: int,
+  cache_dtype: str | None,
+) -> Job:
+  """One step of the engine: the most likely next token of every slot."""
   check_batch(rows, 1, mesh)
-  model = QwenVL(config.objective.config)
+  config = _apart(config)
+  functions = Functions(config.objective.config, cache_dtype)
   params = _inference_params(config, mesh)
-  cache = _abstract_cache(model.config, rows, length, mesh)
-  chooser = Chooser.create(Sampling(), stop_ids=())
+  state = _abstract_slots(functions, config, rows, length, mesh)
+  # A constant, so that what greedy requests do without is not in the program:
+  # where it is, the engine passes it by.
+  greedy = Settings.create([Sampling()] * rows)
 
-  def one(params, cache, tokens, numbers, step):
-    logits, cache = generate.extend(model, params, cache, tokens, step)
-    return chooser.choose(logits, numbers, step), cache
+  def step(params, state):
+    settings = state.settings
+    state = dataclasses.replace(state, settings=greedy)
+    state, chosen = functions.choose(state, None, top=0)
+    state = dataclasses.replace(state, settings=settings)
+    return functions.forward(params, state), chosen
 
-  split = batch_sharding(mesh)
-  tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
-  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-  places = jax.tree.map(lambda x: x.sharding, cache)
-  program = jax.jit(one, donate_argnums=1, out_shardings=(split, places))
   return _job(
     config,
     mesh,
-    program,
-    (params, cache, tokens, tokens, step),
+    jax.jit(step, donate_argnums=1),
+    (params, state),
     what='decode',
     params=params,
     work=Work(rows, 1, 0, config.data.image_size, keys=length),
+    hbm_read_bytes=_read_bytes(params, state, mesh),
   )
 
 
@@ -254,8 +268,8 @@ def _job(
     config: of the run.
     mesh: see `make_mesh`.
     program: has `lower`.
-    arguments: abstract; first what is kept, then what is split as the batch is,
-      then what is too small to count.
+    arguments: abstract; first what is kept, then what is split as the batch is
+      (the engine's state also by 'tensor'), then what is too small to count.
     **about: the other fields of `Job`.
   """
 
@@ -286,22 +300,59 @@ def _inference_params(config: TrainConfig, mesh: Mesh) -> Any:
   return jax.tree.map(loaded, params)
 
 
-def _abstract_cache(config, rows: int, length: int, mesh: Mesh) -> KVCache:
-  """A cache split like the batch, and its heads like those of the layers."""
-  shapes = jax.eval_shape(
-    lambda lengths: KVCache.create(config, rows, length, lengths),
-    jax.ShapeDtypeStruct((rows,), jnp.int32),
+def _apart(config: TrainConfig) -> TrainConfig:
+  """With the decoder's layers apart, as inference has them."""
+  model = config.objective.config.replace(scan_layers=False)
+  objective = dataclasses.replace(config.objective, config=model)
+  return dataclasses.replace(config, objective=objective)
+
+
+def _abstract_slots(
+  functions: Functions,
+  config: TrainConfig,
+  rows: int,
+  length: int,
+  mesh: Mesh,
+) -> State:
+  """The engine's state, placed as `infer.state.place` does."""
+  vocabulary = config.objective.config.decoder.vocab_size
+
+  def placed(x):
+    names = ('batch', *(None,) * (x.ndim - 1))
+    if x.ndim > 2:
+      names = ('batch', 'heads_act', None, None)[: x.ndim]
+    elif x.shape[1:] == (vocabulary,):
+      names = ('batch', 'vocab_act')
+    sharding = NamedSharding(mesh, spec(names, x.shape, mesh))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  state = jax.eval_shape(lambda: functions.init_state(rows, length))
+  return jax.tree.map(placed, state)
+
+
+def _read_bytes(params: Any, state: State, mesh: Mesh) -> float:
+  """Bytes a chip that a step of decoding has to read from memory.
+
+  The decoder's parameters but for the embedding, of which it takes a row for
+  each token, and the whole cache.
+
+  Args:
+    params: abstract, as the program takes them.
+    state: abstract; its cache counts as filled.
+    mesh: of these.
+  """
+  decoder = {k: x for k, x in params['decoder'].items() if k != 'embed'}
+
+  def read(x):
+    # What 'fsdp' splits is gathered: every chip reads all that others hold.
+    split = 'tensor' in jax.tree.leaves(tuple(x.sharding.spec))
+    return _bytes(x) / (mesh.shape['tensor'] if split else 1)
+
+  held = (
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(state.cache.layers)
   )
-  stored = NamedSharding(
-    mesh, PartitionSpec(None, BATCH_AXES, None, 'tensor', None)
-  )
-  split = batch_sharding(mesh)
-  places = KVCache(stored, stored, split, replicated(mesh), split)
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    shapes,
-    places,
-  )
+  return sum(map(read, jax.tree.leaves(decoder))) + sum(held)
 
 
 def _ideal_bytes(kept: Any, batch: Any, mesh: Mesh) -> float:
@@ -309,12 +360,12 @@ def _ideal_bytes(kept: Any, batch: Any, mesh: Mesh) -> float:
 
   Args:
     kept: parameters, or the whole state; 'data' repeats them.
-    batch: split over the axes of the batch.
+    batch: split over the axes of the batch; the engine's state over all.
     mesh: see `make_mesh`.
   """
   copies = mesh.shape['data']
-  total = _bytes(kept) * copies / mesh.size
-  return total + _bytes(batch) / data_shards(mesh)
+  ways = mesh.size if isinstance(batch, State) else data_shards(mesh)
+  return _bytes(kept) * copies / mesh.size + _bytes(batch) / ways
 
 
 def _bytes(tree: Any) -> float:

@@ -15,12 +15,15 @@ from qwenvl_jax import configuration, entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan import jobs, report, search, topology
 from qwenvl_jax.plan.plan import make_plan
+from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.loop import TrainConfig
 
 DESCRIPTION = """
 Compiles the program of a stage for a TPU pod that is not there, and prints what
 it will take: memory a chip, FLOPs, what is sent between chips, estimated time,
-utilization, days and chip-hours.
+utilization, days and chip-hours. Programs of inference use all chips of a slice
+for each row, up to the number of heads, unless the command says otherwise
+(--gin.MeshConfig...).
 
 Needs no TPU, no data and no checkpoint, but the compiler: pip install
 'qwenvl_jax[plan]' (Linux on x86-64). A full-size step compiles in five to
@@ -36,9 +39,10 @@ qwenvl-plan --gin_file=stage2.gin --topology=v5e:8x8 --json \\
   --gin.MeshConfig.tensor=1 --gin.TrainConfig.accumulation=16
 qwenvl-plan --gin_file=stage1.gin --topology=v5e:16x16 --slices=2
 qwenvl-plan --gin_file=stage3.gin --topology=v5p:2x2x1 --search
-qwenvl-plan --gin_file=stage3.gin --topology=v5e:4x4 --what=decode \\
-  --gin.MeshConfig.tensor=4 --rows=16
+qwenvl-plan --gin_file=stage3.gin --topology=v5e:2x4 --what=decode --rows=64
 """
+
+INFERENCE = ('prefill', 'decode')
 
 # What a run reads and a plan does not: neither has to exist, nor to be named.
 UNREAD = ('TrainConfig.init=None', 'Pipeline.streams=()')
@@ -82,6 +86,11 @@ def command(argv: Sequence[str]) -> int:
     type=int,
     help='for prefill: tokens of a prompt; for decode: of the cache (default: '
     'those of a training row)',
+  )
+  arguments.add_argument(
+    '--cache_dtype',
+    choices=('int8',),
+    help='for decode: of the cache (default: that of the computation)',
   )
   arguments.add_argument(
     '--json', action='store_true', help='print one JSON object and nothing else'
@@ -130,7 +139,12 @@ def command(argv: Sequence[str]) -> int:
   config = configuration.build(TrainConfig, whole=False)
   if flags.search:
     return _search(config, wanted, devices, flags)
-  job = jobs.make(flags.what, config, devices, flags.rows, flags.length)
+  if flags.what in INFERENCE and not _says_mesh(bindings, files):
+    mesh = inference_mesh(config.objective.config.decoder.heads, wanted)
+    config = dataclasses.replace(config, mesh=mesh)
+  job = jobs.make(
+    flags.what, config, devices, flags.rows, flags.length, flags.cache_dtype
+  )
   with _working(f'compiling {flags.what} for {wanted.name}', flags.json):
     plan = make_plan(job, wanted, effort=-1.0 if flags.quick else 0.0)
   if flags.json:
@@ -164,12 +178,28 @@ def pod_settings(
   pod = f'topology/{wanted.chip.name}_{math.prod(wanted.shape)}'
   about = [f'{pod}/{Path(stage).name}', f'{pod}/mesh.gin']
   found = [x for x in about if (configuration.CONFIGS / x).is_file()][:1]
-  inference = what in ('prefill', 'decode')
-  if plain or inference or any('topology' in Path(x).parts for x in files):
+  if (
+    plain
+    or what in INFERENCE
+    or any('topology' in Path(x).parts for x in files)
+  ):
     found = []
   slices = found and wanted.slices > 1
   more = [f'MeshConfig.data={wanted.slices}'] if slices else []
   return [stage, *found, *others], more
+
+
+def inference_mesh(heads: int, wanted: topology.Topology) -> MeshConfig:
+  """How inference uses a slice: all chips for each row, up to one a head."""
+  tensor = math.gcd(heads, math.prod(wanted.shape))
+  return MeshConfig(data=-1, fsdp=1, tensor=tensor)
+
+
+def _says_mesh(bindings: Sequence[str], files: Sequence[str]) -> bool:
+  """Whether the command itself says how to use the chips."""
+  return any('MeshConfig.' in binding for binding in bindings) or any(
+    'topology' in Path(file).parts for file in files
+  )
 
 
 def _search(config, wanted, devices, flags) -> int:

@@ -36,6 +36,10 @@ class Plan:
     fits: whether the program can run.
     peak_hbm_bytes: memory at the fullest moment, or what it would need.
     hbm_limit_bytes: usable memory.
+    hbm_bytes_per_second: bandwidth of memory.
+    hbm_read_bytes: that a step of 'decode' has to read from memory: the
+      parameters that it multiplies with, and a full cache.
+    hbm_share: of the estimated step, what reading takes at full bandwidth.
     argument_bytes: state and batch; the ideal where it does not fit.
     ideal_argument_bytes: of them if nothing were padded or kept whole.
     parameters: of the model.
@@ -45,9 +49,11 @@ class Plan:
     kernel_flops: of those, attention kernels.
     model_flops: what the model needs, see `model_flops`.
     flops_ratio: program_flops over model_flops.
-    estimated_step_seconds: the sum of the three that follow.
+    estimated_step_seconds: the sum of the four that follow.
     estimated_compute_seconds: operations, by the compiler's own estimates.
     estimated_kernel_seconds: attention kernels.
+    estimated_memory_seconds: of 'decode', waiting for memory while it serves
+      copies of parameters that were begun ahead.
     estimated_exposed_seconds: waiting for collectives.
     estimated_mfu: model FLOPs over time and peak.
     collective_bytes: of all collectives.
@@ -81,6 +87,9 @@ class Plan:
   fits: bool
   peak_hbm_bytes: int
   hbm_limit_bytes: int
+  hbm_bytes_per_second: float
+  hbm_read_bytes: float | None
+  hbm_share: float | None
   argument_bytes: int
   ideal_argument_bytes: float
   parameters: int
@@ -93,6 +102,7 @@ class Plan:
   estimated_step_seconds: float | None
   estimated_compute_seconds: float | None
   estimated_kernel_seconds: float | None
+  estimated_memory_seconds: float | None
   estimated_exposed_seconds: float | None
   estimated_mfu: float | None
   collective_bytes: float | None
@@ -131,6 +141,8 @@ def make_plan(job: Job, topology: Topology, effort: float = 0.0) -> Plan:
     'fits': compiled.fits,
     'peak_hbm_bytes': compiled.peak_bytes,
     'hbm_limit_bytes': topology.chip.hbm_bytes,
+    'hbm_bytes_per_second': topology.chip.hbm_bandwidth,
+    'hbm_read_bytes': job.hbm_read_bytes,
     'argument_bytes': compiled.argument_bytes
     or round(job.ideal_argument_bytes),
     'collectives': {},
@@ -182,7 +194,8 @@ def _setting(job: Job, topology: Topology) -> dict[str, Any]:
 
 def _reading(text, job, topology, timed) -> dict[str, Any]:
   program = hlo.parse(text)
-  played = estimate.estimate(program, topology.chip)
+  waits_for_memory = job.hbm_read_bytes is not None
+  played = estimate.estimate(program, topology.chip, waits_for_memory)
   kernels, unknown = flops.kernel_flops(program)
   total = flops.product_flops(program) + kernels
   setting = _setting(job, topology)
@@ -233,11 +246,15 @@ def _reading(text, job, topology, timed) -> dict[str, Any]:
     'estimated_step_seconds': seconds,
     'estimated_compute_seconds': played.compute_seconds,
     'estimated_kernel_seconds': played.kernel_seconds,
+    'estimated_memory_seconds': played.memory_seconds,
     'estimated_exposed_seconds': played.exposed_seconds,
     'estimated_mfu': needed / seconds / topology.chip.peak_flops,
     'estimated_tokens_per_second': work.rows * work.length / seconds,
     'estimated_images_per_second': work.rows * work.images / seconds,
   }
+  if waits_for_memory:
+    reading = job.hbm_read_bytes / topology.chip.hbm_bandwidth
+    figures['hbm_share'] = reading / seconds
   if job.steps is not None:
     hours = job.steps * seconds / 3600
     figures['estimated_days'] = hours / 24

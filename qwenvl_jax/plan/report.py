@@ -68,6 +68,14 @@ def _rows(plan: Plan):
     f'{plan.argument_bytes / GIB:.2f} GiB',
     f'{plan.argument_bytes / plan.ideal_argument_bytes:.2f} times the ideal',
   )
+  if plan.hbm_read_bytes is not None:
+    reading = plan.hbm_read_bytes / plan.hbm_bytes_per_second
+    yield _row(
+      'read from memory',
+      _decimal(plan.hbm_read_bytes),
+      f'a chip and step: parameters and a full cache; {_seconds(reading)} at '
+      f'{plan.hbm_bytes_per_second / 1e9:,.0f} GB/s',
+    )
   yield _row(
     'FLOPs of the program',
     _flops(plan.program_flops),
@@ -89,13 +97,22 @@ def _rows(plan: Plan):
     yield _row(f'  {kind}', _decimal(one['bytes']), _traffic(one))
   if plan.estimated_step_seconds is None:
     return
+  waiting = ''
+  if plan.hbm_read_bytes is not None:
+    waiting = f'{_seconds(plan.estimated_memory_seconds)} memory + '
   yield _row(
     'estimated step',
-    f'{plan.estimated_step_seconds:.3f} s',
-    f'{plan.estimated_compute_seconds:.3f} computing + '
-    f'{plan.estimated_kernel_seconds:.3f} attention kernels + '
-    f'{plan.estimated_exposed_seconds:.3f} waiting for collectives',
+    _seconds(plan.estimated_step_seconds),
+    f'{_seconds(plan.estimated_compute_seconds)} computing + '
+    f'{_seconds(plan.estimated_kernel_seconds)} attention kernels + {waiting}'
+    f'{_seconds(plan.estimated_exposed_seconds)} waiting for collectives',
   )
+  if plan.hbm_share is not None:
+    yield _row(
+      'share of the bandwidth',
+      f'{plan.hbm_share:.0%}',
+      f'the step takes {1 / plan.hbm_share:.2f} times what reading does',
+    )
   yield _row(
     'estimated MFU', f'{plan.estimated_mfu:.1%}', 'of the bfloat16 peak'
   )
@@ -121,13 +138,18 @@ def _traffic(one: dict[str, float]) -> str:
   if one['bytes']:
     text += f', {one["overlapped_bytes"] / one["bytes"]:.0%} beside computation'
   if 'exposed_seconds' in one:
-    text += f', {one["exposed_seconds"]:.3f} s waited for'
+    text += f', {_seconds(one["exposed_seconds"])} waited for'
   return text
 
 
 def _flops(count: float) -> str:
   """A training step has teraFLOPs, one more token gigaFLOPs."""
   return f'{count / 1e12:,.1f} T' if count >= 1e11 else f'{count / 1e9:,.1f} G'
+
+
+def _seconds(seconds: float) -> str:
+  """A training step takes seconds, one more token milliseconds."""
+  return f'{seconds:.3f} s' if seconds >= 0.1 else f'{seconds * 1e3:.2f} ms'
 
 
 def _decimal(size: float) -> str:

@@ -1,8 +1,9 @@
 """TPU slices as the compiler knows them, and what a chip of each can do.
 
-Peak, topologies and the bandwidths of interconnect and data center network are
-those of Cloud TPU's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p,
-v6e); usable memory and clock are what libtpu's compiler says and uses.
+Peak, topologies and the bandwidths of memory, interconnect and data center
+network are those of Cloud TPU's documentation (cloud.google.com/tpu/docs/v4,
+v5e, v5p, v6e); usable memory and clock are what libtpu's compiler says and
+uses.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ class Chip:
     peak_flops: bfloat16 FLOPs a second.
     clock: cycles a second, the unit of the compiler's estimates.
     hbm_bytes: usable memory, where the compiler stops.
+    hbm_bandwidth: bytes a second from and to memory.
     link_bandwidth: bytes a second and direction, all links together.
     dcn_bandwidth: bytes a second to other slices.
     topologies: names of the slices that are offered.
@@ -41,6 +43,7 @@ class Chip:
   peak_flops: float
   clock: float
   hbm_bytes: int
+  hbm_bandwidth: float
   link_bandwidth: float
   dcn_bandwidth: float
   topologies: tuple[str, ...]
@@ -71,6 +74,7 @@ CHIPS = {
       peak_flops=275e12,
       clock=1.05e9,
       hbm_bytes=int(30.75 * GIB),
+      hbm_bandwidth=1228e9,
       link_bandwidth=300e9,
       dcn_bandwidth=6.25e9,  # Not documented; as v5p, whose hosts are alike.
       topologies=_CUBES,
@@ -81,6 +85,7 @@ CHIPS = {
       peak_flops=197e12,
       clock=1.5e9,
       hbm_bytes=int(15.75 * GIB),
+      hbm_bandwidth=819e9,
       link_bandwidth=200e9,
       dcn_bandwidth=3.125e9,
       topologies=_PLANES,
@@ -90,6 +95,7 @@ CHIPS = {
       peak_flops=459e12,
       clock=1.75e9,
       hbm_bytes=int(95.74 * GIB),
+      hbm_bandwidth=2765e9,
       link_bandwidth=600e9,
       dcn_bandwidth=6.25e9,
       topologies=(*_CUBES, '16x16x24'),
@@ -99,6 +105,7 @@ CHIPS = {
       peak_flops=918e12,
       clock=1.75e9,
       hbm_bytes=int(31.25 * GIB),
+      hbm_bandwidth=1640e9,
       link_bandwidth=400e9,
       dcn_bandwidth=12.5e9,
       topologies=_PLANES,

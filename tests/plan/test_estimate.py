@@ -3,7 +3,11 @@ import pathlib
 import pytest
 
 from qwenvl_jax.plan import collectives, hlo
-from qwenvl_jax.plan.estimate import estimate, seconds_on_links
+from qwenvl_jax.plan.estimate import (
+  MEMORY_EFFICIENCY,
+  estimate,
+  seconds_on_links,
+)
 from qwenvl_jax.plan.topology import CHIPS
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'goldens/hlo/two_slices.txt'
@@ -112,6 +116,50 @@ def test_attention_kernels_take_half_of_the_peak():
   )
   work = 2 * 2 * 2 * 512 * 512 * 128
   assert estimate(made, V5E).kernel_seconds == pytest.approx(work / 98.5e12)
+
+
+def decoding(*lines):
+  """A step that copies a kernel of 8.19 MB ahead: 10 us of memory."""
+  return program(
+    '%w = bf16[1000,4095]{1,0:T(8,128)(2,1)} parameter(0)',
+    '%x = bf16[8]{0:T(128)S(1)} parameter(1)',
+    '%c = (bf16[1000,4095]{1,0:T(8,128)(2,1)S(1)}, bf16[1000,4095]{1,0}, '
+    'u32[]{:S(2)}) copy-start(%w)',
+    *lines,
+    '%d = bf16[1000,4095]{1,0:T(8,128)(2,1)S(1)} copy-done(%c)',
+    'ROOT %r = bf16[8]{0:T(128)S(1)} fusion(%d), kind=kLoop, '
+    f'{cycles(3_000)}',
+  )
+
+
+COPY = 2 * 1000 * 4095 / 819e9
+
+
+def test_copies_ahead_cost_nothing_unless_asked_for():
+  found = estimate(decoding(), V5E)
+  assert found.seconds == pytest.approx(2e-6)
+  found = estimate(decoding(), V5E, memory=True)
+  assert found.memory_seconds == pytest.approx(COPY)
+  assert found.seconds == pytest.approx(COPY + 2e-6)
+
+
+def test_work_on_chip_hides_a_copy():
+  work = '%f = bf16[8]{0:T(128)S(1)} fusion(%x), kind=kLoop, ' + cycles(6_000)
+  found = estimate(decoding(work), V5E, memory=True)
+  assert found.memory_seconds == pytest.approx(COPY - 4e-6)
+
+
+def test_memory_serves_one_after_the_other():
+  """A kernel that reads a cache comes after the copy, as long as both take."""
+  kernel = (
+    '%k = bf16[8,4,512,128]{3,2,1,0} parameter(2)',
+    '%decode_attention.1 = bf16[8,4,128]{2,1,0} custom-call(%k, %k), '
+    'custom_call_target="tpu_custom_call"',
+  )
+  found = estimate(decoding(*kernel), V5E, memory=True)
+  reading = 2 * 2 * 8 * 4 * 512 * 128 / 819e9
+  assert found.kernel_seconds == pytest.approx(reading / MEMORY_EFFICIENCY)
+  assert found.memory_seconds == pytest.approx(COPY)
 
 
 @pytest.mark.parametrize(

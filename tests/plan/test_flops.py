@@ -117,6 +117,25 @@ def test_causal_kernels_skip_blocks_above_the_diagonal():
   assert flops.kernel_flops(made)[0] == whole * 3 / 8
 
 
+def test_decode_attention():
+  """Two products with each key; keys, values and scales are read."""
+  made = program(
+    '%n = s32[]{} parameter(0)',
+    '%l = s32[8]{0} parameter(1)',
+    '%q = bf16[8,4,128]{2,1,0} parameter(2)',
+    '%k = s8[8,4,512,128]{3,2,1,0} parameter(3)',
+    '%s = f32[8,4,512]{2,1,0} parameter(4)',
+    'ROOT %decode_attention.3 = (bf16[8,4,128]{2,1,0}, '
+    's8[8,4,512,128]{3,2,1,0}) custom-call(%n, %l, %q, %k, %k, %s, %s), '
+    'custom_call_target="tpu_custom_call"',
+  )
+  assert flops.kernel_flops(made) == (4 * 8 * 4 * 512 * 128, [])
+  main = made.computations['main']
+  assert flops.decode_attention_bytes(main.root, main) == (
+    2 * 8 * 4 * 512 * (128 + 4)
+  )
+
+
 def test_kernels_without_a_formula_are_named():
   made = program(
     '%q = bf16[8,8]{1,0} parameter(0)',

@@ -40,6 +40,11 @@ ENTRY %main (a: bf16[64,64]) -> bf16[64,64] {
 """  # noqa: E501
 
 
+def test_computations_of_other_cores_end_too():
+  text = RING.replace('}\n\n%cond', '}, execution_thread="sparsecore"\n\n%cond')
+  assert set(hlo.parse(text).computations) == {'body', 'condition', 'main'}
+
+
 def visits(program, name):
   return [v for v in hlo.walk(program) if v.instruction.name == name]
 
@@ -54,6 +59,7 @@ def test_instructions_are_read_whole():
   assert 'block_q' in kernel.rest
   parameter = program.computations['body'].instructions['p']
   assert [s.dims for s in parameter.shapes] == [(), (64, 64)]
+  assert [s.on_chip for s in parameter.shapes] == [False, True]
   assert parameter.bytes == 4 + 64 * 64 * 2
   assert program.computations['condition'].root.name == 'less'
 

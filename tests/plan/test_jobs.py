@@ -67,10 +67,39 @@ def test_inference_takes_the_parameters_as_they_are_loaded(configured, pod):
   config = configured('stage3.gin', 'MeshConfig.tensor=2')
   job = jobs.make('decode', config, devices, rows=8, length=128)
   assert job.work.length == 1 and job.work.keys == 128
-  kernel = job.params['decoder']['blocks']['mlp']['up']['kernel']
+  kernel = job.params['decoder']['blocks_1']['mlp']['up']['kernel']
   assert kernel.dtype == 'bfloat16'
   job = jobs.make('prefill', config, devices)
   assert (job.work.rows, job.work.length, job.work.logits) == (4, 256, 1)
+
+
+@pytest.mark.parametrize(
+  ('fsdp', 'cache_dtype', 'cache'),
+  [
+    (4, None, 2 * 256 * 2),
+    # Chips that split parameters read each other's parts as well.
+    (1, None, 2 * 256 * 2),
+    (1, 'int8', 2 * (256 + 2 * 4)),
+  ],
+)
+def test_what_a_step_of_decoding_reads(
+  configured, pod, fsdp, cache_dtype, cache
+):
+  """By hand: 2 layers of width 256 and 2 heads, 512 hidden units and tokens."""
+  _, devices = pod('v5e:2x4')
+  config = configured(
+    'stage3.gin',
+    'MeshConfig.tensor=2',
+    f'MeshConfig.data={4 // fsdp}',
+    f'MeshConfig.fsdp={fsdp}',
+  )
+  job = jobs.make(
+    'decode', config, devices, rows=8, length=128, cache_dtype=cache_dtype
+  )
+  matrices = 2 * (4 * 256 * 256 + 3 * 256 * 512) + 256 * 512
+  vectors = 2 * 3 * 256 / 2 + (2 * 2 + 1) * 256
+  cache *= 2 * 8 * 128 / 8
+  assert job.hbm_read_bytes == 2 * (matrices / 2 + vectors) + cache
 
 
 @pytest.mark.parametrize(

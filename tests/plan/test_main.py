@@ -67,6 +67,22 @@ def test_what_the_project_says_of_a_pod_is_read(
   )
 
 
+@pytest.mark.parametrize(
+  ('chips', 'slices', 'sizes'),
+  [
+    ('v5e:2x4', 1, (1, 1, 8)),
+    ('v5p:2x2x1', 1, (1, 1, 4)),
+    # A head is not split.
+    ('v5e:8x8', 1, (2, 1, 32)),
+    ('v5e:2x4', 2, (2, 1, 8)),
+  ],
+)
+def test_inference_uses_all_chips_for_each_row(chips, slices, sizes):
+  wanted = topology.parse(chips, slices)
+  mesh = main.inference_mesh(32, wanted)
+  assert mesh.sizes(wanted.chips) == sizes
+
+
 def plan(**changes) -> Plan:
   figures = {field.name: 0 for field in dataclasses.fields(Plan)}
   figures |= {
@@ -77,6 +93,8 @@ def plan(**changes) -> Plan:
     'hbm_limit_bytes': 2**34,
     'peak_hbm_bytes': 3 * 2**32,
     'ideal_argument_bytes': 1.0,
+    'hbm_read_bytes': None,
+    'hbm_share': None,
     'estimated_step_seconds': 1.25,
     'estimated_mfu': 0.5,
     'overlapped_share': 0.75,
@@ -107,6 +125,21 @@ def test_the_table_tells_estimates_from_facts():
   assert 'estimated step' in text and '1.250 s' in text
   assert 'nothing ran on a TPU' in text
   assert 'Not counted: my_kernel.1' in text
+
+
+def test_a_step_of_decoding_is_held_against_the_memory():
+  text = printed(
+    report.show,
+    plan(
+      hbm_read_bytes=8.19e9,
+      hbm_bytes_per_second=819e9,
+      hbm_share=0.8,
+      estimated_step_seconds=0.0125,
+    ),
+  )
+  assert '8.2 GB' in text and '10.00 ms at 819 GB/s' in text
+  assert '12.50 ms' in text and '80%' in text
+  assert '1.25 times what reading does' in text
 
 
 def test_flops_of_a_token_are_not_nothing():

@@ -107,12 +107,14 @@ def test_a_program_that_does_not_fit_is_an_answer(libtpu, small, capsys):
   assert main.command(flags) == 1
   plan = json.loads(capsys.readouterr().out)
   assert not plan['fits']
-  assert plan['peak_hbm_bytes'] > 2 * 2 * 8 * 2**21 * 256 * 2
+  assert plan['peak_hbm_bytes'] >= 2 * 2 * 8 * 2**21 * 256 * 2
   assert any('--rows' in line for line in plan['advice'])
 
 
 @pytest.mark.parametrize('what', ['eval', 'prefill', 'decode'])
 def test_other_programs(libtpu, small, capsys, what):
+  # The mesh is the stage's own in training, and found for inference.
+  small = [change for change in small if 'MeshConfig' not in change]
   flags = arguments(small, '--topology=v5e:2x2', f'--what={what}')
   if what == 'decode':
     flags += ['--rows=8', '--length=4096']
@@ -120,5 +122,10 @@ def test_other_programs(libtpu, small, capsys, what):
   plan = json.loads(capsys.readouterr().out)
   assert plan['what'] == what and plan['trained_parameters'] == 0
   if what == 'decode':
-    # Keys and values of 2 layers, a quarter of the rows on each chip.
-    assert plan['argument_bytes'] > 2 * 2 * 8 * 4096 * 256 * 2 / 4
+    # Keys and values of 2 layers, a quarter on each chip.
+    cache = 2 * 2 * 8 * 4096 * 256 * 2 / 4
+    assert plan['argument_bytes'] > cache
+    assert cache < plan['hbm_read_bytes'] < 1.2 * cache
+    assert plan['peak_hbm_bytes'] - plan['argument_bytes'] < 0.1 * cache
+    # All chips for each row, but not more than heads.
+    assert (plan['mesh']['data'], plan['mesh']['tensor']) == (2, 2)
