@@ -231,6 +231,7 @@ def all_finite(scheduler):
   return all(np.isfinite(x[:, :, 1:]).all() for x in arrays)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stays_with_its_request(engine, small):
   """Neither its neighbours nor the next answer in its slot know of it."""
   never = Sampling(logit_bias={BAD: -100})
