@@ -141,6 +141,52 @@ def test_penalties_work_on_prompt_and_answer(golden, one):
   assert not set(one(logit_bias=banned)) & set(free[:3])
 
 
+@pytest.mark.slow
+def test_prompts_that_are_read_together_get_what_they_get_alone():
+  """Four at a time where lengths allow; what ends one leaves the others."""
+  sizes = {'slots': 4, 'max_len': 128, 'chunk': 128}
+  lengths = [40, 41, 48, 33, 33, 45, 47, 90, 39]
+  prompts = [toy.prompt(n, x, int(n % 3 == 0)) for n, x in enumerate(lengths)]
+  images = [
+    [toy.picture(n)] if n % 3 == 0 else None for n in range(len(lengths))
+  ]
+  answers = [
+    generate(
+      toy.engine(read_rows=rows, **sizes),
+      prompts,
+      images,
+      max_new_tokens=9,
+      temperature=0.7,
+    )
+    for rows in (1, 4)
+  ]
+  assert answers[0] == answers[1]
+
+  together = Scheduler(toy.engine(read_rows=4, **sizes), read_tokens=1)
+  asked = [
+    together.submit(
+      Request.create(
+        toy.config(),
+        prompt,
+        shown,
+        max_new_tokens=9,
+        sampling=Sampling(0.7, seed=(0, row)),
+      )
+    )
+    for row, (prompt, shown) in enumerate(zip(prompts[:4], images[:4]))
+  ]
+  # Pictures are encoded first; then one of the four is taken back.
+  together.step()
+  assert together.load.running == 4
+  together.cancel(asked[1])
+  while together.step():
+    pass
+  assert asked[1].finish_reason == 'cancelled'
+  for row in (0, 2, 3):
+    assert asked[row].ids == answers[0][row]
+  assert together.load.free == 4
+
+
 def test_few_programs_are_compiled():
   """Lengths, rows and settings change; shapes do not."""
 
