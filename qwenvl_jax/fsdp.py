@@ -27,7 +27,7 @@ from qwenvl_jax.sharding import (
 )
 
 # Rows up to which a CPU multiplies with the kernel on the left.
-_FEW_ROWS = 64
+_FEW_ROWS = 256
 
 # The name of gathered kernels among what a layer might keep for its backward
 # pass: kept, they would be the whole model on every chip.

@@ -24,6 +24,10 @@ KERNELS = ('auto', 'splash', 'xla')
 _LANES = 128
 _BLOCK = 1024
 
+# Queries that a CPU works on at a time, so that it leaves out the keys that all
+# of them may not see.
+_CPU_QUERIES = 128
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +40,14 @@ class Mask:
       never NaN.
     segment_ids: for splash attention, [B,T] int32: causal, within a segment.
     kernel: 'xla' or 'splash'.
+    causal: whether queries and keys are the same tokens and nobody may see a
+      later one.
   """
 
   bias: jax.Array | None = None
   segment_ids: jax.Array | None = None
   kernel: str = dataclasses.field(default='xla', metadata={'static': True})
+  causal: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
 def attend(q, k, v, mask: Mask = Mask()) -> jax.Array:
@@ -67,7 +74,27 @@ def attend_heads_first(q, k, v, mask: Mask = Mask()) -> jax.Array:
   q, k, v = (keep(x, QUERY_KEY_VALUE) for x in (q, k, v))
   if mask.kernel == 'splash':
     return _splash(q, k, v, mask.segment_ids)
+  if mask.causal and sharding.platform() == 'cpu':
+    return keep(_causal_blocks(q, k, v, mask.bias), ATTENTION)
   return keep(_xla(q, k, v, mask.bias), ATTENTION)
+
+
+def _causal_blocks(q, k, v, bias):
+  """As `_xla`, a block of queries after the other, each with what it sees."""
+  length = q.shape[2]
+  ends = [*range(_CPU_QUERIES, length, _CPU_QUERIES), length]
+  return jnp.concatenate(
+    [
+      _xla(
+        q[:, :, start:end],
+        k[:, :, :end],
+        v[:, :, :end],
+        bias[:, :, start:end, :end],
+      )
+      for start, end in zip([0, *ends], ends)
+    ],
+    axis=2,
+  )
 
 
 def _xla(q, k, v, bias):
@@ -194,7 +221,7 @@ def causal_mask(segment_ids, branch_ids, kernel: str) -> Mask:
   if branch_ids is not None:
     trunk = (branch_ids == 0)[:, None, :]
     seen &= trunk | (branch_ids[:, :, None] == branch_ids[:, None, :])
-  return Mask(bias=_bias(seen))
+  return Mask(bias=_bias(seen), causal=True)
 
 
 def cached_mask(index, size: int) -> Mask:
