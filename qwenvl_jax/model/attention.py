@@ -25,8 +25,9 @@ _LANES = 128
 _BLOCK = 1024
 
 # Queries that a CPU works on at a time, so that it leaves out the keys that all
-# of them may not see.
+# of them may not see; of short rows, there is too little to leave out.
 _CPU_QUERIES = 128
+_CPU_SHORT = 256
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +75,8 @@ def attend_heads_first(q, k, v, mask: Mask = Mask()) -> jax.Array:
   q, k, v = (keep(x, QUERY_KEY_VALUE) for x in (q, k, v))
   if mask.kernel == 'splash':
     return _splash(q, k, v, mask.segment_ids)
-  if mask.causal and sharding.platform() == 'cpu':
+  long = q.shape[2] >= _CPU_SHORT
+  if mask.causal and long and sharding.platform() == 'cpu':
     return keep(_causal_blocks(q, k, v, mask.bias), ATTENTION)
   return keep(_xla(q, k, v, mask.bias), ATTENTION)
 
