@@ -127,8 +127,8 @@ with use_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
     for path, value in layout.flatten(handle.params):
       np.testing.assert_array_equal(value, whole[path])
     up = handle.params['decoder']['blocks_1']['mlp']['up']['kernel']
-    assert up.shape == (256, 352), up.shape
-    assert {{s.data.shape for s in up.addressable_shards}} == {{(64, 176)}}
+    assert up.shape == (352, 256), up.shape
+    assert {{s.data.shape for s in up.addressable_shards}} == {{(44, 256)}}
     q = handle.params['vision']['blocks']['attn']['q']['kernel']
     assert q.addressable_shards[0].data.size * 8 == q.size
 """,
