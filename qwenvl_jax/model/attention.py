@@ -37,8 +37,8 @@ class Mask:
 
   Attributes:
     bias: for XLA, broadcastable to [B,N,T,S] float32: 0, or very negative where
-      T may not see S. A query that may see nothing gets the mean of the values,
-      never NaN.
+      T may not see S. A query that may see nothing gets a mean of values, never
+      NaN.
     segment_ids: for splash attention, [B,T] int32: causal, within a segment.
     kernel: 'xla' or 'splash'.
     causal: whether queries and keys are the same tokens and nobody may see a
