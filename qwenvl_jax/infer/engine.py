@@ -4,8 +4,8 @@ Everything on the device has a fixed shape, so that requests come and go without
 compiling anything:
 
   encode    pixels of an image into the bank of image features
-  prefill   a piece of a prompt into a `Prefix`, a cache of one row
-  insert    a prefix into a free slot of the `State`
+  prefill   a piece of a prompt (or of several short ones) into a `Prefix`
+  insert    a prefix into free slots of the `State`
   choose    the next token of every slot, from the logits that the state holds
   forward   the decoder on the chosen tokens: the logits after them
   free      a slot that is not needed any more
@@ -50,8 +50,8 @@ class EngineConfig:
       `prompts.MIN_LENGTH`; None for what suits the device.
     read_rows: prompts of up to a chunk that are read at once where so many of
       about one length wait; 1 lets running answers go on soonest.
-    images: images whose features are kept; None for as many as a prompt of
-      `max_len` can hold, at least 32.
+    images: images whose features are kept; None for as many as `read_rows`
+      prompts of `max_len` can hold, at least 32.
     cache_dtype: of the key-value cache: None for the compute dtype, or 'int8',
       which halves its memory beside bfloat16.
   """

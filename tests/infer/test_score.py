@@ -30,12 +30,12 @@ def test_the_logits_of_pytorch(golden, golden_engine, case, length):
   expected = log_softmax(last)[-count - 1 : -1]
   assert found.logprobs.shape == (count,)
   np.testing.assert_allclose(
-    found.logprobs, expected[np.arange(count), ids[length:]], atol=5e-4
+    found.logprobs, expected[np.arange(count), ids[length:]], atol=2e-4
   )
   order = np.argsort(-expected, axis=1)[:, :3]
   np.testing.assert_array_equal(found.top_ids, order)
   np.testing.assert_allclose(
-    found.top_logprobs, np.take_along_axis(expected, order, 1), atol=5e-4
+    found.top_logprobs, np.take_along_axis(expected, order, 1), atol=2e-4
   )
 
 
