@@ -24,6 +24,7 @@ from qwenvl_jax.sharding import (
   param_spec,
   platform,
   spec,
+  splits_rows_over_tensor,
 )
 
 # Rows up to which a CPU multiplies with the kernel on the left.
@@ -49,6 +50,8 @@ def gathered(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
     kernel: a parameter, or one layer of it.
     names: its logical axes.
   """
+  if splits_rows_over_tensor():
+    return _gathered(kernel, tuple(names), ())
   if not splits_params():
     return kernel
   return _gathered(kernel, tuple(names), ('tensor',))
@@ -142,6 +145,8 @@ def multiply(
   """
   if outputs_first:
     return _contract_last(x, gathered(kernel, names), axes)
+  if splits_rows_over_tensor():
+    return _contract(x, gathered(kernel, names), axes)
   if not splits_params():
     return _contract(x, kernel, axes)
   if spec(['batch'], x.shape[:1], mesh_in_use())[0] is None:

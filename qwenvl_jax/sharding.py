@@ -6,6 +6,7 @@ case. How layers use parameters that the mesh splits is told in `fsdp.py`.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import itertools
 import math
@@ -53,7 +54,17 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   ('heads_act', ('tensor',)),
   ('vocab_act', ('tensor',)),
   ('embed_act', ()),
+  ('cache_rows', BATCH_AXES),
+  ('cache_heads', ('tensor',)),
 )
+
+# What `rows_over_tensor` has instead.
+_ROW_RULES = {
+  'batch': (*BATCH_AXES, 'tensor'),
+  'heads_act': (),
+  'vocab_act': (),
+}
+_over_tensor = contextvars.ContextVar('rows_over_tensor', default=False)
 
 # A TPU keeps arrays in tiles of 8 rows of 128 lanes.
 _TILE = (8, 128)
@@ -192,6 +203,33 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def rows_over_tensor(rows: int) -> Iterator[None]:
+  """Traces layers with rows split over 'tensor' as well.
+
+  Each chip then runs whole layers on its own rows, and kernels that 'tensor'
+  splits are gathered for their products (`fsdp.multiply`). For many tokens a
+  row that is less to send than sums of activations over 'tensor', and other
+  work goes on beside it. Does nothing where the rows do not divide by the
+  devices.
+
+  Args:
+    rows: B.
+  """
+  mesh = mesh_in_use()
+  split = mesh is not None and mesh.shape['tensor'] > 1
+  token = _over_tensor.set(split and rows % mesh.size == 0)
+  try:
+    yield
+  finally:
+    _over_tensor.reset(token)
+
+
+def splits_rows_over_tensor() -> bool:
+  """Whether `rows_over_tensor` is in effect."""
+  return _over_tensor.get()
+
+
 def data_shards(mesh: Mesh) -> int:
   """How many ways the batch is split."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -212,6 +250,8 @@ def _rule(name: str | None) -> tuple[str, ...]:
   table = dict(RULES)
   if name not in table:
     raise KeyError(f'logical axis {name!r} is not in sharding.RULES')
+  if _over_tensor.get():
+    return _ROW_RULES.get(name, table[name])
   return table[name]
 
 

@@ -4,6 +4,7 @@ Rows are computed independently: what a slot gets is what it would get with all
 others empty.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from qwenvl_jax.infer.state import Chosen, Prefix, Scores, State, place
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.qwen_vl import QwenVL
-from qwenvl_jax.sharding import constrain
+from qwenvl_jax.sharding import constrain, rows_over_tensor
 
 # Settings that cost nothing.
 _PLAIN = {
@@ -105,7 +106,8 @@ class Functions:
     return jnp.zeros((images, adapter.queries, adapter.dim), self._config.dtype)
 
   def encode(self, params, bank, pixels, places):
-    features = self._apply(params, pixels, method='encode_images')
+    with rows_over_tensor(len(pixels)):
+      features = self._apply(params, pixels, method='encode_images')
     bank = bank.at[places].set(features.astype(bank.dtype))
     return constrain(bank, None, None, None)
 
@@ -146,16 +148,17 @@ class Functions:
     self, params, prefix, bank, tokens, rows, counts, offset, last=None
   ):
     """Hidden states of a piece, and the prefix with it in its cache."""
-    x, cache = self._apply(
-      params,
-      tokens,
-      prefix.cache,
-      offset,
-      bank.reshape(-1, bank.shape[-1]),
-      rows,
-      last,
-      method='extend',
-    )
+    with self._split(*tokens.shape):
+      x, cache = self._apply(
+        params,
+        tokens,
+        prefix.cache,
+        offset,
+        bank.reshape(-1, bank.shape[-1]),
+        rows,
+        last,
+        method='extend',
+      )
     start = 0 if offset is None else offset
     real = jnp.arange(tokens.shape[1]) < counts[:, None]
     written = jax.lax.dynamic_update_slice(
@@ -163,6 +166,16 @@ class Functions:
     )
     cache = dataclasses.replace(cache, lengths=start + counts)
     return x, dataclasses.replace(prefix, cache=cache, tokens=written)
+
+  def _split(self, rows: int, length: int):
+    """How a mesh reads: by rows where kernels are less to send than sums.
+
+    A layer has 4 D^2 + 3 D F values of kernels, and sums 2 T D values over
+    'tensor', each of which is sent twice.
+    """
+    decoder = self._config.decoder
+    many = rows * length >= decoder.dim + 0.75 * decoder.mlp_dim
+    return rows_over_tensor(rows) if many else contextlib.nullcontext()
 
   def insert(self, state: State, prefix: Prefix, slots, settings) -> State:
     vocabulary, (rows,) = state.logits.shape[1], slots.shape

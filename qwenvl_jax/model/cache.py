@@ -96,7 +96,7 @@ def place_layer(layer: LayerCache) -> LayerCache:
     *(
       None
       if x is None
-      else constrain(x, *('batch', 'heads_act', None, None)[: x.ndim])
+      else constrain(x, *('cache_rows', 'cache_heads', None, None)[: x.ndim])
       for x in layer
     )
   )

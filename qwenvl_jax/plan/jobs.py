@@ -20,9 +20,7 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.infer.programs import Functions
 from qwenvl_jax.infer.sampling import Sampling, Settings
 from qwenvl_jax.infer.state import State
-from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import QwenVLConfig
-from qwenvl_jax.model.qwen_vl import QwenVL
 from qwenvl_jax.plan.model_flops import Work, work_of
 from qwenvl_jax.sharding import (
   batch_sharding,
@@ -191,25 +189,26 @@ def _eval(config: TrainConfig, mesh: Mesh, rows: int) -> Job:
 
 
 def _prefill(config: TrainConfig, mesh: Mesh, rows: int, length: int) -> Job:
-  """Reading prompts, with their images, into a new cache."""
+  """The engine reading prompts at once, with their images."""
   check_batch(rows, 1, mesh)
   data = dataclasses.replace(
     config.data, batch_size=rows, sequence_length=length
   )
   config = _apart(config)
-  model = QwenVL(config.objective.config)
+  functions = Functions(config.objective.config, None)
   params = _inference_params(config, mesh)
   batch = abstract_batch(data, mesh)
+  images = rows * data.image_slots
 
   def read(params, pixels, tokens, sources):
-    def apply(*arguments, method):
-      return model.apply({'params': params}, *arguments, method=method)
-
-    cache = KVCache.create(model.config, rows, length, length)
-    features = apply(pixels, method='encode_images')
-    features = features.reshape(-1, features.shape[-1])
-    x, cache = apply(tokens, cache, None, features, sources, method='extend')
-    return apply(x[:, -1:], method='head')[:, 0], cache
+    bank = functions.init_bank(images)
+    pixels = pixels.reshape(images, *pixels.shape[2:])
+    bank = functions.encode(params, bank, pixels, jnp.arange(images))
+    lengths = jnp.full(rows, length, jnp.int32)
+    prefix = functions.start(length, lengths)
+    return functions.prefill(
+      params, prefix, bank, tokens, sources, lengths, None
+    )
 
   tokens = batch['tokens']
   return _job(
