@@ -17,7 +17,7 @@ from qwenvl_jax.infer.state import Chosen, Prefix, Scores, State, place
 from qwenvl_jax.model.cache import KVCache
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.qwen_vl import QwenVL
-from qwenvl_jax.sharding import constrain, rows_over_tensor
+from qwenvl_jax.sharding import constrain, platform, rows_over_tensor
 
 # Settings that cost nothing.
 _PLAIN = {
@@ -27,6 +27,19 @@ _PLAIN = {
   'frequency_penalty': 0,
   'bias_values': 0,
 }
+
+
+# For decoding on TPUs, where products wait for their kernels: read each by
+# itself, and further ahead.
+_DECODE_OPTIONS = {
+  'xla_tpu_dot_dot_fusion': 'false',
+  'xla_tpu_async_copy_bandwidth_scaling_factor': '3',
+}
+
+
+def decode_options() -> dict[str, str] | None:
+  """The compiler's options for `forward` on the platform in use."""
+  return _DECODE_OPTIONS if platform() == 'tpu' else None
 
 
 class Programs(NamedTuple):
@@ -67,7 +80,9 @@ def programs(config: QwenVLConfig, cache_dtype: str | None = None) -> Programs:
     score=jax.jit(functions.score, donate_argnums=1, static_argnames='top'),
     insert=jax.jit(functions.insert, donate_argnums=0),
     choose=jax.jit(functions.choose, donate_argnums=0, static_argnames='top'),
-    forward=jax.jit(functions.forward, donate_argnums=1),
+    forward=jax.jit(
+      functions.forward, donate_argnums=1, compiler_options=decode_options()
+    ),
     free=jax.jit(functions.free, donate_argnums=0),
     copy=jax.jit(functions.copy, donate_argnums=0),
   )

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from qwenvl_jax.batch import Batch
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.infer.programs import Functions
+from qwenvl_jax.infer.programs import Functions, decode_options
 from qwenvl_jax.infer.sampling import Sampling, Settings
 from qwenvl_jax.infer.state import State
 from qwenvl_jax.model.config import QwenVLConfig
@@ -246,10 +246,12 @@ def _decode(
     state = dataclasses.replace(state, settings=settings)
     return functions.forward(params, state), chosen
 
+  with use_mesh(mesh):
+    options = decode_options()
   return _job(
     config,
     mesh,
-    jax.jit(step, donate_argnums=1),
+    jax.jit(step, donate_argnums=1, compiler_options=options),
     (params, state),
     what='decode',
     params=params,

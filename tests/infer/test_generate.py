@@ -250,12 +250,22 @@ sys.path.insert(0, {tests!r})
 import golden
 import jax, numpy as np
 import qwenvl_jax
-from qwenvl_jax.sharding import MeshConfig, make_mesh, use_mesh
+from qwenvl_jax.sharding import (
+  MeshConfig,
+  make_mesh,
+  rows_over_tensor,
+  splits_rows_over_tensor,
+  use_mesh,
+)
 
 found = golden.expected()
 row = found['generate/one_image/ids'].reshape(-1)
 ids, pixels = row.tolist(), golden.spans(row)[1]
-alone = qwenvl_jax.load(golden.FOLDER, dtype='float32').logits([ids], pixels)
+whole = qwenvl_jax.load(golden.FOLDER, dtype='float32')
+alone = whole.logits([ids], pixels)
+# Read together; on a mesh, whole rows are then read by a chip each.
+many = [ids, *([7 + n, *range(20, 20 + len(ids) - n)] for n in range(7))]
+answers = whole.generate(many, pixels, max_new_tokens=8)
 # One row on a mesh that splits a batch four ways, and on one that splits heads.
 for mesh in MeshConfig(fsdp=4), MeshConfig(fsdp=1, tensor=4):
   with use_mesh(make_mesh(mesh)):
@@ -265,6 +275,11 @@ for mesh in MeshConfig(fsdp=4), MeshConfig(fsdp=1, tensor=4):
         assert not kernel.sharding.is_fully_replicated, path
     (new,) = qwen.generate([ids], pixels, max_new_tokens=48)
     assert new == found['generate/one_image/new'].reshape(-1).tolist(), mesh
+    assert qwen.generate(many, pixels, max_new_tokens=8) == answers, mesh
+    for rows in 8, 6:
+      with rows_over_tensor(rows):
+        even = rows == 8 and mesh.tensor == 4
+        assert splits_rows_over_tensor() == even
     logits = qwen.logits([ids], pixels)
     np.testing.assert_allclose(logits, alone, atol=golden.ATOL)
 """
