@@ -89,12 +89,6 @@ class Request:
     starts = prompts.image_starts(tokens, config, name)
     images = tuple(prompts.match_images(starts, images, name))
     patch = config.vision.patch_size
-    if images and any(side % patch for side in images[0].shape[:2]):
-      raise DataError(
-        f'{name}: images of shape {images[0].shape} do not split into patches '
-        f'of {patch} pixels; resize them to {config.vision.image_size}'
-      )
-    patch = config.vision.patch_size
     for number, image in enumerate(images, 1):
       if image.shape[0] % patch or image.shape[1] % patch:
         raise DataError(
