@@ -203,6 +203,17 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
     yield
 
 
+def use_all_devices() -> contextlib.AbstractContextManager:
+  """Splits every layer over the devices of this machine, if it has several.
+
+  Of the thread that enters it.
+  """
+  devices = jax.local_devices()
+  if len(devices) == 1:
+    return contextlib.nullcontext()
+  return use_mesh(make_mesh(MeshConfig(fsdp=1, tensor=-1), devices))
+
+
 @contextlib.contextmanager
 def rows_over_tensor(rows: int) -> Iterator[None]:
   """Traces layers with rows split over 'tensor' as well.

@@ -30,6 +30,7 @@ ROOMS = {
   'train': ('model', 'data', 'sharding', 'fsdp', 'conversion', 'text'),
   'plan': ('train', 'infer', 'model', 'data', 'sharding'),
   'infer': ('model', 'text', 'image', 'conversion', 'sharding'),
+  'serve': ('infer', 'model', 'text', 'image', 'sharding'),
   'eval': ('infer', 'data', 'text', 'model', 'image'),
   'api': (
     'conversion',
@@ -47,7 +48,14 @@ FOR_MAINS = ('entry', 'configuration', 'api', 'progress')
 # Put everything together; nobody imports them.
 TOPS = ('__init__', 'quickstart')
 # Packages of others that only some rooms may import.
-GUESTS = {'torch': ('conversion',), 'gin': ('configuration',), 'tensorflow': ()}
+GUESTS = {
+  'torch': ('conversion',),
+  'gin': ('configuration',),
+  'tensorflow': (),
+  'fastapi': ('serve',),
+  'pydantic': ('serve',),
+  'uvicorn': ('serve',),
+}
 
 
 def modules():

@@ -1,13 +1,10 @@
 """`qwenvl-chat`: a conversation about pictures in the terminal."""
 
 import argparse
-import contextlib
 import inspect
 import os
 import sys
 from collections.abc import Sequence
-
-import jax
 
 from qwenvl_jax import api, entry
 from qwenvl_jax.errors import CheckpointError, DataError
@@ -18,7 +15,7 @@ from qwenvl_jax.infer.terminal import (
   open_picture,
   spinner,
 )
-from qwenvl_jax.sharding import MeshConfig, make_mesh, use_mesh
+from qwenvl_jax.sharding import use_all_devices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,16 +164,8 @@ def _run(argv: Sequence[str]) -> int:
     check_writable(args.save)
   # Before the model, which takes longer to open.
   pictures = [open_picture(path) for path in args.image]
-  with _all_devices():
+  with use_all_devices():
     return _converse(args, settings, pictures)
-
-
-def _all_devices() -> contextlib.AbstractContextManager:
-  """Splits every layer over the devices of this machine, if it has several."""
-  devices = jax.local_devices()
-  if len(devices) == 1:
-    return contextlib.nullcontext()
-  return use_mesh(make_mesh(MeshConfig(fsdp=1, tensor=-1), devices))
 
 
 def _converse(args, settings, pictures) -> int:

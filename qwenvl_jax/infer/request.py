@@ -10,6 +10,7 @@ import numpy as np
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 from qwenvl_jax.infer import prompts
 from qwenvl_jax.infer.sampling import Sampling
+from qwenvl_jax.infer.state import Scores
 from qwenvl_jax.model.config import QwenVLConfig
 
 _LOG = logging.getLogger(__name__)
@@ -44,8 +45,10 @@ class Request:
       spans, in reading order.
     image_starts: for each image, the index of the first token that its
       features replace.
-    max_new_tokens: most tokens of the answer.
+    max_new_tokens: most tokens of the answer; 0 only with `prompt_logprobs`.
     sampling: how tokens are chosen.
+    prompt_logprobs: None, or how many of the most likely tokens are told beside
+      each token of the prompt, whose log-probabilities the answer then has.
     top_logprobs: None for tokens only; else each comes with its log-probability
       and with so many of the most likely ones.
     matcher: of a grammar that the answer follows; used by this request alone.
@@ -58,6 +61,7 @@ class Request:
   image_starts: tuple[int, ...] = ()
   max_new_tokens: int = 512
   sampling: Sampling = Sampling()
+  prompt_logprobs: int | None = None
   top_logprobs: int | None = None
   matcher: Matcher | None = None
   timeout: float | None = None
@@ -101,12 +105,12 @@ class Request:
     return request
 
   def __post_init__(self):
-    prompts.check_count('max_new_tokens', self.max_new_tokens)
-    top = self.top_logprobs
-    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
-      raise ConfigError(
-        f'top_logprobs={top} is not from 0 to {MAX_TOP_LOGPROBS}'
-      )
+    if self.max_new_tokens or self.prompt_logprobs is None:
+      prompts.check_count('max_new_tokens', self.max_new_tokens)
+    for name in ('prompt_logprobs', 'top_logprobs'):
+      top = getattr(self, name)
+      if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise ConfigError(f'{name}={top} is not from 0 to {MAX_TOP_LOGPROBS}')
     if self.timeout is not None and not self.timeout > 0:
       raise ConfigError(f'timeout={self.timeout}: must be above 0 seconds')
 
@@ -140,6 +144,8 @@ class Answer:
     request: what was asked.
     tokens: so far; without the stop id.
     finish_reason: None while it grows.
+    prompt_scores: what the model says of the prompt's tokens after the first,
+      where that was asked for and the prompt was read.
     error: what went wrong, where `finish_reason` is 'error'.
     abandoned: whether its listener failed, so that nobody hears of it.
   """
@@ -157,6 +163,7 @@ class Answer:
     self.request = request
     self.tokens: list[Token] = []
     self.finish_reason: str | None = None
+    self.prompt_scores: Scores | None = None
     self.error: QwenVLError | None = None
     self.abandoned = False
     self._listener = listener

@@ -34,7 +34,7 @@ from qwenvl_jax.infer.request import (
   check_fits,
 )
 from qwenvl_jax.infer.sampling import Sampling
-from qwenvl_jax.infer.state import Chosen
+from qwenvl_jax.infer.state import Chosen, Scores
 
 
 class QueueFullError(QwenVLError):
@@ -275,6 +275,8 @@ class Scheduler:
     first, *others = (
       work.request for work in itertools.islice(self._waiting, rows)
     )
+    if any(one.prompt_logprobs is not None for one in (first, *others)):
+      return 1
     length = len(first.tokens)
     alike = all(
       self.engine.joins(length, len(other.tokens)) for other in others
@@ -287,12 +289,17 @@ class Scheduler:
     group = self._group
     requests = [work.request for work in group]
     if self._reading is None:
-      self._reading = Reading(self.engine, self._bank, requests)
+      # One top-k serves all, so that it is compiled once.
+      scored = requests[0].prompt_logprobs is not None
+      top = MAX_TOP_LOGPROBS if scored else None
+      self._reading = Reading(self.engine, self._bank, requests, top)
       self._read_slots = [work.slot for work in group]
       self._read_samplings = [request.sampling for request in requests]
     reading = self._reading
     cost = reading.step()
     if reading.finished:
+      if requests[0].prompt_logprobs is not None:
+        self._tell_scores(group[0])
       for work in [*group]:
         if work.request.matcher is not None:
           self._begin_grammar(work)
@@ -309,6 +316,18 @@ class Scheduler:
         self._running |= {work.slot: work for work in group}
       self._stop_reading()
     return cost
+
+  def _tell_scores(self, work: _Work) -> None:
+    """Gives an answer the scores of its prompt; ends it if that was all."""
+    count = work.request.prompt_logprobs
+    logprobs, ids, tops = self._reading.scores()
+    work.answer.prompt_scores = Scores(
+      logprobs, ids[:, :count], tops[:, :count]
+    )
+    if not np.all(np.isfinite(logprobs)):
+      self._end(work, ERROR, _not_finite(0))
+    elif not work.request.max_new_tokens:
+      self._end(work, LENGTH)
 
   def _begin_grammar(self, work: _Work) -> None:
     try:
@@ -420,15 +439,19 @@ def _told(request: Request, token: int, chosen: Chosen, slot: int) -> Token:
 def _check(chosen: Chosen, slot: int, count: int) -> None:
   """GenerationError if a slot's token is none, after `count` new ones."""
   if not chosen.valid[slot]:
-    raise GenerationError(
-      f'the logits after {count} new tokens are not finite: the checkpoint '
-      'is damaged, or its number format too small for it (try float32)'
-    )
+    raise _not_finite(count)
   if not chosen.possible[slot]:
     raise GenerationError(
       f'no token may follow after {count} new ones: the grammar can only end '
       'there, which min_new_tokens forbids; ask for fewer'
     )
+
+
+def _not_finite(count: int) -> GenerationError:
+  return GenerationError(
+    f'the logits after {count} new tokens are not finite: the checkpoint '
+    'is damaged, or its number format too small for it (try float32)'
+  )
 
 
 def _failed(error: BaseException) -> GenerationError:

@@ -1,0 +1,220 @@
+"""The routes, and what guards them."""
+
+import contextlib
+import functools
+import importlib.metadata
+from collections.abc import AsyncIterator
+
+import fastapi
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from qwenvl_jax.serve import chats, completions
+from qwenvl_jax.serve.conversation import build_prompt, encode
+from qwenvl_jax.serve.limits import ApiError
+from qwenvl_jax.serve.schemas import (
+  ChatRequest,
+  CompletionRequest,
+  DetokenizeRequest,
+  TokenizeRequest,
+)
+from qwenvl_jax.serve.server import Server, finish
+
+# Routes that need no key.
+OPEN = ('/health', '/ready')
+
+_DESCRIPTION = """\
+Qwen-VL behind OpenAI's API. Pictures come as `image_url` parts (data URLs, and
+what the operator allows), are numbered `Picture 1`, `Picture 2`, .. through a
+conversation, and answers name places in thousandths of the last picture,
+`<ref>phrase</ref><box>(x1,y1),(x2,y2)</box>`; `boxes` beside `content` has them
+in pixels.
+"""
+
+
+def make_app(server: Server, warm_up: bool = True) -> fastapi.FastAPI:
+  """Makes the ASGI application of a server.
+
+  Args:
+    server: what answers; its worker is started and stopped with the app.
+    warm_up: whether everything is compiled before `/ready` says so.
+  """
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app) -> AsyncIterator[None]:
+    del app
+    server.worker.start(warm_up)
+    yield
+    server.worker.stop()
+
+  app = fastapi.FastAPI(
+    title='qwenvl_jax',
+    description=_DESCRIPTION,
+    version=importlib.metadata.version('qwenvl_jax'),
+    lifespan=lifespan,
+  )
+  _guard(app, server)
+  _operations(app, server)
+  _inference(app, server)
+  return app
+
+
+def _inference(app: fastapi.FastAPI, server: Server) -> None:
+  @app.post('/v1/chat/completions', tags=['answers'])
+  async def chat_completions(body: ChatRequest, request: Request):
+    """Answers a conversation, whole or as server-sent events."""
+    alone = functools.partial(finish, gone=request.is_disconnected)
+    return await chats.chat(server, body, request.state.salt, alone)
+
+  @app.post('/v1/completions', tags=['answers'])
+  async def text_completions(body: CompletionRequest, request: Request):
+    """Continues prompts; with echo and logprobs, scores them."""
+    alone = functools.partial(finish, gone=request.is_disconnected)
+    return await completions.complete(server, body, request.state.salt, alone)
+
+  @app.post('/tokenize', tags=['tokens'])
+  async def tokenize(body: TokenizeRequest):
+    """Ids of a text or of a conversation."""
+    server.check_model(body.model)
+    if (body.prompt is None) == (not body.messages):
+      raise ApiError('either prompt or messages is needed', 'prompt')
+    if body.prompt is not None:
+      tokens = encode(server.tokenizer, body.prompt)
+    else:
+      tokens = build_prompt(
+        server.tokenizer,
+        body.messages,
+        server.config.adapter.queries,
+        body.continue_final_message,
+        body.add_generation_prompt,
+      ).tokens
+    return {
+      'count': len(tokens),
+      'max_model_len': server.max_len,
+      'tokens': tokens,
+    }
+
+  @app.post('/detokenize', tags=['tokens'])
+  async def detokenize(body: DetokenizeRequest):
+    """The text of ids."""
+    server.check_model(body.model)
+    return {'prompt': server.tokenizer.decode(body.tokens)}
+
+
+def _operations(app: fastapi.FastAPI, server: Server) -> None:
+  @app.get('/v1/models', tags=['server'])
+  async def models():
+    """The model that is served."""
+    entry = {
+      'id': server.name,
+      'object': 'model',
+      'created': 0,
+      'owned_by': 'qwenvl_jax',
+      'max_model_len': server.max_len,
+    }
+    return {'object': 'list', 'data': [entry]}
+
+  @app.get('/health', tags=['server'])
+  async def health():
+    """Status 200 while the engine runs."""
+    return Response(status_code=200 if server.worker.alive else 503)
+
+  @app.get('/ready', tags=['server'])
+  async def ready():
+    """Status 200 once everything is compiled."""
+    fine = server.worker.alive and server.worker.ready
+    return Response(status_code=200 if fine else 503)
+
+  @app.get('/version', tags=['server'])
+  async def version():
+    """Version of the package."""
+    return {'version': app.version}
+
+  @app.get('/metrics', tags=['server'])
+  async def metrics():
+    """Counters in Prometheus' format, under vLLM's names."""
+    return Response(server.metrics.text(), media_type='text/plain')
+
+
+def _guard(app: fastapi.FastAPI, server: Server) -> None:
+  def refused(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+  @app.exception_handler(ApiError)
+  async def api_error(request, error):
+    del request
+    return refused(error)
+
+  @app.exception_handler(RequestValidationError)
+  async def invalid(request, error):
+    del request
+    first = error.errors()[0]
+    place = '.'.join(map(str, first['loc'][1:])) or 'body'
+    return refused(ApiError(f'{place}: {first["msg"]}'[:500], place[:200]))
+
+  @app.exception_handler(HTTPException)
+  async def http_error(request, error):
+    del request
+    return refused(
+      ApiError(
+        str(error.detail), status=error.status_code, kind='not_found_error'
+      )
+    )
+
+  @app.exception_handler(Exception)
+  async def unknown(request, error):
+    # The server's log has the trace; the client learns nothing of it.
+    del request, error
+    return refused(
+      ApiError('the server failed', status=500, kind='server_error')
+    )
+
+  app.add_middleware(_Guard, server=server)
+
+
+class _Guard:
+  """Checks the key and the size of bodies, and names requests."""
+
+  def __init__(self, app, server: Server):
+    self._app, self._server = app, server
+
+  async def __call__(self, scope, receive, send):
+    if scope['type'] != 'http':
+      return await self._app(scope, receive, send)
+    request = Request(scope)
+    try:
+      salt = b''
+      if scope['path'] not in OPEN:
+        salt = self._server.check_key(request.headers.get('authorization'))
+      scope.setdefault('state', {})['salt'] = salt
+      self._check_length(request)
+      receive = self._counted(receive)
+      return await self._app(scope, receive, send)
+    except ApiError as error:
+      response = JSONResponse(error.body(), error.status, error.headers)
+      return await response(scope, receive, send)
+
+  def _check_length(self, request: Request) -> None:
+    length = request.headers.get('content-length', '')
+    if length.isdecimal() and int(length) > self._server.limits.body_bytes:
+      raise self._too_large()
+
+  def _counted(self, receive):
+    """`receive` that refuses what passes the limit, whatever was announced."""
+    got = 0
+
+    async def counted():
+      nonlocal got
+      message = await receive()
+      got += len(message.get('body', b''))
+      if got > self._server.limits.body_bytes:
+        raise self._too_large()
+      return message
+
+    return counted
+
+  def _too_large(self) -> ApiError:
+    most = self._server.limits.body_bytes
+    return ApiError(f'the body has more than {most:,} bytes', status=413)

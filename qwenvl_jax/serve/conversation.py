@@ -1,0 +1,137 @@
+"""Messages of a request as the model reads them.
+
+Turns are ChatML, pictures are numbered through the conversation (`Picture N:`),
+as the release does both. What users write never becomes a control id: of the
+special tokens, only `<ref>`, `<box>` and `<quad>` are read in their text, and
+the spans of pictures are made here.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from PIL import Image
+
+from qwenvl_jax.serve.limits import ApiError
+from qwenvl_jax.serve.schemas import Message, TextPart
+from qwenvl_jax.text import chatml, grounding
+from qwenvl_jax.text.tokenizer import VISUAL_TOKENS, Tokenizer
+
+# What is read as more than characters in anybody's text.
+PLACE_TOKENS = tuple(token for token in VISUAL_TOKENS if 'img' not in token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What the model is given.
+
+  Attributes:
+    tokens: ids.
+    urls: of the pictures, one a span, in reading order.
+  """
+
+  tokens: list[int]
+  urls: list[str]
+
+
+def build_prompt(
+  tokenizer: Tokenizer,
+  messages: Sequence[Message],
+  image_tokens: int,
+  continue_final: bool = False,
+  generation_prompt: bool = True,
+) -> Prompt:
+  """Makes the context for the next answer.
+
+  Args:
+    tokenizer: the vocabulary.
+    messages: of a request.
+    image_tokens: ids in the span of a picture.
+    continue_final: whether the last message is the beginning of the answer.
+    generation_prompt: whether the context ends where an answer begins.
+
+  Raises:
+    ApiError: messages in an order or of a kind that the model does not know.
+  """
+  if continue_final and messages[-1].role != 'assistant':
+    raise ApiError(
+      "continue_final_message needs a last message of role 'assistant'",
+      'continue_final_message',
+    )
+  newline = tokenizer.encode_ordinary('\n')
+  prompt = Prompt([], [])
+  turns = [*messages]
+  if turns[0].role not in ('system', 'developer'):
+    turns.insert(0, Message(role='system', content=chatml.DEFAULT_SYSTEM))
+  for number, message in enumerate(turns):
+    system = message.role in ('system', 'developer')
+    if system and number:
+      raise ApiError(
+        'a system message must be the first one', f'messages.{number}.role'
+      )
+    if prompt.tokens:
+      prompt.tokens.extend(newline)
+    role = 'system' if system else message.role
+    prompt.tokens.append(tokenizer.im_start_id)
+    prompt.tokens.extend([*tokenizer.encode_ordinary(role), *newline])
+    _add_content(prompt, tokenizer, message, image_tokens)
+    prompt.tokens.append(tokenizer.im_end_id)
+  if continue_final:
+    prompt.tokens.pop()
+  elif generation_prompt:
+    prompt.tokens.extend([*newline, tokenizer.im_start_id])
+    prompt.tokens.extend([*tokenizer.encode_ordinary('assistant'), *newline])
+  return prompt
+
+
+def _add_content(prompt, tokenizer, message, image_tokens) -> None:
+  content = message.content or ''
+  if isinstance(content, str):
+    content = [TextPart(type='text', text=content)]
+  text = ''
+
+  def flush(text):
+    prompt.tokens.extend(encode(tokenizer, text))
+
+  for part in content:
+    if isinstance(part, TextPart):
+      text += part.text
+      continue
+    if message.role != 'user':
+      raise ApiError(
+        f"pictures belong to messages of role 'user', not {message.role!r}",
+        'messages',
+      )
+    prompt.urls.append(part.url)
+    flush(f'{text}Picture {len(prompt.urls)}: ')
+    # What stands in a span is replaced by the picture's features.
+    prompt.tokens.append(tokenizer.img_start_id)
+    prompt.tokens.extend([tokenizer.img_pad_id] * image_tokens)
+    prompt.tokens.append(tokenizer.img_end_id)
+    text = '\n'
+  flush(text)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+  """Ids of what somebody wrote, without control ids."""
+  return tokenizer.encode(text, allowed_special=PLACE_TOKENS)
+
+
+def boxes_in_pixels(text: str, pictures: Sequence[Image.Image]) -> list[dict]:
+  """The places in an answer, in pixels of the last picture shown.
+
+  That is the picture that the release draws on.
+
+  Returns:
+    Objects with `ref`, the phrase ('' for none), `picture`, its number from 1,
+    and `box` [x1, y1, x2, y2] or `quad` [x1, y1, .., y4].
+  """
+  if not pictures:
+    return []
+  found, size = [], pictures[-1].size
+  for place in grounding.parse(text).places:
+    about = {'ref': place.ref, 'picture': len(pictures)}
+    for name in ('box', 'quad'):
+      for points in getattr(place, f'{name}es' if name == 'box' else 'quads'):
+        scaled = [round(x, 1) for x in grounding.to_pixels(points, size)]
+        found.append(about | {name: scaled})
+  return found

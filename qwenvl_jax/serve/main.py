@@ -1,0 +1,225 @@
+"""`qwenvl-serve`: an HTTP server with OpenAI's API."""
+
+import argparse
+import inspect
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from qwenvl_jax import api, entry
+from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.infer.engine import EngineConfig
+from qwenvl_jax.infer.grammar import GrammarCompiler
+from qwenvl_jax.infer.scheduler import Scheduler
+from qwenvl_jax.infer.terminal import spinner
+from qwenvl_jax.serve.limits import Limits
+from qwenvl_jax.sharding import use_all_devices
+
+# Seconds that running answers have after SIGTERM.
+_DRAIN_SECONDS = 30
+# Of all headers of a request.
+_HEADER_BYTES = 32 * 2**10
+# A key shorter than this is guessed too soon.
+_KEY_CHARS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  return entry.run(_run, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='qwenvl-serve',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    description=inspect.cleandoc("""
+      Serve a Qwen-VL model with OpenAI's API.
+
+      Answers many requests at a time, from any OpenAI client. /docs in a
+      browser shows all routes.
+    """),
+    epilog=inspect.cleandoc("""
+      a first question, once the server says that it is ready:
+        curl http://127.0.0.1:8000/v1/chat/completions \\
+          -H 'Content-Type: application/json' \\
+          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+
+      examples:
+        qwenvl-serve --checkpoint runs/quickstart/stage3
+        qwenvl-serve --checkpoint Qwen-VL-Chat --host 0.0.0.0 \\
+            --api_key_file key.txt --slots 32
+    """),
+  )
+  add = parser.add_argument
+  add(
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a training run, a converted checkpoint, or a released folder',
+  )
+  add(
+    '--host', default='127.0.0.1', help='address (default: this machine only)'
+  )
+  add('--port', type=int, default=8000, help='0 takes a free one')
+  add(
+    '--api_key_file',
+    metavar='FILE',
+    help='clients must send the key in this file; needed for other hosts than '
+    'this machine, unless --no_api_key says otherwise',
+  )
+  add('--no_api_key', action='store_true', help='serve anybody who can connect')
+  add('--served_name', metavar='NAME', help='default: name of the folder')
+  add('--slots', type=int, default=8, help='answers at a time (default: 8)')
+  add(
+    '--max_len',
+    type=int,
+    metavar='N',
+    help='tokens of a prompt and its answer (default: what training rows have)',
+  )
+  add('--max_waiting', type=int, default=256, help='requests in the queue')
+  add(
+    '--dtype',
+    choices=('bfloat16', 'float16', 'float32'),
+    help='number format to compute in (default: that of the checkpoint)',
+  )
+  add('--keep_int4', action='store_true', help='see qwenvl-chat --help')
+  add('--int8', action='store_true', help='see qwenvl-chat --help')
+  add('--cache_dtype', choices=('int8',), help='of the key-value cache')
+  add(
+    '--media_folder',
+    metavar='DIR',
+    help='file: pictures are read from here (default: from nowhere)',
+  )
+  add(
+    '--media_domain',
+    action='append',
+    default=[],
+    metavar='HOST',
+    help='http(s) pictures are fetched from here; may be repeated (default: '
+    'from nowhere)',
+  )
+  add('--max_images', type=int, default=16, help='pictures of a request')
+  add(
+    '--timeout', type=float, default=600, help='seconds after which answers end'
+  )
+  add(
+    '--ssl_certfile', metavar='FILE', help='serve https with this certificate'
+  )
+  add('--ssl_keyfile', metavar='FILE', help='its private key')
+  return parser
+
+
+def _run(argv: Sequence[str]) -> int:
+  args = _parser().parse_args(argv)
+  try:
+    import uvicorn
+
+    from qwenvl_jax.serve.app import make_app
+  except ImportError as error:
+    raise ConfigError(
+      f'{error.name} is not installed; pip install "qwenvl_jax[serve]"'
+    ) from error
+  key, limits = _key(args), _limits(args)
+  with use_all_devices(), spinner(f'opening {args.checkpoint}'):
+    server = _open(args, key, limits)
+  where = f'http{"s" * bool(args.ssl_certfile)}://{args.host}:{args.port}'
+  print(f'{server.name} will be at {where}/v1 once it is compiled')
+  server.worker.when_ready = lambda: print(f'ready: {where}/docs', flush=True)
+  uvicorn.run(
+    make_app(server),
+    host=args.host,
+    port=args.port,
+    log_level='warning',
+    timeout_graceful_shutdown=_DRAIN_SECONDS,
+    server_header=False,
+    h11_max_incomplete_event_size=_HEADER_BYTES,
+    ssl_certfile=args.ssl_certfile,
+    ssl_keyfile=args.ssl_keyfile,
+  )
+  return 0
+
+
+def _open(args: argparse.Namespace, key: str | None, limits: Limits) -> Any:
+  """The `Server` of a command line."""
+  from qwenvl_jax.serve.metrics import Metrics
+  from qwenvl_jax.serve.server import Server
+  from qwenvl_jax.serve.worker import Worker
+
+  handle = api.load(
+    args.checkpoint,
+    dtype=args.dtype,
+    keep_int4=args.keep_int4,
+    int8=args.int8,
+  )
+  if handle.tokenizer is None:
+    raise CheckpointError(
+      f'{args.checkpoint}: there is no vocabulary in this folder; copy the '
+      'qwen.tiktoken that belongs to the checkpoint into it'
+    )
+  decoder = handle.config.decoder
+  engine = handle.engine(
+    EngineConfig(
+      slots=args.slots,
+      max_len=args.max_len or decoder.seq_length,
+      cache_dtype=args.cache_dtype,
+    )
+  )
+  scheduler = Scheduler(engine, max_waiting=args.max_waiting)
+  name = args.served_name or pathlib.PurePath(str(args.checkpoint)).name
+  return Server(
+    name=name,
+    config=handle.config,
+    tokenizer=handle.tokenizer,
+    compiler=GrammarCompiler(handle.tokenizer, decoder.vocab_size),
+    worker=Worker(scheduler),
+    metrics=Metrics(name, scheduler),
+    limits=limits,
+    key=key,
+  )
+
+
+def _key(args: argparse.Namespace) -> str | None:
+  """The API key; ConfigError if there should be one."""
+  if args.api_key_file is None:
+    local = args.host in ('127.0.0.1', 'localhost', '::1')
+    if not local and not args.no_api_key:
+      raise ConfigError(
+        f'--host={args.host} is reached from other machines: give '
+        '--api_key_file, or --no_api_key if anybody may ask'
+      )
+    return None
+  try:
+    key = pathlib.Path(args.api_key_file).read_text('utf-8').strip()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(
+      f'--api_key_file={args.api_key_file} cannot be read ({error}); it holds '
+      'one key'
+    ) from error
+  if len(key) < _KEY_CHARS or not key.isprintable() or ' ' in key:
+    raise ConfigError(
+      f'{args.api_key_file}: a key has at least {_KEY_CHARS} characters and no '
+      'spaces; make one: openssl rand -hex 24'
+    )
+  return key
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+  folder = args.media_folder and pathlib.Path(args.media_folder)
+  if folder and not folder.is_dir():
+    raise ConfigError(f'--media_folder={folder} is no folder')
+  for name in ('max_images', 'max_waiting', 'slots'):
+    if getattr(args, name) < 1:
+      raise ConfigError(f'--{name}={getattr(args, name)}: must be at least 1')
+  if not args.timeout > 0:
+    raise ConfigError(f'--timeout={args.timeout}: must be above 0 seconds')
+  return Limits(
+    images=args.max_images,
+    media_folder=folder,
+    media_domains=tuple(args.media_domain),
+    seconds=args.timeout,
+  )
+
+
+if __name__ == '__main__':
+  sys.exit(main())

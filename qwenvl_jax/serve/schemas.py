@@ -1,0 +1,184 @@
+"""Bodies of requests, as OpenAI's API and vLLM's additions to it name them.
+
+A field that is not known is refused: an answer that ignores what was asked for
+is worse than an error.
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from qwenvl_jax.infer.request import MAX_TOP_LOGPROBS
+from qwenvl_jax.infer.sampling import MAX_BIASES
+
+# Ids are 32-bit; longer lists than any model reads are refused early.
+_Id = Annotated[int, Field(ge=0, lt=2**31)]
+_Ids = Annotated[list[_Id], Field(min_length=1, max_length=2**17)]
+_Text = Annotated[str, Field(max_length=2**20)]
+
+
+class _Strict(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(extra='forbid')
+
+
+class TextPart(_Strict):
+  """Words of a message."""
+
+  type: Literal['text']
+  text: _Text
+
+
+class ImageUrl(_Strict):
+  """Where a picture is: `data:`, or what the server allows.
+
+  `detail` is accepted and makes no difference: the model sees one size.
+  """
+
+  url: str
+  detail: Literal['auto', 'low', 'high'] | None = None
+
+
+class ImagePart(_Strict):
+  """A picture of a message."""
+
+  type: Literal['image_url']
+  image_url: ImageUrl | str
+
+  @property
+  def url(self) -> str:
+    found = self.image_url
+    return found if isinstance(found, str) else found.url
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator='type')]
+
+
+class Message(_Strict):
+  """One turn. Pictures are the user's."""
+
+  role: Literal['system', 'developer', 'user', 'assistant']
+  content: _Text | list[Part] | None = None
+  name: str | None = Field(None, max_length=64)
+  refusal: None = None
+  boxes: Any = Field(
+    None, description='Of an answer that is sent back: unused.'
+  )
+
+
+class StreamOptions(_Strict):
+  """What is streamed beside the answer."""
+
+  include_usage: bool = False
+
+
+class JsonSchema(_Strict):
+  """A named JSON schema."""
+
+  name: str | None = None
+  description: str | None = None
+  schema_: dict[str, Any] = Field(alias='schema')
+  strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+  """The form of an answer."""
+
+  type: Literal['text', 'json_object', 'json_schema']
+  json_schema: JsonSchema | None = None
+
+
+class Boxes(_Strict):
+  """An answer of boxes alone, see `infer.grammar`."""
+
+  max_boxes: int = Field(1, ge=1, le=256)
+  ref: bool | str = False
+  max_refs: int = Field(1, ge=1, le=256)
+
+
+class StructuredOutputs(_Strict):
+  """The form of an answer: one of these."""
+
+  json_: dict[str, Any] | str | None = Field(None, alias='json')
+  regex: str | None = None
+  choice: list[str] | None = None
+  boxes: Boxes | bool | None = None
+
+
+class Settings(_Strict):
+  """What chats and completions have in common."""
+
+  model: str | None = None
+  temperature: float = Field(1.0, ge=0, le=2)
+  top_p: float | None = Field(None, gt=0, le=1)
+  top_k: int = Field(0, ge=-1)
+  min_p: float = Field(0.0, ge=0, le=1)
+  n: int = Field(1, ge=1)
+  seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+  stop: str | list[str] | None = None
+  stop_token_ids: list[_Id] = Field(default_factory=list, max_length=8)
+  ignore_eos: bool = False
+  min_tokens: int = Field(0, ge=0, lt=2**31)
+  presence_penalty: float = Field(0.0, ge=-2, le=2)
+  frequency_penalty: float = Field(0.0, ge=-2, le=2)
+  repetition_penalty: float = Field(1.0, gt=0.001, lt=1000)
+  logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
+  stream: bool = False
+  stream_options: StreamOptions | None = None
+  response_format: ResponseFormat | None = None
+  structured_outputs: StructuredOutputs | None = None
+  user: str | None = Field(None, description='Unused.')
+
+
+class ChatRequest(Settings):
+  """Body of `/v1/chat/completions`."""
+
+  messages: list[Message] = Field(min_length=1)
+  max_tokens: int | None = Field(None, ge=1, lt=2**31)
+  max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+  logprobs: bool = False
+  top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+  continue_final_message: bool = False
+  add_generation_prompt: bool = True
+  store: Literal[False] | None = None
+  metadata: dict[str, str] | None = Field(None, description='Unused.')
+
+  model_config = pydantic.ConfigDict(
+    extra='forbid',
+    json_schema_extra={
+      'examples': [
+        {
+          'messages': [{'role': 'user', 'content': 'What can you see?'}],
+          'max_tokens': 64,
+        }
+      ]
+    },
+  )
+
+
+class CompletionRequest(Settings):
+  """Body of `/v1/completions`."""
+
+  prompt: _Text | _Ids | list[_Text] | list[_Ids]
+  max_tokens: int = Field(16, ge=0, lt=2**31)
+  echo: bool = False
+  logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+  best_of: Literal[1] | None = None
+  suffix: None = None
+
+
+class TokenizeRequest(_Strict):
+  """Body of `/tokenize`: a text, or a conversation without pictures."""
+
+  model: str | None = None
+  prompt: _Text | None = None
+  messages: list[Message] | None = None
+  add_generation_prompt: bool = True
+  continue_final_message: bool = False
+
+
+class DetokenizeRequest(_Strict):
+  """Body of `/detokenize`."""
+
+  model: str | None = None
+  tokens: list[_Id] = Field(max_length=2**17)

@@ -1,0 +1,284 @@
+"""Keys, limits, counters, and clients that go away."""
+
+import concurrent.futures
+import http.client
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+
+import httpx
+import openai
+import pytest
+import reciter
+from serve_support import KEY, running
+
+from qwenvl_jax.serve import main
+
+HEADERS = {'Authorization': f'Bearer {KEY}'}
+QUESTION = {'messages': [{'role': 'user', 'content': 'Hello'}]}
+
+
+@pytest.fixture(scope='session')
+def http_client(address):
+  with httpx.Client(base_url=address, headers=HEADERS, timeout=60) as found:
+    yield found
+
+
+@pytest.mark.parametrize(
+  'path', ['/v1/models', '/version', '/metrics', '/docs', '/openapi.json']
+)
+def test_every_route_but_health_wants_the_key(http_client, path):
+  for header in (
+    '',
+    'Bearer wrong',
+    KEY,
+    f'Basic {KEY}',
+    'Bearer',
+    'Bearer ä',
+  ):
+    headers = {'Authorization': header.encode()}
+    answer = http_client.get(path, headers=headers)
+    assert answer.status_code == 401, header
+    assert answer.json()['error']['code'] == 'invalid_api_key'
+  assert http_client.get(path).status_code == 200
+
+
+def test_posts_want_the_key(address):
+  other = openai.OpenAI(base_url=f'{address}/v1', api_key='no')
+  with other, pytest.raises(openai.AuthenticationError):
+    other.chat.completions.create(model='tiny', **QUESTION)
+
+
+def test_health_is_for_everybody(address):
+  assert httpx.get(f'{address}/health').status_code == 200
+  assert httpx.get(f'{address}/ready').status_code == 200
+
+
+def test_models_and_versions(client, http_client):
+  (model,) = client.models.list().data
+  assert (model.id, model.max_model_len) == ('tiny', 768)
+  assert http_client.get('/version').json()['version']
+
+
+def test_tokens_there_and_back(http_client):
+  text = '<box>(1,2)</box> 狗 <|im_end|>'
+  found = http_client.post('/tokenize', json={'prompt': text}).json()
+  assert (
+    found['count'] == len(found['tokens']) and found['max_model_len'] == 768
+  )
+  back = http_client.post('/detokenize', json={'tokens': found['tokens']})
+  assert back.json() == {'prompt': text}
+  chat = http_client.post('/tokenize', json=QUESTION).json()
+  usage = http_client.post('/v1/chat/completions', json=QUESTION).json()[
+    'usage'
+  ]
+  assert chat['count'] == usage['prompt_tokens']
+  for body in {}, {'prompt': 'a', **QUESTION}, {'prompt': 5}:
+    assert http_client.post('/tokenize', json=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+  ('content', 'status'),
+  [
+    (b'', 400),
+    (b'{', 400),
+    (b'[]', 400),
+    (b'\xff\xfe', 400),
+    (b'{"messages": ' + b'[' * 100_000, 400),
+    (b'{"messages": "' + b'x' * (33 * 2**20) + b'"}', 413),
+    (b'{"messages": NaN}', 400),
+  ],
+)
+def test_bodies_that_are_none(http_client, content, status):
+  answer = http_client.post('/v1/chat/completions', content=content)
+  assert answer.status_code == status
+  assert set(answer.json()['error']) == {'message', 'type', 'param', 'code'}
+  assert 'Traceback' not in answer.text and '.py' not in answer.text
+
+
+def test_a_body_without_a_length_is_limited_too(address):
+  url = urllib.parse.urlsplit(address)
+
+  def parts():
+    for _ in range(34):
+      yield b'x' * 2**20
+
+  connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
+  try:
+    connection.request(
+      'POST',
+      '/v1/chat/completions',
+      parts(),
+      {**HEADERS, 'Transfer-Encoding': 'chunked'},
+    )
+    assert connection.getresponse().status == 413
+  except (BrokenPipeError, ConnectionResetError):
+    pass  # Refused before all was sent.
+  finally:
+    connection.close()
+  assert httpx.get(f'{address}/health').status_code == 200
+
+
+def test_unknown_routes_and_methods(http_client):
+  assert http_client.get('/v1/nothing').json()['error']['code'] is None
+  assert http_client.get('/v1/chat/completions').status_code == 405
+
+
+def counted(http_client, name):
+  lines = http_client.get('/metrics').text.splitlines()
+  values = [
+    float(line.rsplit(' ', 1)[1])
+    for line in lines
+    if line.startswith(f'vllm:{name}{{')
+  ]
+  assert values, name
+  return sum(values)
+
+
+def test_what_is_counted(http_client):
+  names = ('prompt_tokens_total', 'generation_tokens_total')
+  names += ('request_success_total', 'e2e_request_latency_seconds_count')
+  names += ('time_to_first_token_seconds_count',)
+  before = [counted(http_client, name) for name in names]
+  usage = http_client.post(
+    '/v1/chat/completions', json=QUESTION | {'temperature': 0}
+  ).json()['usage']
+  after = [counted(http_client, name) for name in names]
+  more = [b - a for a, b in zip(before, after, strict=True)]
+  assert more == [usage['prompt_tokens'], reciter.TOKENS, 1, 1, 1]
+  for name in 'num_requests_running', 'num_requests_waiting':
+    assert counted(http_client, name) == 0
+  assert counted(http_client, 'kv_cache_usage_perc') == 0
+
+
+def wait_until(condition, seconds=30):
+  ends = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < ends
+    time.sleep(0.02)
+
+
+LONG = QUESTION | {'ignore_eos': True, 'max_tokens': 700, 'min_tokens': 700}
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_who_leaves_frees_the_slot(address, server, stream):
+  load = lambda: server.worker.scheduler.load  # noqa: E731
+  url = urllib.parse.urlsplit(address)
+  connection = http.client.HTTPConnection(url.hostname, url.port)
+  body = json.dumps(LONG | {'stream': stream})
+  connection.request(
+    *('POST', '/v1/chat/completions', body),
+    {**HEADERS, 'Content-Type': 'application/json'},
+  )
+  wait_until(lambda: load().running == 1)
+  connection.close()
+  wait_until(lambda: load().running == 0)
+  assert load().free == server.worker.scheduler.engine.slots
+
+
+def test_a_full_queue_asks_to_come_back(make_server):
+  server = make_server(slots=1, max_waiting=1, key=None)
+  with running(server) as address:
+
+    def ask():
+      return httpx.post(
+        f'{address}/v1/chat/completions', json=LONG, timeout=120
+      )
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+      answers = [one.result() for one in [pool.submit(ask) for _ in range(6)]]
+  codes = [answer.status_code for answer in answers]
+  assert codes.count(429) >= 1 and codes.count(200) >= 1
+  assert set(codes) == {200, 429}
+  refused = next(a for a in answers if a.status_code == 429)
+  assert refused.headers['Retry-After'] == '1'
+  assert refused.json()['error']['type'] == 'rate_limit_error'
+
+
+def test_many_at_once_get_what_they_get_alone(client):
+  def ask(number):
+    found = client.chat.completions.create(
+      model='tiny',
+      messages=[{'role': 'user', 'content': f'Question {number}'}],
+      temperature=1,
+      top_p=1,
+      max_tokens=6,
+      seed=number,
+    )
+    return found.choices[0].message.content
+
+  alone = [ask(number) for number in range(12)]
+  with concurrent.futures.ThreadPoolExecutor(12) as pool:
+    assert list(pool.map(ask, range(12))) == alone
+
+
+def test_the_engine_s_failure_is_told_without_details(make_server, monkeypatch):
+  server = make_server(key=None)
+
+  def fail(*_):
+    raise RuntimeError('/secret/path at 0xdead')
+
+  monkeypatch.setattr(server.worker.scheduler.engine, 'forward', fail)
+  with running(server) as address:
+    answer = httpx.post(f'{address}/v1/chat/completions', json=QUESTION)
+    assert answer.status_code == 500
+    assert 'secret' not in answer.text and '0xdead' not in answer.text
+    assert httpx.get(f'{address}/health').status_code == 200
+    body = QUESTION | {'stream': True}
+    text = httpx.post(f'{address}/v1/chat/completions', json=body).text
+    assert 'generation_failed' in text and text.endswith('data: [DONE]\n\n')
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_drains(tmp_path):
+  folder = tmp_path / 'reciter'
+  reciter.save(folder)
+  key = tmp_path / 'key'
+  key.write_text(f'{KEY.replace(" ", "-")}\n')
+  command = pathlib.Path(sys.executable).parent / 'qwenvl-serve'
+  arguments = ('--checkpoint', folder, '--port=18431', '--slots=2')
+  process = subprocess.Popen(
+    [command, *arguments, f'--api_key_file={key}', '--max_len=512'],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    said = process.stdout.readline()
+    assert 'reciter will be at http://127.0.0.1:18431/v1' in said
+    assert process.stdout.readline().startswith('ready: ')
+    with openai.OpenAI(
+      base_url='http://127.0.0.1:18431/v1', api_key=KEY.replace(' ', '-')
+    ) as client:
+      stream = client.chat.completions.create(
+        model='reciter', stream=True, temperature=0, **QUESTION
+      )
+      pieces = [next(iter(stream)).choices[0].delta.content]
+      process.send_signal(signal.SIGTERM)
+      pieces += [c.choices[0].delta.content or '' for c in stream]
+    assert ''.join(pieces) == reciter.ANSWER
+    assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+  finally:
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    (['--host=0.0.0.0'], '--api_key_file'),
+    (['--api_key_file=/nowhere'], 'cannot be read'),
+    (['--media_folder=/nowhere'], 'no folder'),
+    (['--slots=0'], 'at least 1'),
+    (['--timeout=0'], 'above 0'),
+    ([], 'config.json'),
+  ],
+)
+def test_mistakes_of_the_command(arguments, said, tmp_path, capsys):
+  assert main.main([f'--checkpoint={tmp_path}', *arguments]) == 2
+  error = capsys.readouterr().err
+  assert said in error and error.count('\n') == 1
