@@ -8,11 +8,13 @@ can be made or renamed.
 """
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +26,9 @@ from etils import epath
 from qwenvl_jax.errors import ConfigError, QwenVLError
 
 _SCHEME = 'gs://'
+
+# What `copy` takes: a vocabulary, settings, licences, a font.
+_SMALL_BYTES = 2**28
 
 # Linux takes so many pieces of memory in one call (IOV_MAX).
 _PIECES_AT_ONCE = 1024
@@ -133,13 +138,44 @@ def version(path: Path) -> tuple:
   """
   if in_bucket(path):
     return (str(_files().info(_key(path))['generation']),)
-  stat = path.stat()
-  return stat.st_mtime_ns, stat.st_size
+  found = path.stat()
+  return found.st_mtime_ns, found.st_size
 
 
 def copy(file: Path, destination: Path) -> None:
   """Copies a small file, from or to anywhere."""
-  write(destination, file.read_bytes())
+  write(destination, read(file, _SMALL_BYTES))
+
+
+def read(path: Path, limit: int) -> bytes:
+  """Reads a regular file that is not longer than it may be.
+
+  Raises:
+    OSError: it is no file (but a folder or a pipe), longer, or unreadable.
+  """
+  if in_bucket(path):
+    check_length(path, size(path), limit)
+    return path.read_bytes()
+  with open(_open_regular(path), 'rb') as file:
+    check_length(path, os.fstat(file.fileno()).st_size, limit)
+    return file.read(limit)
+
+
+def check_length(path: Path, length: int, limit: int) -> None:
+  """Raises OSError if a file is longer than it may be."""
+  if length > limit:
+    raise OSError(
+      errno.EFBIG, f'{length:,} bytes are more than the {limit:,} allowed'
+    )
+
+
+def _open_regular(path: Path) -> int:
+  """Opens a file for reading without waiting for a writer of a pipe."""
+  file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+  if not stat.S_ISREG(os.fstat(file).st_mode):
+    os.close(file)
+    raise OSError(errno.EINVAL, 'it is not a regular file')
+  return file
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -198,7 +234,7 @@ def read_into(path: Path, start: int, rows: np.ndarray) -> int:
       np.uint8,
     )
     return _scatter(data, pieces)
-  with open(path, 'rb', buffering=0) as file:
+  with open(_open_regular(path), 'rb', buffering=0) as file:
     return _read_pieces(file.fileno(), start, pieces)
 
 

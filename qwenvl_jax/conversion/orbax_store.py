@@ -19,7 +19,7 @@ from absl import logging
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion import layout
 from qwenvl_jax.conversion.blocks import Block
-from qwenvl_jax.conversion.reader import read_json
+from qwenvl_jax.conversion.json_schema import read_json
 from qwenvl_jax.errors import CheckpointError
 
 # For packed checkpoints (OCDBT), as training runs have them: their chunks are

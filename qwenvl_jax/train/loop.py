@@ -14,10 +14,10 @@ import jax
 from jax.sharding import Mesh
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion.folder import (
-  CHECKPOINTS,
+from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS
+from qwenvl_jax.conversion.families.qwen_vl.assets import (
   VOCABULARY,
-  write_side_files,
+  write_assets,
 )
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
@@ -240,7 +240,7 @@ def _writing(workdir: Path) -> Iterator[None]:
 
 def _write_files(config: TrainConfig, workdir: Path, resolved) -> None:
   """Writes what opens the run's checkpoints, and what made them."""
-  write_side_files(workdir, config.objective.config, None)
+  write_assets(workdir, config.objective.config)
   if isinstance(config.data, Pipeline):
     Tokenizer(config.data.vocabulary).save(workdir / VOCABULARY)
   if resolved is not None:

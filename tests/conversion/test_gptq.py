@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qwenvl_jax
-from qwenvl_jax.conversion import convert, gptq
-from qwenvl_jax.conversion import folder as folders
-from qwenvl_jax.conversion.reader import open_released, read_json
+from qwenvl_jax.conversion import checkpoint_io, convert, gptq
+from qwenvl_jax.conversion.json_schema import read_json
+from qwenvl_jax.conversion.reader import open_released
 from qwenvl_jax.errors import CheckpointError
 
 INT4 = Path(__file__).parents[1] / 'goldens' / 'int4'
@@ -41,7 +41,7 @@ def changed(tmp_path):
 
 
 def dequantized(folder):
-  config = folders.read_config(folder)
+  config = checkpoint_io.read_config(folder)
   return gptq.dequantized(folder, open_released(folder), config)
 
 
@@ -66,8 +66,8 @@ def test_converts_to_bfloat16(tmp_path):
   config = read_json(tmp_path / 'ours' / 'config.json')
   assert config['torch_dtype'] == 'bfloat16'
   assert 'quantization_config' not in config
-  params = folders.read_params(
-    tmp_path / 'ours', folders.read_config(tmp_path / 'ours')
+  params = checkpoint_io.read_params(
+    tmp_path / 'ours', checkpoint_io.read_config(tmp_path / 'ours')
   )
   kernel = np.asarray(params['decoder']['blocks']['attn']['q']['kernel'][0])
   weight = dequantized(INT4)[f'{WEIGHT}.weight'].load()

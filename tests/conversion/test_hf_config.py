@@ -5,7 +5,10 @@ import json
 import golden
 import pytest
 
-from qwenvl_jax.conversion.hf_config import config_from_hf, config_to_hf
+from qwenvl_jax.conversion.families.qwen_vl.config import (
+  config_from_hf,
+  config_to_hf,
+)
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import AdapterConfig, VisionConfig, qwen_vl_7b
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwenvl_jax import batch
-from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.infer.engine import Engine, EngineConfig
 from qwenvl_jax.model.config import (
   AdapterConfig,
@@ -119,7 +119,7 @@ def chat_checkpoint(tmp_path_factory):
   for part, name in (('attn', 'out'), ('mlp', 'down')):
     decoder['blocks'][part][name]['kernel'][:] = 0
   folder = tmp_path_factory.mktemp('chat') / 'checkpoint'
-  folders.write_side_files(folder, config, None)
-  tokenizer.save(folder / folders.VOCABULARY)
-  folders.write_params(folder, params)
+  assets.write_assets(folder, config)
+  tokenizer.save(folder / assets.VOCABULARY)
+  golden.save_params(folder, params)
   return folder

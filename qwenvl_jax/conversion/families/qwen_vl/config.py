@@ -7,8 +7,9 @@ written only where they differ from the release.
 
 import math
 
-from qwenvl_jax.conversion.family import of_model_type
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.conversion import json_schema, schemas
+from qwenvl_jax.conversion.families.foreign import of_model_type
+from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.model.config import (
   AdapterConfig,
   DecoderConfig,
@@ -19,26 +20,11 @@ from qwenvl_jax.model.config import (
 # The release's adapter has one head per this many channels.
 _ADAPTER_HEAD_DIM = 128
 
-# What the release fixes without saying so in its config.json.
-_EXTRAS = {
-  'queries': 256,
-  'adapter_heads': None,
-  'position_grid': 16,
-  'window': None,
-  'global_every': 4,
-}
-
 # How packed kernels are, in the words of the release.
 _GPTQ = {'quant_method': 'gptq', 'bits': 4, 'desc_act': False}
 
-
-def _int4_group(raw: dict) -> int | None:
-  quantization = raw.get('quantization_config')
-  return quantization and quantization['group_size']
-
-
-def _adapter_heads(dim: int) -> int:
-  return max(dim // _ADAPTER_HEAD_DIM, 1)
+# What is added to stored zero points, by the name of the format.
+ZERO_OFFSETS = {'gptq': 1, 'gptq_v2': 0}
 
 
 def config_from_hf(
@@ -56,69 +42,78 @@ def config_from_hf(
     The config; a Qwen-7B without `visual` gets the default vision tower.
 
   Raises:
-    CheckpointError: another model family, or a key is missing.
+    CheckpointError: another model family, a key that is missing, or a value of
+      another type or beyond all models.
   """
   family = raw.get('model_type')
   if family != 'qwen':
     raise CheckpointError(
-      f"{where}: model_type is {family!r}, not 'qwen': this looks like "
-      f'{of_model_type(family)}. Qwen-VL, Qwen-VL-Chat and Qwen-7B can be read'
+      f"{where}: model_type is {str(family)[:80]!r}, not 'qwen': this looks "
+      f'like {of_model_type(family)}. Qwen-VL, Qwen-VL-Chat and Qwen-7B can be '
+      'read'
     )
+  values = json_schema.check(raw, schemas.CONFIG, where)
   try:
-    decoder = DecoderConfig(
-      vocab_size=raw['vocab_size'],
-      dim=raw['hidden_size'],
-      layers=raw['num_hidden_layers'],
-      heads=raw['num_attention_heads'],
-      head_dim=raw['kv_channels'],
-      mlp_dim=raw['intermediate_size'] // 2,
-      norm_eps=raw['layer_norm_epsilon'],
-      rope_base=float(raw['rotary_emb_base']),
-      seq_length=raw['seq_length'],
-      max_position_embeddings=raw['max_position_embeddings'],
-      dynamic_ntk=raw['use_dynamic_ntk'],
-      logn=raw['use_logn_attn'],
-      int4_group=_int4_group(raw) if int4 else None,
-    )
-    visual = raw.get('visual')
-    if visual is None:
-      return QwenVLConfig(
-        decoder=decoder,
-        adapter=AdapterConfig(
-          dim=decoder.dim, heads=_adapter_heads(decoder.dim)
-        ),
-      )
-    extras = _EXTRAS | visual
-    vision = VisionConfig(
+    decoder = _decoder(values, int4)
+    if values['visual'] is None:
+      heads = _adapter_heads(decoder.dim)
+      adapter = AdapterConfig(dim=decoder.dim, heads=heads)
+      return QwenVLConfig(decoder=decoder, adapter=adapter)
+    return _with_visual(decoder, values['visual'])
+  except ConfigError as error:
+    raise CheckpointError(f'{where}: {error}') from error
+
+
+def _decoder(values: dict, int4: bool) -> DecoderConfig:
+  packed = values['quantization_config'] if int4 else None
+  return DecoderConfig(
+    vocab_size=values['vocab_size'],
+    dim=values['hidden_size'],
+    layers=values['num_hidden_layers'],
+    heads=values['num_attention_heads'],
+    head_dim=values['kv_channels'],
+    mlp_dim=values['intermediate_size'] // 2,
+    norm_eps=values['layer_norm_epsilon'],
+    rope_base=float(values['rotary_emb_base']),
+    seq_length=values['seq_length'],
+    max_position_embeddings=values['max_position_embeddings'],
+    dynamic_ntk=values['use_dynamic_ntk'],
+    logn=values['use_logn_attn'],
+    int4_group=packed and packed['group_size'],
+    int4_zero_offset=ZERO_OFFSETS[packed['checkpoint_format']] if packed else 1,
+  )
+
+
+def _with_visual(decoder: DecoderConfig, visual: dict) -> QwenVLConfig:
+  dim = visual['output_dim']
+  return QwenVLConfig(
+    decoder=decoder,
+    vision=VisionConfig(
       image_size=visual['image_size'],
       patch_size=visual['patch_size'],
       width=visual['width'],
       layers=visual['layers'],
       heads=visual['heads'],
       mlp_dim=int(visual['width'] * visual['mlp_ratio']),
-      position_grid=extras['position_grid'],
-      window=extras['window'],
-      global_every=extras['global_every'],
-    )
-    return QwenVLConfig(
-      decoder=decoder,
-      vision=vision,
-      adapter=AdapterConfig(
-        queries=extras['queries'],
-        dim=visual['output_dim'],
-        heads=extras['adapter_heads'] or _adapter_heads(visual['output_dim']),
-      ),
-      image_start_id=visual['image_start_id'],
-    )
-  except KeyError as error:
-    raise CheckpointError(
-      f'{where}: key {error} is missing; is this the config.json of a Qwen-VL '
-      'checkpoint?'
-    ) from error
+      position_grid=visual['position_grid'],
+      window=visual['window'],
+      global_every=visual['global_every'],
+    ),
+    adapter=AdapterConfig(
+      queries=visual['queries'],
+      dim=dim,
+      heads=visual['adapter_heads'] or _adapter_heads(dim),
+    ),
+    image_start_id=visual['image_start_id'],
+  )
+
+
+def _adapter_heads(dim: int) -> int:
+  return max(dim // _ADAPTER_HEAD_DIM, 1)
 
 
 def config_to_hf(config: QwenVLConfig) -> dict:
-  """The inverse of `config_from_hf`, with every key the release has."""
+  """Inverts `config_from_hf`, with every key the release has."""
   decoder, vision, adapter = config.decoder, config.vision, config.adapter
   visual = {
     'heads': vision.heads,
@@ -137,7 +132,8 @@ def config_to_hf(config: QwenVLConfig) -> dict:
     'window': vision.window,
     'global_every': vision.global_every,
   }
-  released = _EXTRAS | {'adapter_heads': _adapter_heads(adapter.dim)}
+  released = {key: schemas.VISUAL[key].default for key in extras}
+  released['adapter_heads'] = _adapter_heads(adapter.dim)
   visual |= {k: v for k, v in extras.items() if v != released[k]}
   raw = {
     'architectures': ['QWenLMHeadModel'],
@@ -171,11 +167,13 @@ def config_to_hf(config: QwenVLConfig) -> dict:
   }
   if decoder.int4_group is not None:
     raw['quantization_config'] = _GPTQ | {'group_size': decoder.int4_group}
+    if decoder.int4_zero_offset != ZERO_OFFSETS['gptq']:
+      raw['quantization_config']['checkpoint_format'] = 'gptq_v2'
   return raw
 
 
 def _mlp_ratio(vision: VisionConfig) -> float:
-  """A ratio with four decimals, as released, that truncates to `mlp_dim`."""
+  """Gives a ratio with four decimals, as released, that yields `mlp_dim`."""
   ratio = math.ceil(vision.mlp_dim / vision.width * 1e4) / 1e4
   if int(vision.width * ratio) != vision.mlp_dim:
     ratio = (vision.mlp_dim + 0.5) / vision.width

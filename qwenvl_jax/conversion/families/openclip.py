@@ -7,9 +7,12 @@ place in Qwen-VL and are left out.
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.conversion.layout import Rule, rules
-from qwenvl_jax.conversion.reader import Tensor, open_file, read_json
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.conversion import json_schema, schemas
+from qwenvl_jax.conversion.families.names import without_prefix
+from qwenvl_jax.conversion.families.qwen_vl.table import rules
+from qwenvl_jax.conversion.reader import Tensor, open_file
+from qwenvl_jax.conversion.rules import Rule
+from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.model.config import QwenVLConfig, VisionConfig
 
 # OpenCLIP computes its norms with this epsilon, Qwen-VL with 1e-6.
@@ -31,17 +34,17 @@ def is_openclip(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> VisionConfig:
-  """Vision sizes of an OpenCLIP folder.
+  """Reads the vision sizes of an OpenCLIP folder.
 
   Raises:
     CheckpointError: no vision transformer is described.
   """
   path = folder / CONFIG
-  return vision_config(read_json(path), str(path))
+  return vision_config(json_schema.read_json(path), str(path))
 
 
 def vision_config(raw: dict, where: str) -> VisionConfig:
-  """Vision sizes from an `open_clip_config.json`.
+  """Takes the vision sizes from an `open_clip_config.json`.
 
   Args:
     raw: the parsed file.
@@ -51,26 +54,26 @@ def vision_config(raw: dict, where: str) -> VisionConfig:
     CheckpointError: no vision transformer is described.
   """
   try:
-    visual = raw['model_cfg']['vision_cfg']
+    values = json_schema.check(raw, schemas.OPENCLIP, where)
+    visual = values['model_cfg']['vision_cfg']
     width, patch = visual['width'], visual['patch_size']
     return VisionConfig(
       image_size=visual['image_size'],
       patch_size=patch,
       width=width,
       layers=visual['layers'],
-      heads=width // visual['head_width'],
+      heads=max(width // visual['head_width'], 1),
       mlp_dim=int(width * visual['mlp_ratio']),
       position_grid=visual['image_size'] // patch,
     )
-  except (KeyError, TypeError) as error:
+  except (CheckpointError, ConfigError) as error:
     raise CheckpointError(
-      f'{where}: no vision transformer described (key {error} is missing); '
-      'expected the open_clip_config.json of a ViT'
+      f'{error}; expected the {CONFIG} of a vision transformer'
     ) from error
 
 
 def openclip_rules(config: QwenVLConfig) -> list[Rule]:
-  """The vision part of the conversion table under OpenCLIP's names."""
+  """Makes the vision part of the conversion table under OpenCLIP's names."""
   return [_rename(rule) for rule in rules(config, parts=('vision',))]
 
 
@@ -80,12 +83,12 @@ def _rename(rule: Rule) -> Rule:
   if '.in_proj.' in name:
     # [q; k; v] one after the other, not head by head.
     name = name.replace('.in_proj.', '.in_proj_')
-    pattern = pattern.replace('(m c j)', '(c m j)')
+    pattern = pattern.replace('(heads qkv head_dim)', '(qkv heads head_dim)')
   return dataclasses.replace(rule, tensor=name, pattern=pattern)
 
 
 def open_vision(folder: Path) -> dict[str, Tensor]:
-  """The vision tower of an OpenCLIP checkpoint.
+  """Opens the vision tower of an OpenCLIP checkpoint.
 
   Args:
     folder: with `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
@@ -104,7 +107,7 @@ def open_vision(folder: Path) -> dict[str, Tensor]:
     )
   tensors = {
     name: tensor
-    for name, tensor in open_file(path).items()
+    for name, tensor in without_prefix(open_file(path), str(path)).items()
     if name.startswith('visual.')
     and name.removeprefix('visual.') not in DROPPED
   }
@@ -114,10 +117,11 @@ def open_vision(folder: Path) -> dict[str, Tensor]:
 
 
 def _without_class_token(table: Tensor) -> Tensor:
-  """The position table without its first row."""
+  """Gives the position table without its first row."""
+  first, *rest = table.shape or (1,)
   return dataclasses.replace(
     table,
-    shape=(table.shape[0] - 1, *table.shape[1:]),
+    shape=(max(first - 1, 0), *rest),
     read=lambda start, stop: table.read(start + 1, stop + 1),
     stored=None,
   )

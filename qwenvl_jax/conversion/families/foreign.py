@@ -1,6 +1,7 @@
 """Which family of models a checkpoint of others looks like."""
 
 from collections.abc import Iterable
+from typing import Any
 
 _MODEL_TYPES = {
   'bert': 'BERT',
@@ -21,6 +22,10 @@ _MODEL_TYPES = {
 
 # Fragments of tensor names, most telling first.
 _NAMES = (
+  (
+    '.lora_A.',
+    'an adapter beside its model (PEFT: merge_and_unload() joins them)',
+  ),
   ('multi_modal_projector.', 'LLaVA'),
   ('qformer.', 'BLIP-2'),
   ('visual.blocks.', 'Qwen2-VL'),
@@ -35,15 +40,17 @@ _NAMES = (
 )
 
 
-def of_model_type(model_type: str | None) -> str:
-  """What config.json's `model_type` stands for."""
-  return _MODEL_TYPES.get(model_type, 'a family that is not known here')
+def of_model_type(model_type: Any) -> str:
+  """Tells what config.json's `model_type` stands for."""
+  known = isinstance(model_type, str) and _MODEL_TYPES.get(model_type)
+  return known or 'a family that is not known here'
 
 
 def of_names(names: Iterable[str]) -> str | None:
-  """What tensor names other than Qwen-VL's look like, None if like nothing."""
-  foreign = [n for n in names if not n.startswith('transformer.')]
+  """Tells what unknown tensor names look like, None if like nothing."""
+  names = list(names)
   for fragment, family in _NAMES:
-    if any(fragment in name for name in foreign):
+    ours = () if fragment == '.lora_A.' else 'transformer.'
+    if any(fragment in n and not n.startswith(ours) for n in names):
       return family
   return None

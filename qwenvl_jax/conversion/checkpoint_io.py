@@ -1,6 +1,6 @@
 """Checkpoint folders: the released layout, ours, and a training run.
 
-Ours keeps the released side files and has Orbax parameters:
+Ours keeps the released files beside the weights and has Orbax parameters:
 
   config.json  generation_config.json  qwen.tiktoken  params/
 
@@ -10,78 +10,47 @@ transformer is read, of Qwen-7B's the decoder.
 """
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion import (
-  gptq,
-  layout,
-  openclip,
-  orbax_store,
-  rounding,
-)
+from qwenvl_jax.conversion import gptq, layout, orbax_store, rounding
 from qwenvl_jax.conversion.atomic import UNFINISHED
 from qwenvl_jax.conversion.blocks import plan
-from qwenvl_jax.conversion.hf_config import config_from_hf, config_to_hf
+from qwenvl_jax.conversion.families import openclip
+from qwenvl_jax.conversion.families.names import RELEASED, TensorNames
+from qwenvl_jax.conversion.families.qwen_vl.assets import find_asset
+from qwenvl_jax.conversion.families.qwen_vl.config import config_from_hf
+from qwenvl_jax.conversion.json_schema import read_json
 from qwenvl_jax.conversion.loader import BUCKET_THREADS, THREADS, to_devices
 from qwenvl_jax.conversion.reader import (
   Tensor,
   has_released_weights,
   open_released,
-  read_json,
 )
+from qwenvl_jax.conversion.rules import Rule
 from qwenvl_jax.conversion.source import (
   CastSource,
+  JoinedSource,
   OrbaxSource,
   ReleasedSource,
   Source,
 )
-from qwenvl_jax.conversion.writer import narrow
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig
-from qwenvl_jax.text.tokenizer import Tokenizer
 
-VOCABULARY = 'qwen.tiktoken'
 # Of a training run: where its steps are, and Orbax's mark of a complete one if
 # that is in a bucket.
 CHECKPOINTS = 'checkpoints'
 COMPLETE = 'commit_success.txt'
 
-GENERATION = 'generation_config.json'
-
-# Files that go along with the weights: settings, tokenizer and licences.
-_TRAVELLERS = (
-  GENERATION,
-  '*.tiktoken',
-  'tokenizer_config.json',
-  'LICENSE*',
-  'NOTICE*',
-)
-
-# What the release says of its packed weights beside them.
-_QUANTIZE = 'quantize_config.json'
-
-# The released code for the same model, which `verify --logits` runs.
-_CODE = ('*.py', 'SimSun.ttf')
-
-# What the release's generation_config.json says; ids follow the vocabulary.
-_GENERATION = {
-  'chat_format': 'chatml',
-  'do_sample': True,
-  'max_new_tokens': 512,
-  'max_window_size': 6144,
-  'top_k': 0,
-  'top_p': 0.3,
-}
-
 
 def params_folder(folder: Path) -> Path | None:
-  """The Orbax parameters under a folder of ours, None if it is not ours.
+  """Finds the Orbax parameters under a folder of ours, None if it is not ours.
 
   Raises:
     CheckpointError: a training run without a complete checkpoint.
@@ -94,7 +63,7 @@ def params_folder(folder: Path) -> Path | None:
   complete = [
     int(path.name)
     for path in steps.iterdir()
-    if path.name.isdigit() and _complete(path)
+    if path.name.isdecimal() and _complete(path)
   ]
   if not complete:
     raise CheckpointError(
@@ -110,23 +79,8 @@ def _complete(step: Path) -> bool:
   return (step / 'params').is_dir()
 
 
-def side_file(folder: Path, name: str) -> Path:
-  """A side file of a folder; for one step of a run, at the run's root."""
-  for place in (folder, folder.parent.parent):
-    if (place / name).exists():
-      return place / name
-  return folder / name
-
-
-def side_files(folder: Path, code: bool = True) -> list[Path]:
-  """All files of a folder that travel with its weights, or all but code."""
-  root = side_file(folder, 'config.json').parent
-  names = _TRAVELLERS + (_CODE if code else ())
-  return sorted({path for name in names for path in root.glob(name)})
-
-
 def read_config(folder: Path, keep_int4: bool = False) -> QwenVLConfig:
-  """The config of a checkpoint folder of any kind.
+  """Reads the config of a checkpoint folder of any kind.
 
   Args:
     folder: the checkpoint.
@@ -146,7 +100,7 @@ def read_config(folder: Path, keep_int4: bool = False) -> QwenVLConfig:
     raise CheckpointError(
       f'{folder} is what an unfinished conversion left: start it again'
     )
-  path = side_file(folder, 'config.json')
+  path = find_asset(folder, 'config.json')
   if not path.exists() and openclip.is_openclip(folder):
     return QwenVLConfig(vision=openclip.read_config(folder))
   inside = sorted(folder.glob('*/config.json'))
@@ -158,8 +112,9 @@ def read_config(folder: Path, keep_int4: bool = False) -> QwenVLConfig:
   released = has_released_weights(folder)
   config = config_from_hf(read_json(path), str(path), int4=not released)
   if keep_int4 and released:
-    group = gptq.group_size(folder, open_released(folder))
-    return _with_int4(config, group)
+    tensors = RELEASED.select(open_released(folder), str(folder))
+    group = gptq.group_size(folder, tensors)
+    return _with_int4(config, group, gptq.zero_offset(folder, tensors))
   if keep_int4 and config.decoder.int4_group is None:
     raise CheckpointError(
       f'{folder} holds no int4 weights: leave out keep_int4'
@@ -167,13 +122,17 @@ def read_config(folder: Path, keep_int4: bool = False) -> QwenVLConfig:
   return config
 
 
-def _with_int4(config: QwenVLConfig, group: int | None) -> QwenVLConfig:
-  decoder = dataclasses.replace(config.decoder, int4_group=group)
+def _with_int4(
+  config: QwenVLConfig, group: int | None, zero_offset: int = 1
+) -> QwenVLConfig:
+  decoder = dataclasses.replace(
+    config.decoder, int4_group=group, int4_zero_offset=zero_offset
+  )
   return config.replace(decoder=decoder)
 
 
 def dequantized(config: QwenVLConfig) -> QwenVLConfig:
-  """The same model with plain kernels."""
+  """Gives the same model with plain kernels."""
   return _with_int4(config, None)
 
 
@@ -211,15 +170,78 @@ def _parts(folder: Path) -> set[str]:
     return set()
 
 
-def read_tokenizer(folder: Path, config: QwenVLConfig) -> Tokenizer | None:
-  """The folder's own vocabulary for its model, None if it has none."""
-  path = side_file(folder, VOCABULARY)
-  return Tokenizer(path, config.adapter.queries) if path.exists() else None
+@dataclasses.dataclass(frozen=True)
+class Contents:
+  """What a checkpoint folder holds, before it is compared with its config.
+
+  Attributes:
+    form: how it is stored.
+    stored: name to what has a shape and a dtype: parameter paths of Orbax
+      arrays, else the tensors as they are in the files.
+    tensors: the same with packed weights dequantized, if they are to be.
+    parts: of the model.
+    table: rules that give `tensors` their places; of the names in the files.
+    orbax: where the arrays are, None of other forms.
+    notes: what to say of it, a line each.
+  """
+
+  form: str
+  stored: Mapping[str, Any]
+  tensors: Mapping[str, Any]
+  parts: tuple[str, ...]
+  table: list[Rule]
+  orbax: Path | None
+  notes: tuple[str, ...] = ()
+
+
+def look_into(
+  folder: Path, config: QwenVLConfig, names: TensorNames = RELEASED
+) -> Contents:
+  """Finds what a checkpoint folder of any kind holds, from headers alone.
+
+  Args:
+    folder: the checkpoint.
+    config: from `read_config`, which says whether int4 weights are kept.
+    names: what the checkpoint calls its tensors.
+
+  Raises:
+    CheckpointError: damaged headers, or packed weights that are incomplete.
+  """
+  orbax, notes = params_folder(folder), []
+  if orbax is not None:
+    form = 'Orbax'
+    if orbax.parent != folder:
+      form += f', training run at step {orbax.parent.name}'
+    stored = dict(layout.flatten(orbax_store.metadata(orbax)))
+    tensors = stored
+    if config.decoder.int4_group is not None:
+      form += ', int4 (GPTQ) kept'
+  elif openclip.is_openclip(folder) and not has_released_weights(folder):
+    stored = openclip.open_vision(folder)
+    table = openclip.openclip_rules(config)
+    return Contents('OpenCLIP', stored, stored, ('vision',), table, None)
+  else:
+    stored = names.select(open_released(folder, notes), str(folder), notes)
+    tensors, files = stored, {tensor.file for tensor in stored.values()}
+    form = f'released, {len(files)} {min(files).suffix} file(s)'
+    if config.decoder.int4_group is not None:
+      form, tensors = form + ', int4 (GPTQ)', gptq.kept(stored, config)
+    elif gptq.is_quantized(stored):
+      form += ', int4 (GPTQ)'
+      tensors = gptq.dequantized(folder, stored, config)
+  found = {layout.part_of(name) for name in tensors}
+  parts = tuple(part for part in layout.PARTS if part in found)
+  table = layout.rules(config, parts)
+  return Contents(form, stored, tensors, parts, table, orbax, tuple(notes))
 
 
 def open_source(
-  folder: Path, config: QwenVLConfig, dtype=None
-) -> tuple[Source, list[layout.Rule]]:
+  folder: Path,
+  config: QwenVLConfig,
+  dtype=None,
+  names: TensorNames = RELEASED,
+  notes: list[str] | None = None,
+) -> tuple[Source, list[Rule]]:
   """Opens the values of a checkpoint folder of any kind.
 
   Args:
@@ -228,6 +250,8 @@ def open_source(
       source is of stacked layers, whatever it says of those.
     dtype: to cast to, but for packed kernels; None keeps what is stored, and
       dequantizes int4 weights to bfloat16.
+    names: what the checkpoint calls its tensors.
+    notes: gets what to say of it, a line each.
 
   Returns:
     The source, and the conversion table of what it holds.
@@ -236,82 +260,64 @@ def open_source(
     CheckpointError: tensors missing, unknown, misshapen or damaged.
   """
   config = config.replace(scan_layers=True)
-  stored = params_folder(folder)
-  if stored is not None:
-    source = OrbaxSource(stored)
-    found = {layout.part_of(path) for path in source.shapes}
-    parts = [part for part in layout.PARTS if part in found]
+  found = look_into(folder, config, names)
+  if notes is not None:
+    notes.extend(found.notes)
+  if found.orbax is not None:
+    source = OrbaxSource(found.orbax)
     layout.check_shapes(
-      layout.parameter_shapes(config, parts), source.shapes, str(folder)
+      layout.parameter_shapes(config, found.parts), source.shapes, str(folder)
     )
-    if dtype is not None:
-      source = CastSource(source, np.dtype(dtype), str(folder))
-    return source, layout.rules(config, parts)
-  if openclip.is_openclip(folder) and not has_released_weights(folder):
-    tensors = openclip.open_vision(folder)
-    parts, rules = ['vision'], openclip.openclip_rules(config)
   else:
-    tensors = open_released(folder)
-    if config.decoder.int4_group is not None:
-      tensors = gptq.kept(tensors, config)
-    elif gptq.is_quantized(tensors):
-      tensors = gptq.dequantized(folder, tensors, config)
+    source = ReleasedSource(
+      found.tensors, found.table, str(folder), cast=dtype is not None
+    )
+    if found.tensors is not found.stored and config.decoder.int4_group is None:
       dtype = dtype or 'bfloat16'
-    parts = layout.PARTS
-    if not any(name.startswith('transformer.visual.') for name in tensors):
-      parts = ['decoder']
-    rules = layout.rules(config, parts)
   if dtype is not None:
-    tensors = {name: cast(name, x, dtype) for name, x in tensors.items()}
-  return (
-    ReleasedSource(tensors, rules, str(folder)),
-    layout.rules(config, parts),
-  )
+    source = CastSource.of(source, np.dtype(dtype), str(folder))
+  return source, layout.rules(config, found.parts)
 
 
 def open_dequantized(
   folder: Path, config: QwenVLConfig
-) -> tuple[Source, list[layout.Rule]]:
-  """`open_source` with plain kernels, also where packed ones were kept."""
-  source, table = open_source(folder, config)
-  if config.decoder.int4_group is not None:
-    source = gptq.DequantizedSource(source)
-    parts = {layout.part_of(rule.paths[0]) for rule in table}
-    parts = [part for part in layout.PARTS if part in parts]
-    table = layout.rules(dequantized(config), parts)
-  return source, table
+) -> tuple[Source, list[Rule]]:
+  """Opens values as `open_source`, of plain kernels also where packed are kept.
 
-
-def cast(name: str, tensor: Tensor, dtype) -> Tensor:
-  """The tensor in another dtype.
-
-  Raises:
-    CheckpointError: on reading, if a value does not fit.
+  Packed kernels that were kept come dequantized to float32.
   """
-
-  def read(start, stop):
-    try:
-      return narrow(name, tensor.read(start, stop), dtype)
-    except OverflowError as error:
-      raise CheckpointError(f'{tensor.file}: {error}') from error
-
-  if tensor.dtype.kind not in 'fV' or layout.is_packed(name):
-    return tensor  # If that is an error, then later, as if there was no cast.
-  return Tensor(tensor.shape, np.dtype(dtype), tensor.file, read)
+  source, table = open_source(folder, config)
+  group = config.decoder.int4_group
+  if group is None:
+    return source, table
+  packed = [r for r in table if layout.is_packed(r.tensor)]
+  tensors = source.released(packed) | {
+    name: Tensor.of(array, folder)
+    for name, array in gptq.implied(packed, group, np.dtype(np.float16))
+    if name.endswith('.g_idx')
+  }
+  parts = {layout.part_of(rule.paths[0]) for rule in table}
+  plain = layout.rules(
+    dequantized(config), [p for p in layout.PARTS if p in parts]
+  )
+  known = {rule.tensor for rule in table}
+  kernels = [rule for rule in plain if rule.tensor not in known]
+  dense = gptq.dequantized(folder, tensors, dequantized(config))
+  first = ReleasedSource(dense, kernels, str(folder))
+  return JoinedSource((first, source)), plain
 
 
 def read_params(
   folder: Path, config: QwenVLConfig, dtype=None, shardings=None, keep=None
 ) -> dict:
-  """Parameters of a checkpoint folder of any kind.
+  """Reads the parameters of a checkpoint folder of any kind.
 
   Args:
     folder: the checkpoint.
     config: see `open_source`; also whether the decoder's layers are stacked
-      (`scan_layers`) or apart. Stacked arrays are never made on the way.
-    dtype: see there.
-    shardings: tree of `jax.sharding.Sharding` like the parameters (may be
-      partial with `keep`); None puts everything on the default device.
+      or apart (`model.stacking`), and whether kernels are rounded to 8 bits.
+    dtype: to cast to, but for packed kernels; None keeps what is stored.
+    shardings: tree of shardings like the parameters; None for the first device.
     keep: predicate on paths ('decoder/embed'); others are left out unread.
 
   Returns:
@@ -350,69 +356,6 @@ def read_params(
     finish=rounding.finish(config, placements),
   )
   return layout.unflatten(arrays)
-
-
-def write_side_files(
-  folder: Path, config: QwenVLConfig, vocabulary: Path | None
-):
-  """Writes config.json, generation_config.json and the vocabulary."""
-  buckets.make_folder(folder)
-  if vocabulary is not None and vocabulary != folder / VOCABULARY:
-    buckets.copy(vocabulary, folder / VOCABULARY)
-  end = config.image_start_id - 214  # <|endoftext|> heads the special tokens.
-  write_json(
-    folder / GENERATION,
-    _GENERATION | {'eos_token_id': end, 'pad_token_id': end},
-  )
-  write_json(folder / 'config.json', config_to_hf(config))
-
-
-def carry_side_files(
-  source: Path,
-  folder: Path,
-  config: QwenVLConfig,
-  dtype: np.dtype,
-  code: bool = True,
-):
-  """Writes side files as `source` has them, corrected where they must be.
-
-  config.json comes last: a folder without it opens as nothing.
-
-  Args:
-    source: a checkpoint folder with a config.json.
-    folder: what is being written.
-    config: of the model written.
-    dtype: of the parameters written.
-    code: whether the code in `source` is for this model as well.
-  """
-  for path in side_files(source, code):
-    buckets.copy(path, folder / path.name)
-  written = folder / GENERATION
-  if not written.exists():
-    write_side_files(folder, config, None)
-  raw = read_json(side_file(source, 'config.json'))
-  quantize = side_file(source, _QUANTIZE)
-  if config.decoder.int4_group is None:
-    raw.pop('quantization_config', None)
-  elif quantize.exists():
-    buckets.copy(quantize, folder / _QUANTIZE)
-  ours = config_to_hf(config)
-  if config_from_hf(raw) != config:
-    raw |= ours
-  raw['torch_dtype'] = np.dtype(dtype).name
-  write_json(folder / 'config.json', ours | raw)
-
-
-def write_json(path: Path, content: dict):
-  """Writes an object as the release formats it."""
-  text = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
-  buckets.write(path, text)
-
-
-def write_params(folder: Path, params: dict):
-  """Saves parameters in memory as `folder/params`, atomically."""
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    checkpointer.save(buckets.absolute(folder / 'params'), params)
 
 
 def check_against(config: QwenVLConfig, params: dict, where: str):
