@@ -94,6 +94,7 @@ class Names(NamedTuple):
       isinstance(value, str)
       and value.isprintable()
       and value == Path(value).name
+      and len(value) < 250
       and value != '..'
     )
 

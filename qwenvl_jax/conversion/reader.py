@@ -33,6 +33,7 @@ _HEADER_BYTES = 2**24
 
 # What numpy and a file can hold.
 _MAX_AXES, _MAX_LENGTH = 16, 2**48
+_MAX_NAME = 300
 
 # Single files and indices, in the order in which transformers takes them.
 _FILES = (
@@ -149,15 +150,19 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
     found = torch_file.contents(path)
   for name in found:
-    if not name.isprintable():
-      raise CheckpointError(
-        f'{path} holds a tensor that is called {name[:80]!r}: no model has '
-        'such a name; the file is damaged'
-      )
+    _check_name(path, name)
   return {
     name: Stored(path, name, offset, shape, dtype).tensor()
     for name, (shape, dtype, offset) in found.items()
   }
+
+
+def _check_name(path: Path, name: str) -> None:
+  if not name.isprintable() or len(name) > _MAX_NAME:
+    raise CheckpointError(
+      f'{path} holds a tensor that is called {name[:80]!r}: no model has such '
+      'a name; the file is damaged'
+    )
 
 
 def _open_index(index: Path) -> dict[str, Tensor]:
@@ -179,9 +184,10 @@ def _open_index(index: Path) -> dict[str, Tensor]:
         )
       tensors[name] = tensor
   for name, file in weight_map.items():
+    _check_name(index, name)
     if name not in tensors or tensors[name].file.name != file:
       raise CheckpointError(
-        f'{index} says that {file} holds {name[:200]}, but it does not'
+        f'{index} says that {file} holds {name}, but it does not'
       )
   return tensors
 
@@ -217,6 +223,7 @@ def _open_safetensors(path: Path) -> dict[str, Place]:
     )
   places, spans = {}, []
   for name, entry in header.items():
+    _check_name(path, name)
     shape, dtype, first, last = _parse_entry(path, name, entry)
     places[name] = shape, dtype, 8 + length + first
     spans.append((first, last, name))
@@ -234,25 +241,25 @@ def _parse_entry(path: Path, name: str, entry: Any):
   entry = entry if isinstance(entry, dict) else {}
   kind, shape = entry.get('dtype'), entry.get('shape')
   offsets = entry.get('data_offsets')
-  for value, most in ((shape, _MAX_AXES), (offsets, 2)):
+  for value, least, most in ((shape, 0, _MAX_AXES), (offsets, 2, 2)):
     if (
       not isinstance(value, list)
-      or len(value) > most
+      or not least <= len(value) <= most
       or not all(type(x) is int and 0 <= x < _MAX_LENGTH for x in value)
     ):
       raise CheckpointError(
-        f'{path}: tensor {name[:200]} has no shape or offsets that a file can '
+        f'{path}: tensor {name} has no shape or offsets that a file can '
         'hold; the file is damaged'
       )
   if not isinstance(kind, str) or kind not in _SAFETENSORS_DTYPES:
     raise CheckpointError(
-      f'{path}: tensor {name[:200]} has dtype {str(kind)[:80]}, which is not '
+      f'{path}: tensor {name} has dtype {repr(str(kind))[1:81]}, which is not '
       f'supported ({", ".join(_SAFETENSORS_DTYPES)})'
     )
-  dtype, (first, last) = np.dtype(_SAFETENSORS_DTYPES[kind]), offsets or (0, -1)
+  dtype, (first, last) = np.dtype(_SAFETENSORS_DTYPES[kind]), offsets
   if last - first != math.prod(shape) * dtype.itemsize:
     raise CheckpointError(
-      f'{path}: tensor {name[:200]} has {last - first} bytes, not what its '
+      f'{path}: tensor {name} has {last - first} bytes, not what its '
       f'shape {shape} needs; the file is damaged'
     )
   return tuple(shape), dtype, first, last
@@ -267,7 +274,7 @@ def _check_spans(path: Path, spans: list[tuple], start: int, size: int) -> None:
     if first != end:
       how = 'overlaps with' if first < end else 'leaves bytes unused after'
       raise CheckpointError(
-        f'{path}: tensor {name[:200]} {how} {before[:200]}; the file is damaged'
+        f'{path}: tensor {name} {how} {before}; the file is damaged'
       )
     end, before = last, name
   if start + end != size:
@@ -322,5 +329,5 @@ class Stored:
 
 
 def _truncated(path: Path, size: int, name: str | None = None) -> str:
-  at = f' (tensor {name[:200]} ends beyond it)' if name else ''
+  at = f' (tensor {name} ends beyond it)' if name else ''
   return f'{path} is truncated at {size:,} bytes{at}: download that file again'

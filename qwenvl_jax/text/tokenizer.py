@@ -39,6 +39,10 @@ _PATTERN = (
 )
 
 _IMAGE = re.compile('<img>(.*?)</img>', re.DOTALL)
+# The released vocabulary has 2.6 MB and 151,643 ranks.
+_MAX_BYTES, _MAX_RANKS = 2**26, 2**22
+_RANK = re.compile(rb'\d{1,7}')
+
 _UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
@@ -395,35 +399,55 @@ def _default_path() -> pathlib.Path:
 @functools.lru_cache(maxsize=4)
 def _load(path: pathlib.Path, version: tuple) -> _Bpe:
   del version  # part of the key: a rewritten file is read again
-  vocabulary = []
   try:
-    for line in path.read_bytes().splitlines():
-      token, rank = line.split()
-      if int(rank) != len(vocabulary):
-        raise ValueError('ranks do not count up from 0')
-      vocabulary.append(base64.b64decode(token, validate=True))
+    text = buckets.read(path, _MAX_BYTES)
   except OSError as error:
     raise DataError(
       f'cannot read the vocabulary {path} ({error.strerror or error}); name a '
       '.tiktoken file'
     ) from error
-  except (ValueError, binascii.Error) as error:
-    raise DataError(
-      f'{path}, line {len(vocabulary) + 1}: {error}; expected a .tiktoken '
-      'file, `base64 rank` a line with ranks from 0; copy it again'
-    ) from error
+  vocabulary, problem = [], None
+  for number, line in enumerate(text.splitlines(), start=1):
+    token, _, rank = line.partition(b' ')
+    if len(vocabulary) == _MAX_RANKS:
+      problem = f'more than {_MAX_RANKS:,} ranks'
+    elif not _RANK.fullmatch(rank):
+      problem = 'no rank stands after a space'
+    elif rank != b'%d' % len(vocabulary):
+      problem = (
+        f'ranks do not count up from 0 (this one is {rank.decode()}, expected '
+        f'was {len(vocabulary)}): a line is double, missing or damaged'
+      )
+    else:
+      try:
+        vocabulary.append(base64.b64decode(token, validate=True))
+        if base64.b64encode(vocabulary[-1]) != token:
+          problem = 'no base64 as an encoder writes it'
+      except binascii.Error as error:
+        problem = f'no base64 ({error})'
+    if problem:
+      raise DataError(
+        f'{path}, line {number}: {problem}; expected a .tiktoken '
+        'file, `base64 rank` a line with ranks from 0; copy it again'
+      )
   return _build(vocabulary, str(path))
 
 
 def _build(vocabulary: Sequence[bytes], name: str) -> _Bpe:
   vocabulary = tuple(vocabulary)
-  distinct = set(vocabulary)
-  missing = [byte for byte in range(256) if bytes([byte]) not in distinct]
+  lines = {}
+  for line, token in enumerate(vocabulary, start=1):
+    if not token:
+      raise DataError(f'{name}, line {line}: an empty token; copy it again')
+    if lines.setdefault(token, line) != line:
+      raise DataError(
+        f'{name}, line {line}: the token of line {lines[token]} stands there '
+        'twice; copy the file again'
+      )
+  missing = [byte for byte in range(256) if bytes([byte]) not in lines]
   if missing:
     raise DataError(
       f'{name} lacks {len(missing)} of the 256 single bytes (the first is '
       f'{missing[0]:#04x}), so it cannot encode every text; copy the file again'
     )
-  if len(distinct) != len(vocabulary):
-    raise DataError(f'{name} holds a token twice; copy the file again')
   return _Bpe(vocabulary)
