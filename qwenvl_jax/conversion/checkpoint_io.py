@@ -268,6 +268,7 @@ def open_source(
     layout.check_shapes(
       layout.parameter_shapes(config, found.parts), source.shapes, str(folder)
     )
+    source.check_dtypes()
   else:
     source = ReleasedSource(
       found.tensors, found.table, str(folder), cast=dtype is not None
@@ -358,6 +359,21 @@ def read_params(
   return layout.unflatten(arrays)
 
 
+def check_image_ids(config: QwenVLConfig, where: str) -> None:
+  """Checks that the ids of images have rows in the embedding.
+
+  Raises:
+    CheckpointError: they have none, and would be read from other rows.
+  """
+  size, needed = config.decoder.vocab_size, config.image_start_id + 3
+  if size < needed:
+    raise CheckpointError(
+      f'{where}: <img>, </img> and <imgpad> are ids up to {needed - 1:,} '
+      f'(image_start_id of config.json), but vocab_size is {size:,}: correct '
+      'the config, or let the vocabulary grow (Conversion.vocab_size)'
+    )
+
+
 def check_against(config: QwenVLConfig, params: dict, where: str):
   """Compares a parameter tree with what the model expects.
 
@@ -369,6 +385,7 @@ def check_against(config: QwenVLConfig, params: dict, where: str):
   Raises:
     CheckpointError: names what is missing, unknown or misshapen.
   """
+  check_image_ids(config, where)
   layout.check_shapes(
     layout.parameter_shapes(config),
     {path: tuple(x.shape) for path, x in layout.flatten(params)},

@@ -111,6 +111,7 @@ def from_hf(
   )
   _require_all_parts(table, source)
   config, values, new = _grown(config, values, vocab_size, seed, source)
+  checkpoint_io.check_image_ids(config, str(source))
   notes += write_ours(
     values, config, source, destination, progress, saved=saved
   )

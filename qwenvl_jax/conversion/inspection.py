@@ -93,11 +93,15 @@ def inspect(
     found.form,
     tuple(_size(config, part) for part in parts),
     _table(found.tensors, parts),
-    tuple(path.name for path in assets.assets(folder)),
+    tuple(_printable(path.name) for path in assets.assets(folder)),
     (*_notes(found, config), *found.notes),
     problem,
     tuple(filter(None, problems)),
   )
+
+
+def _printable(name: str) -> str:
+  return name if name.isprintable() else repr(name)
 
 
 def _notes(found: checkpoint_io.Contents, config: QwenVLConfig):

@@ -25,7 +25,7 @@ _RATIO = Real(1e-3, 1e3)
 
 # quantization_config of config.json, and quantize_config.json.
 QUANTIZATION: Schema = {
-  'quant_method': Field(Text(), 'gptq'),
+  'quant_method': Field(Text(('gptq',)), 'gptq'),
   'bits': Field(Whole(4, 4)),
   'group_size': Field(Whole(-1, 2**20)),
   'desc_act': Field(Flag(), False),

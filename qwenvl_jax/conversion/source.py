@@ -24,6 +24,7 @@ from qwenvl_jax.conversion.transpose import copy_into, row_stride
 from qwenvl_jax.conversion.writer import DTYPES, narrow
 from qwenvl_jax.errors import CheckpointError
 
+_FLOATS = list(map(np.dtype, DTYPES.values()))
 _LONG_ROW = 1024  # Bytes.
 
 
@@ -103,7 +104,7 @@ class ReleasedSource(Source):
   def _dtype(self, rule: Rule, cast: bool) -> np.dtype:
     names = rule.released_names()
     first = self._tensors[names[0]].dtype
-    known = list(map(np.dtype, DTYPES.values()))
+    known = _FLOATS
     if cast:
       first, known = self._widen(names), [*known, np.dtype(np.float64)]
     for name in names:
@@ -219,6 +220,16 @@ class OrbaxSource(Source):
     with self._told(block.paths):
       for path, box in zip(block.paths, boxes, strict=True):
         self._read_box(path, block, box)
+
+  def check_dtypes(self) -> None:
+    """Raises CheckpointError if parameters are no floats."""
+    for path, dtype in self.dtypes.items():
+      floats = dtype in _FLOATS or dtype == np.float64
+      if not floats and not layout.is_packed(path):
+        raise CheckpointError(
+          f'{self._path}: {path} has dtype {dtype}, which is not supported for '
+          f'parameters ({", ".join(DTYPES)})'
+        )
 
   @contextlib.contextmanager
   def _told(self, paths: Sequence[str]):

@@ -118,8 +118,10 @@ def _records(path: Path) -> list[tuple[int, int]]:
 
 def _place(path, name, tensor, torch, records) -> Place:
   if not isinstance(tensor, torch.Tensor):
+    inside = isinstance(tensor, dict)
     raise CheckpointError(
       f'{path}: {name} is a {type(tensor).__name__}, not a tensor'
+      + ('; save only what is in it, if those are the weights' * inside)
     )
   kind = str(tensor.dtype).removeprefix('torch.')
   if kind not in _DTYPES:

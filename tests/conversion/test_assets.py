@@ -104,3 +104,17 @@ def test_a_vocabulary_that_grows(folder, tmp_path):
   assert 0.015 < found['embed'][512:].astype('float32').std() < 0.025
   with pytest.raises(CheckpointError, match='rows are added, not removed'):
     convert.from_hf(folder, tmp_path / 'less', vocab_size=500)
+
+
+def test_image_ids_beyond_the_vocabulary(folder, tmp_path):
+  raw = json.loads((folder / 'config.json').read_text())
+  raw['visual']['image_start_id'] = 510
+  (folder / 'config.json').write_text(json.dumps(raw))
+  (folder / 'qwen.tiktoken').write_text(golden.vocabulary(296))
+  for use in (
+    lambda: convert.from_hf(folder, tmp_path / 'ours'),
+    lambda: qwenvl_jax.load(folder),
+  ):
+    with pytest.raises(CheckpointError, match='ids up to 512 .* is 512: corr'):
+      use()
+  convert.from_hf(folder, tmp_path / 'ours', vocab_size=513)

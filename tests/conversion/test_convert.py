@@ -313,3 +313,12 @@ def test_progress_counts_bytes(tmp_path):
   assert told[0] == (0, 4_309_344)
   assert told[-1] == (4_309_344, 4_309_344)
   assert told == sorted(told)
+
+
+def test_parameters_that_are_no_floats(tmp_path):
+  params = golden.params()
+  decoder = params['decoder'] | {'ln_f': {'scale': np.ones(256, np.int32)}}
+  golden.save_params(tmp_path, params | {'decoder': decoder})
+  assets.write_assets(tmp_path, golden.config())
+  with pytest.raises(CheckpointError, match='ln_f/scale has dtype int32'):
+    convert.to_hf(tmp_path, tmp_path / 'back')

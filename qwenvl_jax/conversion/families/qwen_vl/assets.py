@@ -58,7 +58,8 @@ def assets(folder: Path, code: bool = True) -> list[Path]:
   """Lists the files that go along with the weights, or all but code."""
   root = find_asset(folder, 'config.json').parent
   names = _ASSETS + (_CODE if code else ())
-  return sorted({path for name in names for path in root.glob(name)})
+  found = {path for name in names for path in root.glob(name)}
+  return sorted(path for path in found if path.is_file())
 
 
 def is_chat(folder: Path) -> bool:
