@@ -121,5 +121,5 @@ def chat_checkpoint(tmp_path_factory):
   folder = tmp_path_factory.mktemp('chat') / 'checkpoint'
   assets.write_assets(folder, config)
   tokenizer.save(folder / assets.VOCABULARY)
-  golden.save_params(folder, params)
+  golden_files.save_params(folder, params)
   return folder
