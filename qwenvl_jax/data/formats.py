@@ -21,12 +21,13 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
-from qwenvl_jax.data import conversations, wording
-from qwenvl_jax.data.examples import END, Piece, Sample
+from qwenvl_jax.data import wording
+from qwenvl_jax.data.examples import END, Sample
 from qwenvl_jax.data.records import Record, Region, Span
 from qwenvl_jax.text import chatml, grounding
+from qwenvl_jax.text.chatml import TextSpan
 
-_IMAGE = Piece('<img>0</img>')
+_IMAGE = TextSpan('<img>0</img>')
 
 # Between a prompt and its answer. Chinese has no space there.
 _SPACE = {'en': ' ', 'zh': ''}
@@ -199,17 +200,15 @@ class Text:
     del rng, another
     if not record.text:
       return []
-    return [Sample(record.id, (Piece(record.text + END, loss=True),))]
+    return [Sample(record.id, (TextSpan(record.text + END, loss=True),))]
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversations:
   """ChatML conversations about any number of pictures, as they were written.
 
-  A first turn that is not the user's is left out, as in the release.
-
   Attributes:
-    system: what the system turn says.
+    system: what the system turn says, where the record has none of its own.
   """
 
   system: str = chatml.DEFAULT_SYSTEM
@@ -218,27 +217,20 @@ class Conversations:
     self, record: Record, rng: random.Random, another: Another
   ) -> list[Sample]:
     del rng, another
-    turns = record.turns
-    if turns and turns[0].role != 'user':
-      turns = turns[1:]
-    if not turns:
-      return []
-    trunk = [*conversations.turn('system', Piece(self.system))]
-    for turn in turns:
-      learned = turn.role == 'assistant'
-      trunk += conversations.turn(turn.role, Piece(turn.text, learned))
-    return [Sample(record.id, tuple(trunk), images=record.images)]
+    turns = [(turn.role, turn.text) for turn in record.turns]
+    spans = chatml.conversation_spans(turns, self.system)
+    return [Sample(record.id, spans, images=record.images)] if spans else []
 
 
-def _asked(prompt: str, answer: str) -> tuple[Piece, Piece]:
-  return Piece(prompt), Piece(answer + END, loss=True)
+def _asked(prompt: str, answer: str) -> tuple[TextSpan, TextSpan]:
+  return TextSpan(prompt), TextSpan(answer + END, loss=True)
 
 
 def _about_picture(record: Record, asked, branches: int) -> Sample:
-  trunk, images = (_IMAGE,), record.images[:1]
+  images = record.images[:1]
   if not branches:
-    return Sample(record.id, (*trunk, *asked[0]), images=images)
-  return Sample(record.id, trunk, tuple(asked), images)
+    return Sample(record.id, (_IMAGE, *asked[0]), images=images)
+  return Sample(record.id, (_IMAGE,), tuple(asked), images)
 
 
 def _ref(phrase: str) -> str:

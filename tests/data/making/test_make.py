@@ -66,7 +66,7 @@ def test_records_are_read_as_all_others(tmp_path):
   assert min(record.size) > 0 and record.images[0][:2] == b'\xff\xd8'
   # In the paper's format, all of it learned but the prompt.
   (sample,) = formats.Ocr()(record, None, None)
-  answer = sample.trunk[-1]
+  answer = sample.prefix[-1]
   places = grounding.parse(answer.text).places
   assert [x.ref for x in places] == [x.word for x in record.words]
   assert all(len(x.quads) == 1 for x in places) and answer.loss
