@@ -10,6 +10,8 @@ import contextlib
 import io
 import os
 import pathlib
+import stat
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,6 +24,19 @@ MAX_PIXELS = 80_000_000
 
 # The EXIF tag.
 _ORIENTATION = 0x0112
+
+# How `ImageOps.exif_transpose` moves a point of a stored picture of width w and
+# height h, by orientation.
+_TURNS = {
+  1: lambda x, y, w, h: (x, y),
+  2: lambda x, y, w, h: (w - x, y),
+  3: lambda x, y, w, h: (w - x, h - y),
+  4: lambda x, y, w, h: (x, h - y),
+  5: lambda x, y, w, h: (y, x),
+  6: lambda x, y, w, h: (h - y, x),
+  7: lambda x, y, w, h: (h - y, w - x),
+  8: lambda x, y, w, h: (y, w - x),
+}
 
 # Pixels of the shortest side that is worth learning from.
 MIN_SIDE = 8
@@ -60,6 +75,7 @@ def load(
   if isinstance(source, (bytes, bytearray, memoryview)):
     stream = io.BytesIO(source)
   try:
+    _check_regular(stream, name)
     with Image.open(stream) as picture:
       width, height = picture.size
       if width * height > MAX_PIXELS:
@@ -95,6 +111,38 @@ def load(
     ) from error
 
 
+def orientation(picture: Image.Image) -> int:
+  """Returns the EXIF orientation of a picture, 1 to 8; 1 if it says none."""
+  # Where the EXIF block is damaged the picture itself is fine.
+  with contextlib.suppress(ValueError, TypeError, SyntaxError, KeyError):
+    found = picture.getexif().get(_ORIENTATION, 1)
+    return found if found in _TURNS else 1
+  return 1
+
+
+def stored_orientation(data: bytes) -> int:
+  """Returns the EXIF orientation of an encoded picture that `load` reads."""
+  with Image.open(io.BytesIO(data)) as picture:
+    return orientation(picture)
+
+
+def turn(
+  points: Sequence[float], size: tuple[float, float], orientation: int
+) -> tuple[float, ...]:
+  """Moves points of a stored picture to where `load` shows them.
+
+  Args:
+    points: x, y, x, y, ..
+    size: width and height of the stored picture, in the same unit.
+    orientation: EXIF's, 1 to 8.
+  """
+  moved = (
+    _TURNS[orientation](x, y, *size)
+    for x, y in zip(points[::2], points[1::2], strict=True)
+  )
+  return tuple(value for point in moved for value in point)
+
+
 def resize(picture: Image.Image, size: int) -> np.ndarray:
   """[size,size,3] uint8: Pillow's bicubic on 8 bits, as in the release."""
   if picture.size != (size, size):
@@ -113,6 +161,17 @@ def pixels(
   return resize(load(source, record, notes, min_side), size)
 
 
+def _check_regular(source, name) -> None:
+  """Opening a pipe or a device would wait, or never end."""
+  if isinstance(source, io.BytesIO):
+    return
+  mode = os.stat(source).st_mode
+  if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    raise BadRecordError(
+      'unreadable_image', f'{name} is no regular file; name a picture'
+    )
+
+
 def _name(source, record) -> str:
   file = str(source) if isinstance(source, (str, os.PathLike)) else ''
   file = pathlib.Path(file).as_posix() if file else ''
@@ -122,11 +181,9 @@ def _name(source, record) -> str:
 def _to_rgb(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
   if picture.mode == 'RGB' and not picture.info:
     return picture
-  # Where the EXIF block is damaged the picture itself is fine.
-  with contextlib.suppress(ValueError, TypeError, SyntaxError, KeyError):
-    if picture.getexif().get(_ORIENTATION, 1) != 1:
-      picture = ImageOps.exif_transpose(picture)
-      notes.append('rotated')
+  if orientation(picture) != 1:
+    picture = ImageOps.exif_transpose(picture)
+    notes.append('rotated')
   if picture.mode == 'RGB' and 'transparency' not in picture.info:
     return picture
   if picture.mode.startswith('I') or picture.mode == 'F':

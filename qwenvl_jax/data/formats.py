@@ -1,4 +1,4 @@
-"""The paper's seven tasks and its conversations, made from records.
+"""The paper's seven tasks, conversations and documents, made from records.
 
 Each class is a function `(record, rng, another) -> [Sample, ..]` with settings,
 as in `tasks`; an empty list if the record does not allow it. Prompts carry no
@@ -13,6 +13,7 @@ loss, answers do (paper, Appendix B):
   ocr                   <img>..</img>OCR with grounding: <ref>WORD</ref>
                         <quad>..</quad>..
   text                  TEXT
+  interleaved           TEXT<img>..</img>TEXT<img>..</img>TEXT
 
 each ended by `<|endoftext|>`.
 """
@@ -200,7 +201,7 @@ class Text:
     del rng, another
     if not record.text:
       return []
-    return [Sample(record.id, (TextSpan(record.text + END, loss=True),))]
+    return [Sample(record.id, (_learned(record.text + END),))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +223,43 @@ class Conversations:
     return [Sample(record.id, spans, images=record.images)] if spans else []
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interleaved:
+  """Documents of texts and pictures in order; the texts are learned.
+
+  Of a longer document another part is taken each time, and what does not fit
+  into a row is cut off before a picture.
+
+  Attributes:
+    images: pictures of a sample at most.
+  """
+
+  images: int = 7
+
+  def __call__(
+    self, record: Record, rng: random.Random, another: Another
+  ) -> list[Sample]:
+    del another
+    count = len(record.images)
+    if not record.texts or not count:
+      return []
+    first = rng.randrange(max(count - self.images, 0) + 1)
+    last = min(first + self.images, count)
+    spans = []
+    for number in range(first, last):
+      spans += [_learned(record.texts[number]), _IMAGE]
+    spans.append(_learned(record.texts[last] + (END if last == count else '')))
+    spans = tuple(x for x in spans if x.text)
+    images = record.images[first:last]
+    return [Sample(record.id, spans, images=images, divisible=True)]
+
+
+def _learned(text: str) -> TextSpan:
+  return TextSpan(text, loss=True)
+
+
 def _asked(prompt: str, answer: str) -> tuple[TextSpan, TextSpan]:
-  return TextSpan(prompt), TextSpan(answer + END, loss=True)
+  return TextSpan(prompt), _learned(answer + END)
 
 
 def _about_picture(record: Record, asked, branches: int) -> Sample:

@@ -96,7 +96,11 @@ def _command(name: str, task: Any, data_dir) -> str:
     return f'qwenvl-data make-ocr --kind {kind} --n N {folder}'
   command = f'qwenvl-data prepare {name} --manual_dir FOLDER'
   if name not in catalogue.DATA_SETS:
-    written = {formats.Text: 'text', formats.Conversations: 'conversations'}
+    written = {
+      formats.Text: 'text',
+      formats.Conversations: 'conversations',
+      formats.Interleaved: 'interleaved',
+    }
     command += f' --format {written.get(type(task), "FORMAT")}'
   return command if data_dir is None else f'{command} --data_dir {data_dir}'
 

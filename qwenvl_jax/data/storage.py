@@ -79,6 +79,7 @@ def parse(data: bytes) -> Record:
       ),
       turns=tuple(Turn(x['role'], x['text']) for x in found.get('turns', ())),
       text=found.get('text', ''),
+      texts=tuple(found.get('texts', ())),
     )
   except (
     ValueError, KeyError, IndexError, TypeError, AttributeError,

@@ -7,13 +7,17 @@ through a conversation: `Picture N: <img>PATH</img>\n`.
 
 import dataclasses
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text import grounding
 from qwenvl_jax.text.special_tokens import VISUAL_TOKENS
-from qwenvl_jax.text.tokenizer import IMAGE_TOKENS, Tokenizer, image_paths
+from qwenvl_jax.text.tokenizer import (
+  IMAGE_TOKENS,
+  Tokenizer,
+  image_paths,
+  normalize,
+)
 
 DEFAULT_SYSTEM = 'You are a helpful assistant.'
 MAX_WINDOW_SIZE = 6144
@@ -22,7 +26,7 @@ NO_LOSS = -100
 # made with `Tokenizer.subset` for chats should cover these too.
 SCAFFOLD = ('system', 'user', 'assistant', '\n', DEFAULT_SYSTEM)
 
-_CLOSED_SPAN = re.compile(r'<(img|ref|box|quad)>(.*?)</\1>', re.DOTALL)
+_OPENING = re.compile('<(img|ref|box|quad)>')
 _LIST_KEYS = {'img': 'image'}
 
 
@@ -304,15 +308,21 @@ def to_list_format(text: str) -> list[dict[str, str]]:
   >>> to_list_format('a <ref>dog</ref><box>(1,2),(3,4)</box>')
   [{'text': 'a '}, {'ref': 'dog'}, {'box': '(1,2),(3,4)'}]
   """
-  text = unicodedata.normalize('NFC', text)
-  items = []
-  at = 0
-  for match in _CLOSED_SPAN.finditer(text):
+  text = normalize(text)
+  items, at, unclosed = [], 0, set()
+  for match in _OPENING.finditer(text):
+    tag = match[1]
+    # Each tag is looked for once beyond its last closing one.
+    if match.start() < at or tag in unclosed:
+      continue
+    end = text.find(f'</{tag}>', match.end())
+    if end < 0:
+      unclosed.add(tag)
+      continue
     if match.start() > at:
       items.append({'text': text[at : match.start()]})
-    tag, inside = match.groups()
-    items.append({_LIST_KEYS.get(tag, tag): inside})
-    at = match.end()
+    items.append({_LIST_KEYS.get(tag, tag): text[match.end() : end]})
+    at = end + len(f'</{tag}>')
   if at < len(text):
     items.append({'text': text[at:]})
   return items

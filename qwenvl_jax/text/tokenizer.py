@@ -19,6 +19,7 @@ import itertools
 import os
 import pathlib
 import re
+import sys
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
@@ -38,7 +39,9 @@ _PATTERN = (
   r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 
-_IMAGE = re.compile('<img>(.*?)</img>', re.DOTALL)
+# Combining marks in a row; normalizing takes the square of their number.
+_MOST_MARKS = 256
+
 _UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
@@ -198,24 +201,27 @@ class Tokenizer:
     allowed = (
       SPECIAL_TOKENS if allowed_special == 'all' else tuple(allowed_special)
     )
-    text = unicodedata.normalize('NFC', text)
+    text = normalize(text)
     encode = functools.partial(self._encode_parts, allowed=allowed)
     if '<img>' not in allowed:
       return encode(text)
-    ids = []
-    while True:
-      before, opened, rest = text.partition('<img>')
-      ids += encode(before)
-      if not opened:
-        return ids
-      path, closed, text = rest.partition('</img>')
-      if not closed or '<img>' in path:
+    ids, at = [], 0
+    while (start := text.find('<img>', at)) >= 0:
+      path = start + len('<img>')
+      end = text.find('</img>', path)
+      if end < 0 or text.find('<img>', path, end) >= 0:
         raise DataError(
-          f'unclosed <img> before {rest[:40]!r}: write <img>PATH</img>, or '
-          'remove the tag'
+          f'unclosed <img> before {text[path : path + 40]!r}: write '
+          '<img>PATH</img>, or remove the tag'
         )
-      ids += [self.img_start_id, *self._path_ids(path, image_tokens)]
-      ids.append(self.img_end_id)
+      ids += encode(text[at:start])
+      ids += [
+        self.img_start_id,
+        *self._path_ids(text[path:end], image_tokens),
+        self.img_end_id,
+      ]
+      at = end + len('</img>')
+    return ids + encode(text[at:])
 
   def _encode_parts(self, text: str, allowed: tuple[str, ...]) -> list[int]:
     # tiktoken would be given all special tokens with each call, which takes
@@ -377,9 +383,33 @@ def _splitter(tokens: tuple[str, ...]) -> re.Pattern:
   return re.compile(f'({"|".join(map(re.escape, tokens))})')
 
 
+def normalize(text: str) -> str:
+  """Returns the text in NFC, without what follows 256 combining marks.
+
+  No language has as many, and sorting a million of them takes hours.
+  """
+  if len(text) > _MOST_MARKS and not text.isascii():
+    text = _marks().sub(r'\1', text)
+  return unicodedata.normalize('NFC', text)
+
+
+@functools.cache
+def _marks() -> re.Pattern:
+  points = map(chr, range(sys.maxunicode + 1))
+  marks = ''.join(x for x in points if unicodedata.combining(x))
+  return re.compile(f'([{marks}]{{{_MOST_MARKS}}})[{marks}]+')
+
+
 def image_paths(text: str) -> list[str]:
-  """The paths of all `<img>PATH</img>` spans of `text`, in reading order."""
-  return _IMAGE.findall(text)
+  """Returns the paths of all `<img>PATH</img>` spans, in reading order."""
+  paths, at = [], 0
+  while (start := text.find('<img>', at)) >= 0:
+    end = text.find('</img>', start)
+    if end < 0:
+      break
+    paths.append(text[start + len('<img>') : end])
+    at = end + len('</img>')
+  return paths
 
 
 class _Bpe:

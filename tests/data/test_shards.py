@@ -6,8 +6,9 @@ import pytest
 from qwenvl_jax.data import cli, shards, sources, storage
 from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.readers.captions import CocoCaptions
+from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
-from qwenvl_jax.data.readers.release import Conversations, EvaluationLines
+from qwenvl_jax.data.readers.release import EvaluationLines
 from qwenvl_jax.errors import DataError
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.release import (
-  Conversations,
   EvaluationLines,
   PlainText,
   pieces,
