@@ -4,15 +4,12 @@ What can be repaired is, what cannot is dropped; `bad` lists the rules.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 
 from qwenvl_jax import image
 from qwenvl_jax.data.records import Box, Record
 from qwenvl_jax.errors import BadRecordError
-from qwenvl_jax.text.tokenizer import SPECIAL_TOKENS
-
-_SPECIAL = re.compile('|'.join(map(re.escape, SPECIAL_TOKENS)))
+from qwenvl_jax.text import special_tokens
 
 
 def mend(record: Record) -> tuple[Record, list[str]]:
@@ -93,10 +90,7 @@ class _Plain:
   def __call__(self, text: str) -> str:
     if '<' not in text:
       return text
-    # Taking one out may join the parts of another.
-    without = text
-    while _SPECIAL.search(without):
-      without = _SPECIAL.sub('', without)
+    without = special_tokens.remove(text)
     if without != text:
       self.notes.append('special_tag')
       without = without.strip()

@@ -12,12 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text import grounding
-from qwenvl_jax.text.tokenizer import (
-  IMAGE_TOKENS,
-  VISUAL_TOKENS,
-  Tokenizer,
-  image_paths,
-)
+from qwenvl_jax.text.special_tokens import VISUAL_TOKENS
+from qwenvl_jax.text.tokenizer import IMAGE_TOKENS, Tokenizer, image_paths
 
 DEFAULT_SYSTEM = 'You are a helpful assistant.'
 MAX_WINDOW_SIZE = 6144

@@ -27,6 +27,7 @@ import tiktoken
 
 from qwenvl_jax import buckets
 from qwenvl_jax.errors import DataError
+from qwenvl_jax.text.special_tokens import SPECIAL_TOKENS
 
 IMAGE_TOKENS = 256  # ids between `<img>` and `</img>` in the release
 
@@ -35,26 +36,6 @@ _PATTERN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
   r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*'
   r'|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-
-# The tokens of images and boxes: the only special ones in chat content.
-VISUAL_TOKENS = (
-  '<ref>',
-  '</ref>',
-  '<box>',
-  '</box>',
-  '<quad>',
-  '</quad>',
-  '<img>',
-  '</img>',
-  '<imgpad>',
-)
-SPECIAL_TOKENS = (
-  '<|endoftext|>',
-  '<|im_start|>',
-  '<|im_end|>',
-  *(f'<|extra_{i}|>' for i in range(205)),
-  *VISUAL_TOKENS,
 )
 
 _IMAGE = re.compile('<img>(.*?)</img>', re.DOTALL)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer, image_paths
+from qwenvl_jax.text.special_tokens import SPECIAL_TOKENS
+from qwenvl_jax.text.tokenizer import Tokenizer, image_paths
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'tokenizer.json'
 GOLDEN = json.loads(GOLDENS.read_text(encoding='utf-8'))

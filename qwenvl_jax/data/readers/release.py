@@ -14,9 +14,9 @@ from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.readers.answers import qa
 from qwenvl_jax.data.records import Record, Region, Turn
 from qwenvl_jax.errors import BadRecordError
+from qwenvl_jax.text import special_tokens
 from qwenvl_jax.text.tokenizer import image_paths
 
-_CONTROL = re.compile(r'<\|(?:im_start|im_end|endoftext|extra_\d+)\|>')
 _REFERRED = re.compile(r'<ref>(.*?)</ref>')
 
 
@@ -115,7 +115,7 @@ def _conversation(entry, record: str) -> Record:
       raise BadRecordError(
         'malformed', f"{record}: a turn is of 'user' or 'assistant', with text"
       )
-    if _CONTROL.search(text):
+    if special_tokens.find_control(text):
       raise BadRecordError(
         'control_token', f'{record}: a turn that writes a control token out'
       )
