@@ -8,14 +8,18 @@ can be made or renamed.
 """
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
 import re
 import shutil
+import stat
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
@@ -111,13 +115,39 @@ def write(path: Path, content: str | bytes) -> None:
   if in_bucket(path):
     path.write_bytes(data)
     return
-  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.partial')
-  try:
-    partial.write_bytes(data)
-    os.replace(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
+  with atomic_write(path) as local:
+    local.write_bytes(data)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+  """Gives a local file to write to, which becomes `path` if all goes well.
+
+  However the program ends, there is the whole new file, or the old one or none.
+  A killed one may leave a file for `remove_partial`, which nothing reads.
+  """
+  path = as_path(path)
+  with contextlib.ExitStack() as stack:
+    if in_bucket(path):
+      folder = stack.enter_context(tempfile.TemporaryDirectory())
+      local = Path(folder, path.name)
+      yield local
+      upload(local, path)
+      return
+    local = path.with_name(f'.{path.name[:200]}.{uuid.uuid4().hex[:8]}.partial')
+    try:
+      yield local
+      os.replace(local, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        local.unlink(missing_ok=True)
+      raise
+
+
+def remove_partial(folder: Path) -> None:
+  """Removes what killed programs left in a folder."""
+  for left in folder.glob('.*.partial'):
+    left.unlink(missing_ok=True)
 
 
 def upload(file: Path, path: Path) -> None:
@@ -133,8 +163,8 @@ def version(path: Path) -> tuple:
   """
   if in_bucket(path):
     return (str(_files().info(_key(path))['generation']),)
-  stat = path.stat()
-  return stat.st_mtime_ns, stat.st_size
+  found = path.stat()
+  return found.st_mtime_ns, found.st_size
 
 
 def copy(file: Path, destination: Path) -> None:
@@ -169,6 +199,22 @@ def contents(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     yield from ((keys[key], data) for key, data in found.items())
   else:
     yield from ((name, (folder / name).read_bytes()) for name in names)
+
+
+def open_regular(path: Path) -> BinaryIO:
+  """Opens a file to read bytes; pipes and devices may never end.
+
+  Raises:
+    OSError: it is not there, or no regular file.
+  """
+  if in_bucket(path):
+    return path.open('rb')
+  # Without waiting for somebody to write to a pipe.
+  number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+  if not stat.S_ISREG(os.fstat(number).st_mode):
+    os.close(number)
+    raise OSError(errno.EINVAL, 'not a regular file', os.fspath(path))
+  return os.fdopen(number, 'rb')
 
 
 def size(path: Path) -> int:

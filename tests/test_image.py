@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 
@@ -162,3 +163,10 @@ def test_arrays_are_checked():
   for wrong in (array.astype(np.float32), array[..., 0]):
     with pytest.raises(DataError, match='r1: an array of'):
       image.load(wrong, 'r1')
+
+
+def test_only_regular_files_are_opened(tmp_path):
+  os.mkfifo(tmp_path / 'pipe.png')
+  for path in (tmp_path / 'pipe.png', '/dev/zero'):
+    with pytest.raises(DataError, match='is no regular file'):
+      image.load(path)

@@ -28,6 +28,7 @@ DROPPED = {
   'size_mismatch': 'width and height that are not those of the picture',
   'too_long': 'more than a row, a line or a text may hold',
   'no_question': 'nothing that the task can ask',
+  'too_large': 'a file, member, cell or line beyond the limits on what is read',
   'malformed': 'fields that are missing or of another type',
   'unreadable_record': 'a damaged record file',
 }
@@ -60,8 +61,6 @@ class Counts:
     self._counts[f'{source}/seen'] += 1
 
   def dropped(self, source: str, reason: str) -> None:
-    if reason not in DROPPED:
-      raise KeyError(reason)
     self._counts[f'{source}/dropped/{reason}'] += 1
 
   def repaired(self, source: str, reasons: Iterable[str]) -> None:
@@ -92,6 +91,12 @@ class Counts:
   def seen_of(self, source: str) -> int:
     return self._counts[f'{source}/seen']
 
+  def kept_of(self, source: str) -> int:
+    return self.seen_of(source) - sum(self.of(source).values())
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Counts) and self._counts == other._counts
+
   def sources(self) -> list[str]:
     found = {
       key.removesuffix('/seen') for key in self._counts if key.endswith('/seen')
@@ -105,22 +110,33 @@ class Limit:
 
   Attributes:
     share: of those seen.
-    after: records seen of a source before it is judged.
+    after: records seen of a source before it is judged, but at the end.
   """
 
   share: float = 0.1
   after: int = 1000
 
-  def check(self, counts: Counts) -> None:
-    """Raises DataError naming the source that is beyond the limit."""
+  def check(
+    self,
+    counts: Counts,
+    at_end: bool = False,
+    remedy: str = 'take it out of the mixture, or raise bad.Limit.share',
+  ) -> None:
+    """Raises DataError naming the source that is beyond the limit.
+
+    Args:
+      counts: what was seen and dropped so far.
+      at_end: nothing more will be seen: few records are judged as well.
+      remedy: what a person may do who cannot mend the source.
+    """
     for source in counts.sources():
       dropped = counts.of(source)
       seen, bad = counts.seen_of(source), sum(dropped.values())
-      if seen >= self.after and bad > self.share * seen:
+      if (at_end or seen >= self.after) and bad > self.share * seen:
         most = sorted(dropped.items(), key=lambda item: -item[1])[:4]
-        reasons = ', '.join(f'{n} {r} ({DROPPED[r]})' for r, n in most)
+        reasons = ', '.join(f'{n} {r} ({DROPPED.get(r, r)})' for r, n in most)
         raise DataError(
           f'source {source}: {bad:,} of {seen:,} records had to be dropped, '
           f'more than the allowed {self.share:.0%}: {reasons}. Mend or prepare '
-          'it again, take it out of the mixture, or raise bad.Limit.share'
+          f'it again, or {remedy}'
         )

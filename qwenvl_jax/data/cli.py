@@ -1,6 +1,7 @@
 """`qwenvl-data`: what data there is, preparing it, looking at it."""
 
 import argparse
+import functools
 import pathlib
 import re
 import sys
@@ -111,7 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     type=float,
     default=Limit().share,
     metavar='SHARE',
-    help='share of records that may be dropped (default: %(default)s)',
+    help='share of records that may be dropped (default: %(default)s); judged '
+    f'from {Limit().after:,} records on, and at the end',
+  )
+  command.add_argument(
+    '--again',
+    action='store_true',
+    help='write all shards again, not only those whose input has changed',
   )
   command.add_argument(
     '--config', default='default', help="'default' or 'small' (scenes)"
@@ -313,7 +320,9 @@ def _prepare_public(arguments, console):
       sources.disk_path(arguments.data_dir),
       workers=arguments.workers,
       limit=Limit(share=arguments.max_bad),
+      again=arguments.again,
       progress=progress,
+      say=functools.partial(_print_whole, console),
       **about,
     )
   table = rich.table.Table(title=str(report.folder))

@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from qwenvl_jax import buckets
+from qwenvl_jax.data import shard_files
 from qwenvl_jax.data.records import (
   GroundedCaption,
   Qa,
@@ -29,10 +30,6 @@ from qwenvl_jax.errors import BadRecordError, DataError
 
 VERSION = '1.0.0'
 INFO = 'dataset_info.json'
-
-# One picture a chunk, so that one is read without its neighbours; they are
-# compressed already.
-_OPTIONS = 'group_size:1,uncompressed'
 
 
 def serialize(record: Record) -> bytes:
@@ -149,19 +146,7 @@ def shard_name(name: str, split: str, index: int, count: int) -> str:
 
 def write_shard(path: pathlib.Path, records: Iterable[Record]) -> int:
   """Writes a shard, whole or not at all; returns the number of records."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  partial = path.with_name(f'{path.name}.partial')
-  writer = ArrayRecordWriter(str(partial), _OPTIONS)
-  count = 0
-  try:
-    for record in records:
-      writer.write(serialize(record))
-      count += 1
-  finally:
-    writer.close()
-  os.replace(partial, path)
-  return count
+  return shard_files.write_records(path, map(serialize, records))
 
 
 def write_info(

@@ -62,6 +62,8 @@ EXPECTED = {
   },
   'refcoco': {'regions': (Region('lady in blue', ((4, 3, 14, 23),)),)},
   'refcocog': {'regions': (Region('lady in blue', ((4, 3, 14, 23),)),)},
+  'mmc4': {'texts': ('One.', 'Two.')},
+  'obelics': {'texts': ('One.', 'Two.')},
   'visual_genome': {'regions': (Region('the clock', ((5, 6, 15, 18),)),)},
 }  # fmt: skip
 
@@ -164,4 +166,6 @@ def test_a_builder_prepares_what_is_missing_and_nothing_else(tmp_path):
 def test_every_entry_tells_where_and_under_which_licence():
   for entry in catalogue.DATA_SETS.values():
     assert entry.url.startswith('https://') and entry.licence and entry.put
-    assert entry.task in ('caption', 'vqa', 'referring', 'grounding')
+    assert entry.task in (
+      'caption', 'vqa', 'referring', 'grounding', 'interleaved',
+    )  # fmt: skip

@@ -214,3 +214,24 @@ def test_conversations_as_the_release_labels_them(number):
   assert labels.tolist() == golden['labels'][:size]
   assert set(golden['labels'][size:]) <= {-100}
   assert len(encoded.image_starts) == len(paths)
+
+
+def test_documents_of_texts_and_pictures():
+  record = Record('r', ('a', 'b', 'c'), texts=('One.', 'Two.', '', 'Three.'))
+  assert _marked(formats.Interleaved(), record) == (
+    '[[One.]]<img>0</img>[[Two.]]<img>0</img><img>0</img>'
+    '[[Three.<|endoftext|>]]'
+  )
+  # Parts of a longer one, wherever they begin.
+  parts = {
+    (_marked(formats.Interleaved(images=2), record, seed), images)
+    for seed in range(20)
+    for images in [_made(formats.Interleaved(images=2), record, seed)[0].images]
+  }
+  assert parts == {
+    ('[[One.]]<img>0</img>[[Two.]]<img>0</img>', ('a', 'b')),
+    ('[[Two.]]<img>0</img><img>0</img>[[Three.<|endoftext|>]]', ('b', 'c')),
+  }
+  (sample,) = _made(formats.Interleaved(), record)
+  assert sample.divisible
+  assert _made(formats.Interleaved(), Record('r', ('a',), text='x')) == []

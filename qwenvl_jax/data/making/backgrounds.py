@@ -47,7 +47,7 @@ def photograph(
   Raises:
     DataError: there is none, or the chosen one cannot be opened.
   """
-  path = rng.choice(_pictures(folder))
+  path = rng.choice(pictures(folder))
   picture = image.load(path)
   width, height = size
   scale = max(width / picture.width, height / picture.height)
@@ -64,7 +64,12 @@ def photograph(
 
 
 @functools.lru_cache(maxsize=8)
-def _pictures(folder) -> tuple[str, ...]:
+def pictures(folder: str) -> tuple[str, ...]:
+  """The picture files of a folder.
+
+  Raises:
+    DataError: there is none.
+  """
   found = tuple(
     str(path)
     for path in sorted(pathlib.Path(folder).expanduser().rglob('*'))

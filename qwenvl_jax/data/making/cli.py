@@ -7,17 +7,16 @@ import rich.console
 
 from qwenvl_jax import entry
 from qwenvl_jax.data.making import make
-from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.progress import bars
 
 DESCRIPTION = """
 Makes pages with text in English and Chinese, and knows where every line is.
 
 Kinds: 'pages' are sheets of paper on natural backgrounds, turned, in
-perspective, with noise (in the manner of SynthDoG); 'pdf' and 'html' are
-documents as pdfium and headless Chromium show them, composed here or taken from
---documents. Fonts are those of this machine, of matplotlib and of --fonts: the
-more there are, the better (Debian: fonts-noto-cjk, fonts-arphic-ukai, ..).
+perspective, with noise (in the manner of SynthDoG); 'pdf' and 'html' are pages
+of your own files (--documents), as pdfium and headless Chromium show them.
+Fonts are those of this machine, of matplotlib and of --fonts: the more there
+are, the better (Debian: fonts-noto-cjk, fonts-arphic-ukai, ..).
 
 Writes array_record shards as `qwenvl-data prepare` does: a data set called NAME
 in DATA_DIR. The same seed and fonts give the same pages. Started again, it goes
@@ -29,7 +28,7 @@ qwenvl-data make-ocr --kind pages --n 10000 --workers 8 data/ocr_pages
 qwenvl-data make-ocr --kind pages --n 10000 --text wikipedia.txt \\
   --backgrounds photographs data/ocr_pages
 qwenvl-data make-ocr --kind pdf --n 5000 --documents papers data/ocr_pdf
-qwenvl-data make-ocr --kind html --n 5000 --chromium chromium data/ocr_html
+qwenvl-data make-ocr --kind html --n 5000 --documents site data/ocr_html
 """
 
 
@@ -67,7 +66,7 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   parser.add_argument(
     '--documents',
     metavar='DIR',
-    help='PDF or HTML files to take pages from (default: composed)',
+    help='the PDF or HTML files to take pages from',
   )
   parser.add_argument(
     '--backgrounds',
@@ -85,13 +84,14 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   parser.add_argument(
     '--per_shard',
     type=int,
-    default=512,
+    default=make.PER_SHARD,
     metavar='N',
     help='pages in a shard (default: %(default)s)',
   )
+  parser.add_argument(
+    '--again', action='store_true', help='make all shards again'
+  )
   flags, _ = entry.parse(parser, argv)
-  if flags.workers < 1:
-    raise ConfigError(f'--workers {flags.workers}: give 1 or more')
   making = make.Making(
     kind=flags.kind,
     count=flags.n,
@@ -110,6 +110,8 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
       flags.output,
       flags.workers,
       functools.partial(progress, f'making {flags.kind}'),
+      flags.again,
+      functools.partial(console.print, soft_wrap=True, markup=False),
     )
   console.print(
     f'{made.folder}: {sum(made.lengths):,} pages in {len(made.lengths)} shards'

@@ -14,7 +14,8 @@ import random
 import re
 from collections.abc import Collection, Iterator
 
-from qwenvl_jax.data.making.page import count_chinese, readable
+from qwenvl_jax.data.languages import is_chinese
+from qwenvl_jax.data.making.page import readable
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -170,11 +171,10 @@ def from_file(path: str | os.PathLike, most: int = 1_000_000) -> Words:
   """
   sentences = {'en': [], 'zh': []}
   try:
-    with pathlib.Path(path).open(encoding='utf-8') as file:
+    with pathlib.Path(path).open(encoding='utf-8-sig') as file:
       for line in itertools.islice(file, most):
         text = readable(line)
-        chinese = count_chinese(text)
-        if 2 * chinese >= len(text) > 0:
+        if is_chinese(text):
           sentences['zh'].append(text)
         elif text.isascii() and ' ' in text:
           sentences['en'].append(text)

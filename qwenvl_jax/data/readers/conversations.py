@@ -57,11 +57,9 @@ class Conversations:
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """Yields a record for each conversation."""
-    for name, entry in json_lines.entries(root):
-      try:
-        yield conversation(entry, name)
-      except BadRecordError as error:
-        yield error
+    for file in json_lines.files(root):
+      for record, entry in json_lines.entries(file):
+        yield from fields.attempt(conversation, entry, record, record=record)
 
 
 def conversation(entry: Any, record: str) -> Record:
@@ -121,12 +119,12 @@ def _turns(entry: Any, record: str) -> list[tuple[str, Any]]:
       'malformed', f'{record}: no conversation, which is {CONVERSATION}'
     )
   made = []
-  if _is_text(entry.get('system')) and entry['system'].strip():
+  if isinstance(entry.get('system'), str) and entry['system'].strip():
     made.append(('system', entry['system']))
   for number, turn in enumerate(turns, start=1):
     turn = turn if isinstance(turn, dict) else {}
     said = turn.get('from', turn.get('role'))
-    role = _ROLE.get(said.lower()) if _is_text(said) else None
+    role = _ROLE.get(said.lower()) if isinstance(said, str) else None
     content = turn.get('value', turn.get('content', turn.get('text')))
     if role is None or (role == 'system' and made):
       raise BadRecordError(
@@ -134,7 +132,7 @@ def _turns(entry: Any, record: str) -> list[tuple[str, Any]]:
         f'{record}, turn {number}: its role is {said!r:.60}; it must be user '
         '(human) or assistant (gpt), of the first also system',
       )
-    made.append((role, '' if json_lines.is_nothing(content) else content))
+    made.append((role, '' if fields.is_missing(content) else content))
   return made
 
 
@@ -144,7 +142,7 @@ def _named(entry: dict, record: str) -> list[str]:
   for key in _PICTURES:
     value = entry.get(key)
     for each in value if isinstance(value, list) else [value]:
-      if not json_lines.is_nothing(each) and each != '':
+      if not fields.is_missing(each) and each != '':
         paths.append(json_lines.picture_path(each, record))
   return paths
 
@@ -180,10 +178,10 @@ class _Shown:
       )
 
   def _part(self, part: Any) -> str:
-    if _is_text(part):
+    if isinstance(part, str):
       return self._with_pictures(part)
     if isinstance(part, dict):
-      if _is_text(part.get('text')):
+      if isinstance(part.get('text'), str):
         return self._with_pictures(part['text'])
       if any(part.get(key) for key in json_lines.PICTURE_KEYS):
         return self._span(json_lines.picture_path(part, self._record))
@@ -250,7 +248,3 @@ def _checked(text: str, record: str, notes: list[str]) -> str:
   if mapped != text:
     notes.append('clipped_box')
   return mapped
-
-
-def _is_text(value: Any) -> bool:
-  return isinstance(value, str)

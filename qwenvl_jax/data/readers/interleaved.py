@@ -7,7 +7,8 @@ pictures relative to the file's folder:
             'a.jpg', 'matched_text_index': 1}]}: `a.jpg` stands before 'Two.'
   OBELICS   {'texts': ['One.', null, 'Two.'], 'images': [null, 'a.jpg', null]}
 
-A document goes on without pictures that are not there, which is counted.
+A document goes on without pictures that are not there, which is counted;
+`--again` reads those that were put there since.
 """
 
 import dataclasses
@@ -47,11 +48,11 @@ class Interleaved:
 
   def read(self, part: pathlib.Path) -> fields.Found:
     """Yields a record for each document, its pictures read."""
-    for name, entry in json_lines.entries_of(part):
-      try:
-        yield self._record(entry, part.parent / self.folder, name)
-      except BadRecordError as error:
-        yield error
+    base = part.parent / self.folder
+    for record, entry in json_lines.entries(part):
+      yield from fields.attempt(
+        self._record, entry, base, record, record=record
+      )
 
   def _record(self, entry: Any, base: pathlib.Path, record: str) -> Record:
     images, texts, notes, missing = [], [''], [], None
@@ -94,7 +95,7 @@ def _parts(entry: Any, record: str) -> tuple[str, list[tuple[bool, Any]]]:
   ):
     lists = [entry.get(key) for key in keys]
     if all(isinstance(x, list) for x in lists):
-      parts = [x for x in read(*lists) if not json_lines.is_nothing(x[1])]
+      parts = [x for x in read(*lists) if not fields.is_missing(x[1])]
       if all(is_picture or isinstance(x, str) for is_picture, x in parts):
         return join, parts
   raise BadRecordError(

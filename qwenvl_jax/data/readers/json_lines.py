@@ -4,148 +4,104 @@ What cannot be read is an error in the place of the entry, so that the others
 are read all the same.
 """
 
-import codecs
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from qwenvl_jax import buckets
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.errors import BadRecordError, DataError
 
 # Keys of a mapping that say where a picture is.
 PICTURE_KEYS = ('image', 'image_url', 'url', 'path')
 
-# Bytes of a line: many times a conversation, and little memory once parsed.
-MAX_LINE = 1 << 24
 
-
-def check_regular(file: pathlib.Path) -> None:
-  """Raises DataError for a pipe or device, which would be waited for."""
-  if not file.is_file():
-    raise DataError(f'{file} is no regular file; put a copy of its data there')
-
-
-def lines(file: pathlib.Path) -> Iterator[tuple[int, bytes | BadRecordError]]:
-  """Yields the number (from 1) and the bytes of every line.
-
-  A byte order mark is left out, and a line beyond `MAX_LINE` is an error.
-
-  Raises:
-    DataError: the file cannot be read.
-  """
-  check_regular(file)
-  try:
-    with open(file, 'rb') as stream:
-      number = 0
-      while line := stream.readline(MAX_LINE + 1):
-        number += 1
-        if number == 1:
-          line = line.removeprefix(codecs.BOM_UTF8)
-        if len(line) <= MAX_LINE:
-          yield number, line
-          continue
-        while line and not line.endswith(b'\n'):
-          line = stream.readline(MAX_LINE)
-        yield (
-          number,
-          BadRecordError(
-            'too_long',
-            f'{file.name}, line {number}: more than {MAX_LINE:,} bytes; write '
-            'one record a line',
-          ),
-        )
-  except OSError as error:
-    raise DataError(f'{file} cannot be read ({error.strerror})') from error
-
-
-def parse(data: bytes, record: str) -> Any:
-  """Returns what JSON holds.
-
-  Raises:
-    BadRecordError: it is not JSON in UTF-8, or nested too deep.
-  """
-  try:
-    return json.loads(fields.decode(data, record))
-  except (ValueError, RecursionError) as error:
-    raise BadRecordError('malformed', f'{record}: {error}') from error
-
-
-def entries(
-  root: pathlib.Path, endings: tuple[str, ...] = ('.json', '.jsonl')
-) -> Iterator[tuple[str, Any]]:
-  """Yields a name and the entry of every JSON and JSONL file of a folder.
-
-  A `.json` file holds a list, one entry, or lines as `.jsonl` does. An entry is
-  a `BadRecordError` where there is none to be read.
-
-  Raises:
-    DataError: there is no such file, or one cannot be read.
-  """
-  for file in files(root, endings):
-    yield from entries_of(file)
-
-
-def files(
-  root: pathlib.Path, endings: tuple[str, ...] = ('.json', '.jsonl')
-) -> list[pathlib.Path]:
+def files(root: pathlib.Path) -> list[pathlib.Path]:
   """Returns the JSON and JSONL files of a folder, in order.
 
   Raises:
     DataError: there is none.
   """
-  found = sorted(x for x in root.glob('*') if x.suffix.lower() in endings)
+  found = sorted(
+    x
+    for x in root.glob('*')
+    # What macOS lays beside each file begins with a dot.
+    if x.suffix.lower() in ('.json', '.jsonl') and x.name[0] != '.'
+  )
   if not found:
-    raise DataError(f'{root} holds no file that ends in {" or ".join(endings)}')
+    raise DataError(f'{root} holds no file that ends in .json or .jsonl')
   return found
 
 
-def entries_of(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields what `entries` does, of one file."""
-  check_regular(file)
-  for number, entry in _entries(file):
-    key = entry.get('id') if isinstance(entry, dict) else None
-    plain = isinstance(key, (str, int))
-    yield f'{file.name}, {key if plain else number}'[:200], entry
+def lines(file: pathlib.Path) -> Iterator[tuple[str, bytes | BadRecordError]]:
+  """Yields a name and the bytes of every line; an error if it is too long.
+
+  Raises:
+    DataError: the file cannot be read.
+  """
+  try:
+    with buckets.open_regular(file) as stream:
+      for record, line in fields.lines(stream, file.name):
+        yield record, fields.too_long(record) if line is None else line
+  except OSError as error:
+    raise DataError(f'{file} cannot be read ({error.strerror})') from error
 
 
-def _entries(file: pathlib.Path) -> Iterator[tuple[Any, Any]]:
+def parse(line: bytes | BadRecordError, record: str) -> Any:
+  """Returns what a line of JSON holds.
+
+  Raises:
+    BadRecordError: it is none, not JSON in UTF-8, or nested too deep.
+  """
+  if isinstance(line, BadRecordError):
+    raise line
+  try:
+    return json.loads(fields.decode(line, record))
+  except (ValueError, RecursionError) as error:
+    raise BadRecordError('malformed', f'{record}: {error}') from error
+
+
+def entries(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Yields a name for every entry of a file, and the entry.
+
+  A `.json` file holds a list, one entry, or lines as a `.jsonl` file does. An
+  entry that cannot be read is a `BadRecordError`.
+
+  Raises:
+    DataError: the file cannot be read.
+  """
   if file.suffix.lower() == '.json' and not _is_lines(file):
-    data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-      found = parse(data, str(file))
-    except BadRecordError as error:
-      raise DataError(f'{error}; write it again, as JSON in UTF-8') from error
-    yield from enumerate(found if isinstance(found, list) else [found])
+    found = fields.load_json(file.parent, file.name)
+    for number, entry in enumerate(
+      found if isinstance(found, list) else [found]
+    ):
+      yield _name(file, entry, str(number)), entry
     return
-  for number, line in lines(file):
-    name = f'line {number}'
-    if not isinstance(line, BadRecordError):
-      if not line.strip():
-        continue
-      try:
-        line = parse(line, f'{file.name}, {name}')
-      except BadRecordError as error:
-        line = error
-    yield name, line
+  for record, line in lines(file):
+    if isinstance(line, bytes) and not line.strip():
+      continue
+    try:
+      entry = parse(line, record)
+    except BadRecordError as error:
+      entry = error
+    yield _name(file, entry, record.removeprefix(f'{file.name}, ')), entry
+
+
+def _name(file: pathlib.Path, entry: Any, number: str) -> str:
+  key = entry.get('id') if isinstance(entry, dict) else None
+  return f'{file.name}, {key if isinstance(key, (str, int)) else number}'[:200]
 
 
 def _is_lines(file: pathlib.Path) -> bool:
   """Returns whether the first line of a file is an entry of its own."""
   for _, line in lines(file):
-    if isinstance(line, BadRecordError):
-      return False
-    if line.strip():
-      try:
+    try:
+      if isinstance(line, BadRecordError) or line.strip():
         return isinstance(parse(line, ''), dict)
-      except BadRecordError:
-        return False
+    except BadRecordError:
+      break
   return False
-
-
-def is_nothing(value: Any) -> bool:
-  """Returns whether a value is None or what pandas writes in its place."""
-  return value is None or (isinstance(value, float) and value != value)
 
 
 def picture_path(value: Any, record: str) -> str:

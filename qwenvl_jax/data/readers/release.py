@@ -38,17 +38,12 @@ class EvaluationLines:
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record a line."""
     for file in sorted(root.glob(self.file)):
-      for number, line in json_lines.lines(file):
-        try:
-          if isinstance(line, BadRecordError):
-            raise line
-          if line.strip():
-            yield _line(line, f'{file.name}, line {number}')
-        except BadRecordError as error:
-          yield error
+      for record, line in json_lines.lines(file):
+        if isinstance(line, BadRecordError) or line.strip():
+          yield from fields.attempt(_line, line, record, record=record)
 
 
-def _line(line: bytes, record: str) -> Record:
+def _line(line: bytes | BadRecordError, record: str) -> Record:
   entry = json_lines.parse(line, record)
   made = Record(record, (fields.text_field(entry, 'image', record),))
   if 'sent' in entry:
@@ -104,8 +99,7 @@ class PlainText:
 
   def _documents(self, part):
     lines, size = [], 0
-    for number, line in json_lines.lines(part):
-      record = f'{part.name}, line {number}'
+    for record, line in json_lines.lines(part):
       try:
         if isinstance(line, BadRecordError):
           raise line
@@ -118,7 +112,7 @@ class PlainText:
         if text.strip():
           lines.append(text)
           size += len(line)
-        if lines and (not text.strip() or size > json_lines.MAX_LINE):
+        if lines and (not text.strip() or size > fields.MAX_LINE):
           yield ''.join(lines).strip()
           lines, size = [], 0
       except BadRecordError as error:

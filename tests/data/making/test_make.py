@@ -108,10 +108,18 @@ def test_refused_documents_are_counted(tmp_path):
     (['--text', 'nowhere.txt'], 'nowhere.txt'),
     (['--kind', 'pdf', '--documents', 'nowhere'], 'holds no .pdf'),
     (['--documents', 'nowhere'], 'takes no documents'),
-    (['--kind', 'html', '--chromium', 'nowhere/chrome'], '--chromium'),
+    (['--kind', 'html'], 'needs --documents'),
+    (
+      ['--kind', 'html', '--documents', '.', '--chromium', 'nowhere/chrome'],
+      '--chromium',
+    ),
   ],
 )
-def test_bad_input_gets_one_line(arguments, says, tmp_path, capsys):
+def test_bad_input_gets_one_line(
+  arguments, says, tmp_path, capsys, monkeypatch
+):
+  (tmp_path / 'a.html').write_text('<p>text')
+  monkeypatch.chdir(tmp_path)
   assert cli.main(['make-ocr', *arguments, str(tmp_path / 'out')]) == 2
   error = capsys.readouterr().err
   assert says in error and error.count('\n') == 1
