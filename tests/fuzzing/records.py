@@ -44,7 +44,8 @@ _NASTY = (
   '../../etc/passwd', '/dev/zero', 'http://x/y.jpg', 'file:///etc/passwd',
   'data:image/png;base64,AAAA', 'a.jpg', 'gone.jpg', '.', '9' * 5000,
   'x' * 9000, None, True, False, 0, -1, 5, 10**30, 1e308, float('nan'),
-  float('inf'), [], {}, [[]], {'url': {'url': {}}}, {'bytes': 'x'}, ['a', 1], 'user', 'gpt',
+  float('inf'), [], {}, [[]], {'url': {'url': {}}}, {'bytes': 'x'}, ['a', 1],
+  'user', 'gpt',
   'system',
 )  # fmt: skip
 _KEYS = (
