@@ -57,7 +57,7 @@ def as_path(text: str | os.PathLike) -> Path:
     ConfigError: it names no bucket, a store of another kind, or what opens
       buckets is not installed.
   """
-  if isinstance(text, epath.Path):
+  if isinstance(text, epath.Path) and in_bucket(text):
     return text
   name = os.fspath(text)
   if '://' not in name:

@@ -89,7 +89,7 @@ def prepare(
       job = ShardedJob(folder, name, split, origins)
       for line in job.begin(again):
         say(line)
-      _write_split(job, sources, workers, limit, progress)
+      _write_split(job, sources, workers, limit, progress, about)
       lengths[split] = _check(job, root, limit, counts)
     others = storage.split_lengths(folder)
     if {**others, **lengths} != others:
@@ -169,7 +169,7 @@ def _with_pictures(records: Iterable, base: pathlib.Path) -> Iterator:
       yield dataclasses.replace(record, images=tuple(images))
 
 
-def _write_split(job, sources, workers, limit, progress) -> None:
+def _write_split(job, sources, workers, limit, progress, about) -> None:
   """Writes what is missing; stops as soon as too much of it is bad."""
   left = job.unfinished()
   if not left:
@@ -177,9 +177,10 @@ def _write_split(job, sources, workers, limit, progress) -> None:
   # What says how much there is goes before it changes.
   others = storage.split_lengths(job.folder)
   if others.pop(job.split, None) is not None:
-    (job.folder / storage.INFO).unlink()
-    if others:
-      storage.write_info(job.folder, job.name, others)
+    if not others:
+      (job.folder / storage.INFO).unlink()
+    else:
+      storage.write_info(job.folder, job.name, others, **about)
   counts = Counts()
 
   def judge(shard):

@@ -10,10 +10,9 @@ import functools
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-from etils import epath
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import shard_files
@@ -171,22 +170,31 @@ def write_info(
       name=split,
       shard_lengths=list(counts),
       num_bytes=sum(
-        _size(directory / shard_name(name, split, i, len(counts)))
+        buckets.size(directory / shard_name(name, split, i, len(counts)))
         for i in range(len(counts))
       ),
       filename_template=template.replace(split=split),
     )
     for split, counts in lengths.items()
   ]
-  tfds.folder_dataset.write_metadata(
-    data_dir=directory,
+  info = tfds.core.DatasetInfo(
+    builder=tfds.core.dataset_info.DatasetIdentity(
+      name=name,
+      version=tfds.core.Version(VERSION),
+      data_dir=os.fspath(directory),
+      module_name='',
+    ),
     features=features(),
-    split_infos=splits,
-    version=VERSION,
-    filename_template=template,
-    check_data=False,
     **about,
   )
+  info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+  info.set_splits(tfds.core.splits.SplitDict(splits))
+  with tempfile.TemporaryDirectory() as folder:
+    info.write_to_directory(folder)
+    # Without `INFO`, the rest does not count.
+    made = sorted(pathlib.Path(folder).iterdir(), key=lambda x: x.name == INFO)
+    for file in made:
+      buckets.copy(file, directory / file.name)
 
 
 def features():
@@ -200,11 +208,6 @@ def features():
   return tfds.features.FeaturesDict(
     {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
   )
-
-
-def _size(path) -> int:
-  # In a bucket, too.
-  return epath.Path(path).stat().length
 
 
 def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import rich.console
 import rich.table
-from etils import epath
 
-from qwenvl_jax import configuration, entry
+from qwenvl_jax import buckets, configuration, entry
 from qwenvl_jax.data import storage
 from qwenvl_jax.data.cleaning import inputs, pipeline, report
 from qwenvl_jax.data.cleaning.tally import KEPT
@@ -112,7 +111,7 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
       say,
     )
   console.print(_table(job, tally))
-  console.print(f'{epath.Path(job.output) / "report.html"}: open it in a '
+  console.print(f'{buckets.as_path(job.output) / "report.html"}: open it in a '
                 'browser')  # fmt: skip
 
 

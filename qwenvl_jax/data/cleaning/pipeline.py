@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from etils import epath
-
 from qwenvl_jax import buckets
 from qwenvl_jax.data import sharded_job, storage
 from qwenvl_jax.data.cleaning import inputs, report, shards
@@ -125,7 +123,7 @@ def begin(job: Job, again: bool = False) -> list[str]:
     ConfigError: it was begun with other settings.
     DataError: it cannot be written.
   """
-  work = epath.Path(job.output) / 'work'
+  work = buckets.as_path(job.output) / 'work'
   try:
     if again:
       buckets.remove(work)
@@ -189,7 +187,7 @@ def complete(job: Job) -> Tally:
     lengths.append(sum(map(counts.kept_of, counts.sources())))
     total = (total + cleaned + finished).thinned(_EXAMPLES)
   try:
-    folder = epath.Path(job.output)
+    folder = buckets.as_path(job.output)
     buckets.write(folder / 'report.html', report.page(job, total))
     buckets.write(folder / 'report.json', report.figures(job, total))
     if not job.is_complete:

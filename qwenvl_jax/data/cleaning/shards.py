@@ -10,10 +10,10 @@ whatever a killed run leaves besides is overwritten.
 import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import shard_files, sharded_job, storage
@@ -34,10 +34,10 @@ from qwenvl_jax.errors import BadRecordError, DataError
 class Candidates(sharded_job.ShardedJob):
   """What passed the rules of each shard; in the end only its reports stay."""
 
-  def path(self, shard: int) -> epath.Path:
+  def path(self, shard: int) -> Path:
     return self.folder / f'candidates-{shard:05d}.array_record'
 
-  def report_path(self, shard: int) -> epath.Path:
+  def report_path(self, shard: int) -> Path:
     return self.path(shard).with_suffix('.json')
 
   def is_finished(self, shard: int) -> bool:
@@ -47,7 +47,7 @@ class Candidates(sharded_job.ShardedJob):
 class Finished(sharded_job.ShardedJob):
   """The shards of the result."""
 
-  def report_path(self, shard: int) -> epath.Path:
+  def report_path(self, shard: int) -> Path:
     return self.folder.parent / 'work' / f'finished-{shard:05d}.json'
 
 
@@ -77,23 +77,25 @@ class Job:
     )
     object.__setattr__(self, 'origins', self.origins or tuple(origins))
 
-  def work(self, kind: str, shard: int, suffix: str) -> epath.Path:
+  def work(self, kind: str, shard: int, suffix: str) -> Path:
     """A file of the folder for what is only needed until all is done."""
-    return epath.Path(self.output) / 'work' / f'{kind}-{shard:05d}.{suffix}'
+    return (
+      buckets.as_path(self.output) / 'work' / f'{kind}-{shard:05d}.{suffix}'
+    )
 
   @property
   def name(self) -> str:
     """Of the data set that is written: the folder's."""
-    return epath.Path(self.output).name
+    return buckets.as_path(self.output).name
 
   @property
-  def folder(self) -> epath.Path:
+  def folder(self) -> Path:
     """Of the result, where `sources.Prepared` looks for it."""
-    return epath.Path(self.output) / storage.VERSION
+    return buckets.as_path(self.output) / storage.VERSION
 
   @property
   def candidates(self) -> Candidates:
-    folder = epath.Path(self.output) / 'work'
+    folder = buckets.as_path(self.output) / 'work'
     return Candidates(folder, self.name, 'candidates', self.origins)
 
   @property
@@ -103,7 +105,7 @@ class Job:
     origins = tuple(f'{x} among {among}' for x in self.origins)
     return Finished(self.folder, self.name, 'train', origins)
 
-  def final(self, shard: int) -> epath.Path:
+  def final(self, shard: int) -> Path:
     """A file of the result."""
     return self.finished.path(shard)
 

@@ -62,23 +62,8 @@ def qa(question: str, answers: Any, record: str, id_: str = '') -> Qa:
   )
 
 
-class _Asked:
-  """What readers of questions share: pairs of an image and a question.
-
-  Attributes:
-    file: the annotations.
-    folder: where the images are.
-  """
-
-  file: str
-  folder: str
-
-  @property
-  def files(self) -> tuple[str, ...]:
-    return tuple(x for x in (self.file, self.folder) if x)
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
+class _Asked(fields.Annotated):
+  """What readers of questions share: pairs of an image and a question."""
 
   def pairs(self, root: pathlib.Path):
     """(image, Qa) pairs, and errors."""

@@ -37,8 +37,10 @@ _MAX_FOOTER = 256 << 20
 # Pictures are compressed already.
 _FREE_DECODED = 64 << 20
 _MAX_RATIO = 100
-# Rows of a Parquet file, and bytes of it that are decoded at once.
-_MAX_ROWS = 1 << 24
+# A Parquet file may have so many rows, or one for so many of its bytes; and so
+# much of it is decoded at once.
+_FREE_ROWS = 1 << 17
+_ROW_BYTES = 8
 _BATCH_ROWS = 64
 _BATCH_BYTES = 256 << 20
 # Entries of a list in a Parquet footer, which also limits how deep types nest.
@@ -256,11 +258,12 @@ def _content(archive, member, field: str, record: str) -> bytes:
     raise tarfile.ReadError('unexpected end of data')
   if not field.endswith('.gz'):
     return data
+  most = min(MAX_PICTURE, max(_MAX_TEXT, _MAX_RATIO * len(data)))
   try:
-    data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_PICTURE + 1)
+    data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
   except (OSError, EOFError, zlib.error) as error:
     raise BadRecordError('malformed', f'{record}: {error}') from error
-  if len(data) > MAX_PICTURE:
+  if len(data) > most:
     raise _too_large(record, len(data))
   return data
 
@@ -310,10 +313,13 @@ def _parquet(file, path, names: Names) -> Samples:
       )
     wanted = {*names.pictures, *names.texts, *names.others, 'key'}
     columns = [x for x in present if x in wanted]
-    row = 0
+    row, decoded, most = 0, 0, _most_decoded(buckets.size(path))
     for number in range(table.num_row_groups):
-      batch_rows = _checked(table.metadata, number, columns, name)
-      for batch in table.iter_batches(batch_rows, [number], columns):
+      rows = _batch_rows(table, number, most, name)
+      for batch in table.iter_batches(rows, [number], columns):
+        decoded += batch.nbytes
+        if decoded > most:
+          raise _too_large(f'{name}, from row {row} on', decoded)
         for index in range(len(batch)):
           yield from _row(batch, index, name, row, names)
           row += 1
@@ -326,29 +332,29 @@ def _parquet(file, path, names: Names) -> Samples:
     yield _damaged(name, error, 'what follows is lost')
 
 
-def _checked(metadata, number: int, columns: list[str], name: str) -> int:
+def _batch_rows(table, number: int, most: int, name: str) -> int:
   """Rows of a row group that are decoded at once.
+
+  Args:
+    table: the file.
+    number: of the row group.
+    most: bytes that it may decode to.
+    name: of the file.
 
   Raises:
     BadRecordError: it would decode to more than the file can mean.
   """
-  group = metadata.row_group(number)
-  if not 0 <= metadata.num_rows <= _MAX_ROWS or group.num_rows < 0:
+  # Not the metadata of columns: where they are damaged, pyarrow 26 aborts.
+  group = table.metadata.row_group(number)
+  size, rows = group.total_byte_size, table.metadata.num_rows
+  most_rows = max(_FREE_ROWS, most // _MAX_RATIO // _ROW_BYTES)
+  if not (0 <= size <= most and 0 <= group.num_rows <= rows <= most_rows):
     raise BadRecordError(
-      'too_large', f'{name}: {metadata.num_rows:,} rows are not read'
+      'too_large',
+      f'{name}: {rows:,} rows, of which row group {number} becomes {size:,} '
+      'bytes, are not read',
     )
-  chunks = [group.column(i) for i in range(group.num_columns)]
-  chunks = [x for x in chunks if x.path_in_schema.partition('.')[0] in columns]
-  for chunk in chunks:
-    most = _most_decoded(max(chunk.total_compressed_size, 0))
-    if not 0 <= chunk.total_uncompressed_size <= most:
-      raise BadRecordError(
-        'too_large',
-        f'{name}: column {chunk.path_in_schema!r} becomes '
-        f'{chunk.total_uncompressed_size:,} bytes, which are not read',
-      )
   # One value may be as large as all of a column, and stand in every row.
-  size = sum(x.total_uncompressed_size for x in chunks)
   return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(size, 1)))
 
 

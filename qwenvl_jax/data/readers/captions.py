@@ -12,7 +12,7 @@ from qwenvl_jax.errors import BadRecordError
 
 
 @dataclasses.dataclass(frozen=True)
-class CocoCaptions:
+class CocoCaptions(fields.Annotated):
   """COCO captions and NoCaps: `images` and `annotations` in one file.
 
   Attributes:
@@ -22,13 +22,6 @@ class CocoCaptions:
 
   file: str
   folder: str = ''
-
-  @property
-  def files(self) -> tuple[str, ...]:
-    return tuple(x for x in (self.file, self.folder) if x)
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image, with all its captions."""
@@ -63,7 +56,7 @@ def _caption(note: Any, record: str) -> tuple[Hashable, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Karpathy:
+class Karpathy(fields.Annotated):
   """Flickr30k (and others) in Karpathy's splits.
 
   Attributes:
@@ -75,13 +68,6 @@ class Karpathy:
   file: str
   folder: str
   split: str
-
-  @property
-  def files(self) -> tuple[str, ...]:
-    return self.file, self.folder
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image, with all its captions."""

@@ -18,6 +18,26 @@ Found = Iterator[Record | BadRecordError]
 MAX_LINE = 16 << 20
 
 
+class Annotated:
+  """A data set whose annotations, in one file, name pictures in a folder.
+
+  Attributes:
+    file: the annotations.
+    folder: where the pictures are; '' for the download folder.
+  """
+
+  file: str
+  folder: str
+
+  @property
+  def files(self) -> tuple[str, ...]:
+    """What has to be there."""
+    return tuple(x for x in (self.file, self.folder) if x)
+
+  def images_in(self, root: pathlib.Path) -> pathlib.Path:
+    return root / self.folder
+
+
 def load_json(root: pathlib.Path, name: str) -> Any:
   """The contents of an annotation file.
 

@@ -13,7 +13,7 @@ from qwenvl_jax.errors import BadRecordError, DataError
 
 
 @dataclasses.dataclass(frozen=True)
-class Refer:
+class Refer(fields.Annotated):
   """RefCOCO, RefCOCO+ and RefCOCOg as their authors publish them.
 
   Attributes:
@@ -32,9 +32,6 @@ class Refer:
   def files(self) -> tuple[str, ...]:
     return self.refs, self.instances, self.folder
 
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
-
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image, a region for each sentence."""
     found = fields.load_json(root, self.instances)
@@ -48,7 +45,9 @@ class Refer:
     )
     grouped = collections.defaultdict(list)
     for ref in load_pickle(root / self.refs):
-      if isinstance(ref, dict) and ref.get('split') == self.split:
+      if not isinstance(ref, dict):
+        yield BadRecordError('malformed', f'{self.refs}: {ref!r:.80}')
+      elif ref.get('split') == self.split:
         grouped[str(ref.get('image_id'))].append(ref)
     for image_id, refs in grouped.items():
       yield from fields.attempt(
@@ -102,7 +101,7 @@ def load_pickle(file: pathlib.Path) -> list:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisualGenomeRegions:
+class VisualGenomeRegions(fields.Annotated):
   """Visual Genome's `region_descriptions.json`.
 
   Attributes:
@@ -111,13 +110,6 @@ class VisualGenomeRegions:
 
   file: str = 'region_descriptions.json'
   folder: str = 'images'
-
-  @property
-  def files(self) -> tuple[str, ...]:
-    return self.file, self.folder
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image; its size comes from the picture."""
