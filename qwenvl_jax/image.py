@@ -14,7 +14,7 @@ import stat
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qwenvl_jax.errors import BadRecordError, DataError
 
@@ -104,9 +104,11 @@ def load(
   except IsADirectoryError as error:
     raise DataError(f'{name} is a folder; name a picture in it') from error
   except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    unknown = isinstance(error, UnidentifiedImageError)
+    why = 'of no known format' if unknown else error
     raise BadRecordError(
       'unreadable_image',
-      f'{name}: not a readable picture ({error}); it may be cut off or of an '
+      f'{name}: not a readable picture ({why}); it may be cut off or of an '
       'unknown format: fetch it again or convert it to PNG or JPEG',
     ) from error
 

@@ -1,38 +1,27 @@
 """From sources to batches: shuffled, mixed, sliced by process, resumable.
 
 Everything random is a function of the seed and of what came before, so that an
-iterator set to a saved state goes on exactly as if it had never stopped. The
-rows of a run come from a fixed number V of `PackingStream`s, whatever the
-number of processes and workers: stream v makes rows v, v + V, .. of items v,
-v + V, .. of every group. `packing` makes the items and the rows.
+iterator set to a saved state goes on exactly as if it had never stopped.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import os
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import grain.experimental
 
 from qwenvl_jax import image
 from qwenvl_jax.data import packing, patches
-from qwenvl_jax.data.bad import Counts, Limit
+from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.batches import Batches, State
-from qwenvl_jax.data.packing import PackItem, Row, RowStats
+from qwenvl_jax.data.packing import Row, RowStats
+from qwenvl_jax.data.packing_stream import Group, RowMaker
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
-# Streams begin with different groups; up to so many examples of a group count
-# as given at the start of each.
-_HEAD_START = 8
-
-# Streams of a mixture whose rows hold one item each, at least about.
+# Rows hold one sample each: streams that they come from, at least about.
 _STREAMS = 1024
 
 
@@ -119,25 +108,22 @@ class Pipeline:
     """Endless rows, as batches are made of."""
     return self._starter(0, 1)({'row': 0, 'shards': {}})
 
-  @property
-  def shape(self) -> packing.RowShape:
-    return packing.RowShape(
-      self.sequence_length,
-      self.image_slots,
-      self.image_size,
-      self.image_tokens,
-    )
-
   def _starter(self, process_index, process_count):
     """Returns a function from a state to the rows of a process."""
     if not self.streams:
       raise ConfigError('Pipeline.streams is empty; name at least one Stream')
     tokenizer = Tokenizer(self.vocabulary)
     items, sources = [], _opened(self.streams)
+    shape = packing.RowShape(
+      self.sequence_length,
+      self.image_slots,
+      self.image_size,
+      self.image_tokens,
+    )
     for number, stream in enumerate(self.streams):
       source = _ErrorCatchingSource(sources[number], stream.label)
       to_item = packing.ToPackItem(
-        self.shape,
+        shape,
         tokenizer,
         source,
         stream.tasks,
@@ -147,8 +133,18 @@ class Pipeline:
       )
       seed = self.seed * 1000 + number
       items.append(_endless(source, seed).random_map(to_item, seed=seed))
+    # One sample a row: any number of processes that divides the batch will do.
+    alone = self.batch_size * max(1, _STREAMS // self.batch_size)
     maker = RowMaker(
-      self, _groups(self.streams, items, self.packer), tokenizer.eod_id
+      groups=_groups(self.streams, items, self.packer),
+      shape=shape,
+      packer=self.packer or packing.Packer(shards=alone, pool=1),
+      single=self.packer is None,
+      seed=self.seed,
+      limit=self.limit,
+      prefetch=self.prefetch,
+      workers=self.workers,
+      pad_id=tokenizer.eod_id,
     )
     return functools.partial(maker.rows, process_index, process_count)
 
@@ -165,21 +161,6 @@ def _opened(streams) -> list[Sequence[Any]]:
     more = f' (and {len(missing) - 1} more of {len(streams)} sources)'
     raise DataError(missing[0] + (more if missing[1:] else ''))
   return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """Items that fill rows together.
-
-  Attributes:
-    name: of the group.
-    weight: share of examples, relative to the other groups.
-    items: endless `PackItem`s, by random access.
-  """
-
-  name: str
-  weight: float
-  items: Any
 
 
 def _groups(streams, items, packer) -> list[Group]:
@@ -215,240 +196,6 @@ class _ErrorCatchingSource:
 
   def __repr__(self) -> str:
     return self.label
-
-
-class PackingStream:
-  """Plans the rows of one stream, one after the other."""
-
-  def __init__(self, number: int, maker: 'RowMaker', state: State):
-    """Starts where a state says.
-
-    Args:
-      number: of the stream.
-      maker: what all streams have in common.
-      state: of `batches.Batches`.
-    """
-    self._number, self._maker = number, maker
-    groups = maker.groups
-    # Rows that this stream has made.
-    rows = len(range(number, state['row'], maker.streams))
-    start = [[rows if maker.single else 0, 0, []] for _ in groups]
-    position = state['shards'].get(str(number), start)
-    if len(position) != len(groups):
-      raise DataError(
-        f'the saved state has {len(position)} tasks, the mixture '
-        f'{len(groups)}; go on with the config.gin of the run'
-      )
-    # Per group: items taken, examples given, (index, item) that wait.
-    self._taken = [taken for taken, _, _ in position]
-    self._given = [given for _, given, _ in position]
-    self._pools = [
-      [(index, group.items[index]) for index in waiting]
-      for group, (_, _, waiting) in zip(groups, position)
-    ]
-    self._skipped = sum(self._taken) > rows
-    rng = random.Random(f'{maker.config.seed}-{number}')
-    self._head_start = [rng.random() * _HEAD_START for _ in groups]
-
-  def plan(self) -> tuple[list[PackItem], RowStats]:
-    """Returns what the next row holds, and what happened on the way."""
-    maker, counts = self._maker, Counts()
-    stats = RowStats(stream=self._number, streams=maker.streams)
-    number = min(
-      range(len(maker.groups)),
-      key=lambda n: (
-        (self._given[n] + self._head_start[n]) / maker.groups[n].weight
-      ),
-    )
-    items = self._take(number, counts, stats)
-    left = maker.config.sequence_length - sum(x.tokens for x in items)
-    for other, group in enumerate(maker.groups):
-      if group.name == maker.packer.filler and other != number:
-        items += self._take(other, counts, stats, left)
-    stats.group = maker.groups[number].name
-    stats.counts = counts.as_dict()
-    if self._skipped or not maker.single:
-      waiting = [[index for index, _ in pool] for pool in self._pools]
-      stats.position = list(map(list, zip(self._taken, self._given, waiting)))
-    return items, stats
-
-  def _take(self, number, counts, stats, left=None) -> list[PackItem]:
-    """Takes a row's worth out of a group's pool, or what fits into the rest."""
-    pool = self._pools[number]
-    self._fill(number, pool, counts, stats)
-    tokens = [item.tokens for _, item in pool]
-    images = [item.images for _, item in pool]
-    if left is None:
-      shape = self._maker.shape
-      positions = packing.choose(
-        tokens, images, shape.length, shape.image_slots
-      )
-    else:
-      # Nothing has to be taken: in place of the first stands an empty item.
-      positions = packing.choose([0, *tokens], [0, *images], left, 0)
-      positions = [x - 1 for x in positions[1:]]
-    items = [pool[x][1] for x in positions]
-    kept = set(positions)
-    pool[:] = [x for i, x in enumerate(pool) if i not in kept]
-    self._given[number] += sum(x.examples for x in items)
-    return items
-
-  def _fill(self, number, pool, counts, stats) -> None:
-    maker, items = self._maker, self._maker.groups[number].items
-    dropped = collections.Counter()
-    while len(pool) < maker.packer.pool:
-      index = self._taken[number] * maker.streams + self._number
-      self._taken[number] += 1
-      item = items[index]
-      counts.seen(item.source)
-      counts.repaired(item.source, set(item.repaired))
-      if item.error is None:
-        pool.append((index, item))
-        continue
-      self._skipped = True
-      stats.drop(counts, item.source, item.error)
-      dropped[item.source, item.error.reason] += 1
-      if dropped.total() >= max(maker.config.limit.after, 100):
-        raise _nothing_usable(maker.groups[number].name, dropped, stats)
-
-
-def _nothing_usable(group: str, dropped, stats: RowStats) -> Exception:
-  source, reason = key = dropped.most_common(1)[0][0]
-  kind = ConfigError if reason == 'no_question' else DataError
-  name = f'task {group}: ' if group else ''
-  return kind(
-    f'{name}{dropped.total()} records had to be dropped to fill one pool, most '
-    f'for {source}: {reason} ({stats.dropped[key]}); mend or take out that '
-    'source'
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class RowMaker:
-  """Makes the rows of a run.
-
-  Attributes:
-    config: of the pipeline.
-    groups: what rows are made of.
-    pad_id: fills rows up.
-  """
-
-  config: Pipeline
-  groups: Sequence[Group]
-  pad_id: int
-
-  @property
-  def single(self) -> bool:
-    """Whether each row holds one item."""
-    return self.config.packer is None
-
-  @functools.cached_property
-  def packer(self) -> packing.Packer:
-    rows = self.config.batch_size
-    alone = packing.Packer(shards=rows * max(1, _STREAMS // rows), pool=1)
-    return self.config.packer or alone
-
-  @property
-  def streams(self) -> int:
-    return self.packer.shards
-
-  @functools.cached_property
-  def shape(self) -> packing.RowShape:
-    return self.config.shape
-
-  def rows(self, process: int, processes: int, state: State) -> Iterator[Row]:
-    """Returns a process's rows from a state on.
-
-    Raises:
-      ConfigError: streams that cannot be divided among processes and workers.
-    """
-    workers = max(self.config.workers, 1)
-    if self.streams % (processes * workers):
-      raise ConfigError(
-        f'{self._shards_say()} cannot be divided among {processes} processes '
-        f'of {workers} workers each; choose a multiple of '
-        f'{processes * workers}. A run keeps its number of shards'
-      )
-    if state['shards'] and state.get('of') not in (None, 0, self.streams):
-      raise ConfigError(
-        f'the run was begun with {state["of"]} shards and would go on with '
-        f'{self.streams}; keep Packer.shards, or Pipeline.batch_size where a '
-        'row holds one sample'
-      )
-    # Row r of the run is of stream r mod V; a process has every so manieth.
-    first = state['row'] + process
-    order = [
-      (first + step * processes) % self.streams
-      for step in range(self.streams // processes)
-    ]
-    dataset = _Rows(self, order, state)
-    if self.config.workers:
-      options = grain.MultiprocessingOptions(num_workers=self.config.workers)
-      dataset = dataset.mp_prefetch(options)
-    elif self.config.prefetch and not self.packer.threads:
-      dataset = grain.experimental.ThreadPrefetchIterDataset(
-        dataset, prefetch_buffer_size=self.config.prefetch
-      )
-    return iter(dataset)
-
-  def _shards_say(self) -> str:
-    if self.single:
-      return f'{self.streams} rows (of Pipeline.batch_size)'
-    return f'Packer.shards={self.streams}'
-
-
-class _Rows(grain.IterDataset):
-  """The rows of some streams, in turn."""
-
-  def __init__(self, maker: RowMaker, order: Sequence[int], state: State):
-    super().__init__()
-    self._maker, self._order, self._state = maker, list(order), state
-
-  def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-    """Called in a worker process: which of the rows it makes."""
-    del sequential_slice
-    self._order = self._order[sl]
-
-  def __iter__(self) -> grain.DatasetIterator:
-    return _RowIterator(self._maker, self._order, self._state)
-
-
-class _RowIterator(grain.DatasetIterator):
-  """Plans rows ahead, and lets threads decode their pictures."""
-
-  def __init__(self, maker, order, state):
-    super().__init__()
-    self._ahead, self._threads = collections.deque(), None
-    self._ahead_of = maker.config.prefetch
-    streams = [PackingStream(number, maker, state) for number in order]
-    self._turns = itertools.cycle(streams)
-    self._lay_out = functools.partial(
-      packing.lay_out, shape=maker.shape, pad_id=maker.pad_id
-    )
-    if maker.packer.threads:
-      self._threads = concurrent.futures.ThreadPoolExecutor(
-        maker.packer.threads
-      )
-
-  def __next__(self) -> Row:
-    if self._threads is None:
-      return self._lay_out(*next(self._turns).plan())
-    while len(self._ahead) <= self._ahead_of:
-      plan = next(self._turns).plan()
-      self._ahead.append(self._threads.submit(self._lay_out, *plan))
-    return self._ahead.popleft().result()
-
-  def get_state(self) -> dict[str, Any]:
-    """Returns nothing: every row carries the position of its stream."""
-    return {}
-
-  def set_state(self, state) -> None:
-    del state
-
-  def close(self) -> None:
-    super().close()
-    if self._threads is not None:
-      self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,8 @@ Text and colours come from the row's arrays, not from the samples, so that what
 the page shows is what is learned.
 """
 
-import base64
 import collections
 import html
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -16,25 +14,26 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data import pipeline, sources, tasks
+from qwenvl_jax.data import html_page, pipeline, sources, tasks
 from qwenvl_jax.data.bad import DROPPED, Counts
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text import drawing
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _STYLE = """
-body { font: 15px/1.5 sans-serif; margin: 2em; max-width: 76em; }
 section { display: flex; gap: 1.5em; border-top: 1px solid #ccc; padding: 1em; }
 .pictures { flex: none; width: 230px; }
 .pictures img { width: 224px; image-rendering: pixelated; }
-td, th { padding: 0 1em 0 0; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
 .text { font-family: monospace; white-space: pre-wrap; }
 .branch { border-left: 3px solid #aac; padding-left: .7em; margin: .4em 0; }
 .loss { background: #c9f2c9; }
-.tag { color: #888; }
-small { color: #666; }
 """
+
+_HOW_TO_READ = (
+  '<p>Green: learned. A bar on the left: a continuation, which sees the prefix '
+  'above it and itself. Boxes: those of the text. A line across: the next '
+  'sample, which sees nothing of the one before.</p>'
+)
 
 # Row lengths that hold all branches of the default tasks.
 _LENGTH = 512
@@ -102,7 +101,8 @@ def stage_page(config: pipeline.Pipeline, title: str, rows: int = 20) -> str:
     sections.append(section(name, arrays, tokenizer))
     used[group].append(Use.of(arrays))
   summary = _utilization(used) + _dropped(counts, dropped)
-  return _page(title, sections, summary)
+  body = summary + _HOW_TO_READ + ''.join(sections)
+  return html_page.page(title, body, _STYLE)
 
 
 class Use(NamedTuple):
@@ -135,38 +135,25 @@ class Use(NamedTuple):
     return cls(*map(sum, zip(*some)))
 
 
-def _page(title: str, sections: list[str], summary: str = '') -> str:
-  title = html.escape(title)
-  return (
-    '<!doctype html><html lang="en"><meta charset="utf-8">'
-    f'<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{summary}'
-    '<p>Green: learned. A bar on the left: a continuation, '
-    'which sees the prefix above it and itself. Boxes: those of the text. A '
-    'line across: the next sample, which sees nothing of the one before.</p>'
-    + ''.join(sections)
-    + '</html>\n'
-  )
-
-
 def _utilization(used: Mapping[str, Sequence[Use]]) -> str:
   """Returns a table: how full the rows of each task are."""
   titles = (
     'task', 'rows', 'samples', 'tokens used', 'one sample a row would use',
     'tokens learned', 'image slots used',
   )  # fmt: skip
-  lines = [''.join(f'<th>{x}</th>' for x in titles)]
+  lines = []
   everything = itertools.chain.from_iterable(used.values())
   for name, some in [*sorted(used.items()), ('all', everything)]:
     total = Use.total(some)
-    cells = (
+    cells = [
       html.escape(name), total.rows, total.samples,
       f'{total.tokens / total.length:.1%}',
       f'{total.tokens / total.samples / total.length * total.rows:.1%}',
       f'{total.learned / total.length:.1%}',
       f'{total.images} of {total.slots}',
-    )  # fmt: skip
-    lines.append(''.join(f'<td>{x}</td>' for x in cells))
-  return f'<table>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
+    ]  # fmt: skip
+    lines.append(cells)
+  return html_page.table(titles, lines)
 
 
 def _dropped(counts: Counts, examples: Mapping) -> str:
@@ -260,7 +247,4 @@ def _spans(tokens, weights, tokenizer) -> str:
 
 def _picture(pixels: np.ndarray, text: str) -> str:
   drawn, _ = drawing.draw(Image.fromarray(pixels), text)
-  encoded = io.BytesIO()
-  drawn.save(encoded, 'PNG')
-  data = base64.b64encode(encoded.getvalue()).decode()
-  return f'<img alt="" src="data:image/png;base64,{data}">'
+  return html_page.picture(drawn)

@@ -380,3 +380,44 @@ def test_an_error_shows_a_record():
   made = _single(limit=Limit(share=0.1, after=40))
   with pytest.raises(DataError, match='source some.*For example: x'):
     _take(made.iterator(), 20)
+
+
+@pytest.mark.parametrize('packer', [None, Packer(shards=2, pool=2)])
+def test_a_bad_record_has_one_fate(packer):
+  """Dropped and counted, whatever the rows; never an error of the run."""
+  picture = listed.captions(1)[0].images
+
+  def talk(name, text, images=picture):
+    turns = (Turn('user', text), Turn('assistant', 'x'))
+    return Record(name, images, turns=turns)
+
+  good = talk('good', '<img>0</img>a')
+  records = (
+    good, good, good,
+    talk('tag', 'Use <img> with src.'),
+    talk('blind', 'What is this?'),
+    talk('more', '<img>0</img><img>1</img>'),
+    talk('invented', '<img>0</img>', ()),
+    talk('unreadable', '<img>0</img>', (picture[0][:90],)),
+    Record('silent', picture),
+    BadRecordError('unreadable_record', 'cut'),
+  )  # fmt: skip
+  stream = Stream(listed.Listed('talk', records), formats.Conversations())
+  made = _pipeline(
+    packer=packer, streams=(stream,), prefetch=0, limit=Limit(share=1)
+  )
+  iterator = made.iterator()
+  for batch in _take(iterator, 8):
+    # Of packed rows, one may hold nothing but a picture that cannot be read.
+    shown = (batch['image_starts'] != NO_IMAGE).any(axis=1)
+    assert shown.all() or packer
+  assert iterator.counts.of('talk').keys() == {
+    'unpaired_tag', 'image_mismatch', 'unreadable_image', 'no_question',
+    'unreadable_record',
+  }  # fmt: skip
+  rows = _take(made.rows(), 12)
+  assert {x for _, stats in rows for x in stats.records} == {'good'}
+  for row, stats in rows:
+    assert (row['segment_ids'].max() > 0) == bool(stats.records)
+  told = {key: text for _, x in rows for key, text in x.dropped.items()}
+  assert 'tag: ' in told['talk', 'unpaired_tag']
