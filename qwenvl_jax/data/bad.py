@@ -39,7 +39,7 @@ REPAIRED = {
   'first_frame': 'of an animation the first frame is taken',
   'converted': 'CMYK, palette, grey or 16 bits turned into 8-bit RGB',
   'flattened': 'transparent pixels put on white',
-  'clipped_box': 'a box that reaches beyond the picture cut at its border',
+  'clipped_box': 'a box beyond the border cut there, or put in order in a text',
   'sorted_box': 'an inverted box, its corners put in order',
   'dropped_box': 'a box without area within the picture left out of a record',
   'missing_picture': 'a document goes on without a picture that is not there',

@@ -6,6 +6,7 @@ iterator set to a saved state goes on exactly as if it had never stopped.
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +21,18 @@ from qwenvl_jax.data.packing import Row, RowStats
 from qwenvl_jax.data.packing_stream import Group, RowMaker
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
+
+# What a pipeline's numbers are at least.
+_LEAST = {
+  'batch_size': 1,
+  'sequence_length': 1,
+  'image_size': 1,
+  'image_tokens': 1,
+  'image_slots': 0,
+  'grid': 1,
+  'prefetch': 0,
+  'workers': 0,
+}
 
 # Rows hold one sample each: streams that they come from, at least about.
 _STREAMS = 1024
@@ -112,6 +125,12 @@ class Pipeline:
     """Returns a function from a state to the rows of a process."""
     if not self.streams:
       raise ConfigError('Pipeline.streams is empty; name at least one Stream')
+    for stream in self.streams:
+      if not is_weight(stream.weight):
+        raise ConfigError(
+          f'Stream.weight={stream.weight!r} of {stream.label} is no number '
+          'above 0'
+        )
     tokenizer = Tokenizer(self.vocabulary)
     items, sources = [], _opened(self.streams)
     shape = packing.RowShape(
@@ -147,6 +166,11 @@ class Pipeline:
       pad_id=tokenizer.eod_id,
     )
     return functools.partial(maker.rows, process_index, process_count)
+
+
+def is_weight(value: Any) -> bool:
+  """Returns whether a value is a finite number above 0."""
+  return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def _opened(streams) -> list[Sequence[Any]]:
@@ -262,9 +286,16 @@ def _endless(source, seed: int) -> grain.MapDataset:
 
 
 def _check_split(config, process_count) -> None:
+  name = type(config).__name__
+  for key, least in _LEAST.items():
+    value = getattr(config, key, least)
+    if not isinstance(value, int) or value < least:
+      raise ConfigError(
+        f'{name}.{key}={value!r} must be a whole number, at least {least}'
+      )
   if config.batch_size % process_count:
     raise ConfigError(
-      f'{type(config).__name__}.batch_size={config.batch_size} cannot be '
+      f'{name}.batch_size={config.batch_size} cannot be '
       f'split over {process_count} processes; choose a multiple'
     )
   if config.workers:

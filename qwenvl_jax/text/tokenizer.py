@@ -21,7 +21,7 @@ import pathlib
 import re
 import sys
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import tiktoken
@@ -38,6 +38,9 @@ _PATTERN = (
   r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*'
   r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
+
+# Whatever may be a special token: none has a '<' or '>' inside.
+_TAG = re.compile('<[^<> ]+>')
 
 # Combining marks in a row; normalizing takes the square of their number.
 _MOST_MARKS = 256
@@ -198,9 +201,9 @@ class Tokenizer:
     """
     if image_tokens is None:
       image_tokens = self.image_tokens
-    allowed = (
-      SPECIAL_TOKENS if allowed_special == 'all' else tuple(allowed_special)
-    )
+    allowed = self._bpe.special
+    if allowed_special != 'all':
+      allowed = {x: allowed[x] for x in allowed_special if x in allowed}
     text = normalize(text)
     encode = functools.partial(self._encode_parts, allowed=allowed)
     if '<img>' not in allowed:
@@ -223,19 +226,21 @@ class Tokenizer:
       at = end + len('</img>')
     return ids + encode(text[at:])
 
-  def _encode_parts(self, text: str, allowed: tuple[str, ...]) -> list[int]:
+  def _encode_parts(self, text: str, allowed: Mapping[str, int]) -> list[int]:
     # tiktoken would be given all special tokens with each call, which takes
     # several times as long on text full of boxes.
+    encode = self._bpe.encoding.encode_ordinary
     if not allowed or '<' not in text:
-      return self._bpe.encoding.encode_ordinary(text)
-    ids = []
-    for part in _splitter(allowed).split(text):
-      special = self._bpe.special.get(part)
-      if special is not None and part in allowed:
-        ids.append(special)
-      elif part:
-        ids += self._bpe.encoding.encode_ordinary(part)
-    return ids
+      return encode(text)
+    ids, at = [], 0
+    for match in _TAG.finditer(text):
+      token = allowed.get(match[0])
+      if token is not None:
+        if at < match.start():
+          ids += encode(text[at : match.start()])
+        ids.append(token)
+        at = match.end()
+    return ids + encode(text[at:]) if at < len(text) else ids
 
   def encode_ordinary(self, text: str) -> list[int]:
     """Token ids of `text` where no special token is parsed."""
@@ -376,11 +381,6 @@ class Tokenizer:
     if ranks <= token < self.vocab_size:
       return b'' if skip_special else SPECIAL_TOKENS[token - ranks].encode()
     return _UNKNOWN.encode()
-
-
-@functools.lru_cache(maxsize=8)
-def _splitter(tokens: tuple[str, ...]) -> re.Pattern:
-  return re.compile(f'({"|".join(map(re.escape, tokens))})')
 
 
 def normalize(text: str) -> str:

@@ -30,7 +30,12 @@ _ROLES = {
   'system': ('system',),
 }
 _ROLE = {name: role for role, names in _ROLES.items() for name in names}
-_PICTURES = ('image', 'images')
+# Keys under which an entry or a turn names its pictures; the first counts.
+_PICTURES = (
+  'images', 'image', 'image_paths', 'image_path', 'image_files', 'image_file',
+  'image_urls', 'image_url', 'img',
+)  # fmt: skip
+_OTHER_MEDIA = ('video', 'videos', 'audio', 'audios')
 
 _PLACEHOLDER = '<image>'
 # Boxes and pictures as other models write them.
@@ -124,7 +129,7 @@ def _turns(entry: Any, record: str) -> list[tuple[str, Any]]:
   for number, turn in enumerate(turns, start=1):
     turn = turn if isinstance(turn, dict) else {}
     said = turn.get('from', turn.get('role'))
-    role = _ROLE.get(said.lower()) if isinstance(said, str) else None
+    role = _ROLE.get(said.strip().lower()) if isinstance(said, str) else None
     content = turn.get('value', turn.get('content', turn.get('text')))
     if role is None or (role == 'system' and made):
       raise BadRecordError(
@@ -137,14 +142,27 @@ def _turns(entry: Any, record: str) -> list[tuple[str, Any]]:
 
 
 def _named(entry: dict, record: str) -> list[str]:
-  """Returns the paths under the keys `image` and `images`."""
+  """Returns the paths of the pictures that an entry and its turns name.
+
+  Raises:
+    BadRecordError: something that is no path, or a video.
+  """
   paths = []
-  for key in _PICTURES:
-    value = entry.get(key)
-    for each in value if isinstance(value, list) else [value]:
-      if not fields.is_missing(each) and each != '':
-        paths.append(json_lines.picture_path(each, record))
+  turns = next(entry[key] for key in _LISTS if key in entry)
+  for found in (entry, *(x for x in turns if isinstance(x, dict))):
+    for key in _OTHER_MEDIA:
+      if found.get(key):
+        raise BadRecordError('malformed', f'{record}: {key!r}, not a picture')
+    values = [found[key] for key in _PICTURES if not _is_empty(found.get(key))]
+    for value in values[:1]:
+      for each in value if isinstance(value, list) else [value]:
+        if not _is_empty(each):
+          paths.append(json_lines.picture_path(each, record))
   return paths
+
+
+def _is_empty(value: Any) -> bool:
+  return fields.is_missing(value) or value in ('', [])
 
 
 class _Shown:
@@ -225,7 +243,7 @@ class _Shown:
 
 
 def _checked(text: str, record: str, notes: list[str]) -> str:
-  """Returns a turn's text, boxes up to the border put within [0,1000).
+  """Returns a turn's text, its boxes put in order and within [0,1000).
 
   Raises:
     BadRecordError: tags that do not pair up, boxes of another form, or a
@@ -242,9 +260,17 @@ def _checked(text: str, record: str, notes: list[str]) -> str:
   except DataError as error:
     raise BadRecordError('unpaired_tag', str(error)) from error
   try:
-    mapped = grounding.map_places(text, lambda points: points, record)
+    mapped = grounding.map_places(text, _in_order, record)
   except DataError as error:
     raise BadRecordError('box_out_of_range', str(error)) from error
   if mapped != text:
     notes.append('clipped_box')
   return mapped
+
+
+def _in_order(points: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns a quad as it is, and a box with its upper left corner first."""
+  if len(points) != 4:
+    return points
+  x1, y1, x2, y2 = points
+  return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)

@@ -54,6 +54,21 @@ FORMS = {
     'images': ['a.png'],
     'messages': _talk('<image>\nWhat is this?', 'A cat.', **_OPENAI),
   },
+  'path': {
+    'image_path': 'a.png',
+    'image': '',
+    'conversations': _talk('<image>\nWhat is this?', 'A cat.'),
+  },
+  'named by the turn': {
+    'messages': [
+      {
+        'role': 'User ',
+        'content': '<image>\nWhat is this?',
+        'images': ['a.png'],
+      },
+      {'role': 'assistant', 'content': 'A cat.', 'images': None},
+    ]
+  },
   'struct': {
     'images': [{'bytes': None, 'path': 'a.png'}],
     'messages': _parts({'type': 'image'}, _WHAT),
@@ -135,6 +150,11 @@ def _with(text, **entry):
   [
     (_with('What?', image='a.png'), 'image_mismatch', 'write <image> where'),
     (_with('What?', images=['a', 'b']), 'image_mismatch', 'names 2 pictures'),
+    (_with('What?', image_path='a.png'), 'image_mismatch', 'names 1 pictures'),
+    ({'messages': [{'role': 'user', 'content': 'What?', 'images': ['a']},
+                   {'role': 'assistant', 'content': 'A cat.'}]},
+     'image_mismatch', 'names 1'),
+    (_with('What?', video='a.mp4'), 'malformed', "'video', not a picture"),
     (_with('<image>What?'), 'image_mismatch', "paths under 'images'"),
     (_with('<image><image>', image='a'), 'image_mismatch', 'more pictures'),
     (_with('<image>', images=['a', 'b']), 'image_mismatch', 'shows 1'),
@@ -172,10 +192,17 @@ def test_what_is_not_learned_from(entry, reason, says):
   assert says in str(error.value) and 'r1' in str(error.value)
 
 
-def test_a_border_is_within_the_picture():
-  record = conversation(_with('<box>(0,0),(1000,999)</box>'), 'x')
-  assert record.turns[0].text == '<box>(0,0),(999,999)</box>'
-  assert mend(record)[1] == ['clipped_box']
+def test_boxes_that_can_be_mended():
+  for box, mended in (
+    ('(0,0),(1000,999)', '(0,0),(999,999)'),
+    ('(300,20),(10,400)', '(10,20),(300,400)'),
+  ):
+    record = conversation(_with(f'<box>{box}</box>'), 'x')
+    assert record.turns[0].text == f'<box>{mended}</box>'
+    assert mend(record)[1] == ['clipped_box']
+  # As they were written where nothing is wrong, quads in any order.
+  text = '<box> (1, 2),(3,4) </box><quad>(9,9),(1,9),(1,1),(9,1)</quad>'
+  assert conversation(_with(text), 'x').turns[0].text == text
 
 
 def _files(root, **files):
