@@ -14,7 +14,7 @@ import stat
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from qwenvl_jax.errors import BadRecordError, DataError
 
@@ -25,8 +25,17 @@ MAX_PIXELS = 80_000_000
 # The EXIF tag.
 _ORIENTATION = 0x0112
 
-# How `ImageOps.exif_transpose` moves a point of a stored picture of width w and
-# height h, by orientation.
+# How each EXIF orientation shows a stored picture, and where a point of it then
+# is; w and h are the width and height of the stored one.
+_TRANSPOSED = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 _TURNS = {
   1: lambda x, y, w, h: (x, y),
   2: lambda x, y, w, h: (w - x, y),
@@ -103,7 +112,9 @@ def load(
     raise DataError(f'{name}: no such file; check the path') from error
   except IsADirectoryError as error:
     raise DataError(f'{name} is a folder; name a picture in it') from error
-  except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+  except BadRecordError:
+    raise
+  except Exception as error:  # Pillow's readers fail in whatever way they do.
     unknown = isinstance(error, UnidentifiedImageError)
     why = 'of no known format' if unknown else error
     raise BadRecordError(
@@ -116,7 +127,7 @@ def load(
 def orientation(picture: Image.Image) -> int:
   """Returns the EXIF orientation of a picture, 1 to 8; 1 if it says none."""
   # Where the EXIF block is damaged the picture itself is fine.
-  with contextlib.suppress(ValueError, TypeError, SyntaxError, KeyError):
+  with contextlib.suppress(Exception):
     found = picture.getexif().get(_ORIENTATION, 1)
     return found if found in _TURNS else 1
   return 1
@@ -183,8 +194,8 @@ def _name(source, record) -> str:
 def _to_rgb(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
   if picture.mode == 'RGB' and not picture.info:
     return picture
-  if orientation(picture) != 1:
-    picture = ImageOps.exif_transpose(picture)
+  if (turned := _TRANSPOSED.get(orientation(picture))) is not None:
+    picture = picture.transpose(turned)
     notes.append('rotated')
   if picture.mode == 'RGB' and 'transparency' not in picture.info:
     return picture
