@@ -9,7 +9,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import ConfigError, DataError
 
 # Why a record is dropped, and the rule.
 DROPPED = {
@@ -115,6 +115,10 @@ class Limit:
 
   share: float = 0.1
   after: int = 1000
+
+  def __post_init__(self):
+    if not 0 <= self.share <= 1:
+      raise ConfigError(f'{self.share} is no share of records, from 0 to 1')
 
   def check(
     self,

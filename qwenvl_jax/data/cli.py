@@ -297,10 +297,12 @@ def _prepare(arguments, console):
 def _prepare_public(arguments, console):
   name = arguments.name
   if arguments.format:
-    if not re.fullmatch(r'[a-z]\w*', name):
-      raise ConfigError(
-        f'{name!r} cannot name a data set: use small letters, digits and _'
-      )
+    for what, text in (('data set', name), ('split', arguments.split)):
+      if not re.fullmatch(r'[a-z][A-Za-z0-9_]{0,99}', text):
+        raise ConfigError(
+          f'{text!r} cannot name a {what}: it takes a small letter, and then '
+          'letters, digits and _'
+        )
     readers = {arguments.split: catalogue.FORMATS[arguments.format]}
     about = {}
   else:

@@ -151,6 +151,31 @@ def test_command_prepares_and_lists(tmp_path, capsys, monkeypatch):
     (['prepare', 'vqav2', '--manual_dir', 'nowhere'], 'nowhere is no folder'),
     (['prepare', 'gqa', '--manual_dir', '.'], 'lacks files of gqa'),
     (['prepare', 'A-b', '--format', 'text', '--manual_dir', '.'], 'letters'),
+    (
+      [
+        'prepare',
+        'x',
+        '--format',
+        'text',
+        '--manual_dir',
+        '.',
+        '--split',
+        '../x',
+      ],
+      "'../x' cannot name a split",
+    ),
+    (
+      [
+        'prepare',
+        'x',
+        '--format',
+        'text',
+        '--manual_dir',
+        '.',
+        '--max_bad=nan',
+      ],
+      'nan is no share',
+    ),
     (['list', '--name', 'captions'], 'coco_captions'),
   ],
 )

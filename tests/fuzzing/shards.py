@@ -216,15 +216,11 @@ def parquet_bytes(rng: random.Random, folder: pathlib.Path) -> str:
 
 def parquet_values(rng: random.Random, folder: pathlib.Path) -> str:
   """A Parquet file with columns of any type."""
-  rows = []
-  for _ in range(rng.randrange(1, 4)):
-    kind = rng.randrange(4)
-    odds = [x for x in _ODD if not isinstance(x, int) or abs(x or 0) < 2**62]
-    rows.append(
-      [_PICTURE, {'bytes': _PICTURE, 'path': 'x'}, 'a.jpg', rng.choice(odds)][
-        kind
-      ]
-    )
+  odds = [x for x in _ODD if not isinstance(x, int) or abs(x or 0) < 2**62]
+  kinds = (_PICTURE, {'bytes': _PICTURE, 'path': 'x'}, 'a.jpg')
+  rows = [rng.choice((*kinds, rng.choice(odds)))] * rng.randrange(1, 4)
+  if rng.random() < 0.3:
+    rows[-1] = rng.choice((None, *kinds, rng.choice(odds)))
   columns = {rng.choice(('jpg', 'image', 'webp', 'url')): rows}
   for name in ('caption', 'text', 'TEXT', 'key', 'width', 'similarity'):
     if rng.random() < 0.5:

@@ -73,7 +73,7 @@ def pictures(folder: str) -> tuple[str, ...]:
   found = tuple(
     str(path)
     for path in sorted(pathlib.Path(folder).expanduser().rglob('*'))
-    if path.suffix.lower() in _SUFFIXES
+    if path.suffix.lower() in _SUFFIXES and path.is_file()
   )
   if not found:
     raise DataError(

@@ -1,5 +1,6 @@
 """`qwenvl-data make-ocr`: pages with text, to learn reading."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -32,6 +33,21 @@ qwenvl-data make-ocr --kind html --n 5000 --documents site data/ocr_html
 """
 
 
+_DEFAULTS = {x.name: x.default for x in dataclasses.fields(make.Making)}
+# Of `make.Making`, which says of what type and by default.
+_OPTIONS = (
+  ('seed', 'N', 'other pages for another seed'),
+  ('chinese', 'SHARE', 'share of pages in Chinese'),
+  ('text', 'FILE', 'UTF-8 text to write, a sentence a line (default: words of '
+   'the vocabulary at random)'),
+  ('documents', 'DIR', 'the PDF or HTML files to take pages from'),
+  ('backgrounds', 'DIR', 'photographs to lay pages on (default: composed)'),
+  ('chromium', 'PROGRAM', 'the browser for html (default: $CHROMIUM, or where '
+   'it usually is)'),
+  ('per_shard', 'N', 'pages in a shard'),
+)  # fmt: skip
+
+
 def command(argv: Sequence[str], console: rich.console.Console) -> None:
   """Runs the command; raises QwenVLError on bad input."""
   parser = entry.parser(
@@ -40,69 +56,32 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   parser.add_argument('output', metavar='DATA_DIR/NAME', help='where to')
   parser.add_argument('--kind', choices=make.KINDS, default='pages')
   parser.add_argument(
-    '--n', type=int, default=1000, help='pages (default: %(default)s)'
-  )
-  parser.add_argument('--seed', type=int, default=0)
+    '--n', dest='count', type=int, default=1000,
+    help='pages (default: %(default)s)',
+  )  # fmt: skip
+  for name, metavar, what in _OPTIONS:
+    default = _DEFAULTS[name]
+    parser.add_argument(
+      f'--{name}',
+      metavar=metavar,
+      type=str if default is None else type(default),
+      default=default,
+      help=what if default is None else f'{what} (default: %(default)s)',
+    )
   parser.add_argument(
-    '--chinese',
-    type=float,
-    default=0.5,
-    metavar='SHARE',
-    help='share of pages in Chinese (default: %(default)s)',
-  )
-  parser.add_argument(
-    '--text',
-    metavar='FILE',
-    help='UTF-8 text to write, a sentence a line (default: words of the '
-    'vocabulary at random)',
-  )
-  parser.add_argument(
-    '--fonts',
-    action='append',
-    default=[],
-    metavar='DIR',
+    '--fonts', action='append', default=[], metavar='DIR',
     help='a folder of further fonts; may be repeated',
-  )
-  parser.add_argument(
-    '--documents',
-    metavar='DIR',
-    help='the PDF or HTML files to take pages from',
-  )
-  parser.add_argument(
-    '--backgrounds',
-    metavar='DIR',
-    help='photographs to lay pages on (default: composed)',
-  )
-  parser.add_argument(
-    '--chromium',
-    metavar='PROGRAM',
-    help='the browser for html (default: $CHROMIUM, or where it usually is)',
-  )
+  )  # fmt: skip
   parser.add_argument(
     '--workers', type=int, default=1, help='processes (default: %(default)s)'
-  )
-  parser.add_argument(
-    '--per_shard',
-    type=int,
-    default=make.PER_SHARD,
-    metavar='N',
-    help='pages in a shard (default: %(default)s)',
   )
   parser.add_argument(
     '--again', action='store_true', help='make all shards again'
   )
   flags, _ = entry.parse(parser, argv)
+  flags.fonts = tuple(flags.fonts)
   making = make.Making(
-    kind=flags.kind,
-    count=flags.n,
-    seed=flags.seed,
-    chinese=flags.chinese,
-    text=flags.text,
-    fonts=tuple(flags.fonts),
-    documents=flags.documents,
-    backgrounds=flags.backgrounds,
-    chromium=flags.chromium,
-    per_shard=flags.per_shard,
+    **{name: x for name, x in vars(flags).items() if name in _DEFAULTS}
   )
   with bars(console) as progress:
     made = make.make(

@@ -33,6 +33,8 @@ KINDS = ('pages', 'pdf', 'html')
 
 # Few, so that a thousand pages are work for several processes.
 PER_SHARD = 128
+# As many as their names can count.
+_MOST_SHARDS = 99_999
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,11 @@ class Making:
     for name in ('count', 'per_shard'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name}={getattr(self, name)}: give 1 or more')
+    if self.count > _MOST_SHARDS * self.per_shard:
+      raise ConfigError(
+        f'{self.count:,} pages in more than {_MOST_SHARDS:,} shards: raise '
+        '--per_shard'
+      )
     if not 0 <= self.chinese <= 1:
       raise ConfigError(f'chinese={self.chinese} is no share from 0 to 1')
     if self.documents and self.kind == 'pages':

@@ -63,6 +63,8 @@ def read(source: str | bytes, number: int, side: int) -> Page:
     try:
       page = document[number]
       width, height = page.get_size()
+      if not min(width, height) > 0:
+        raise RefusedError('damaged_page')
       bitmap = page.render(scale=side / max(width, height))
       picture = bitmap.to_pil().convert('RGB')
       lines = _lines(page, picture.size)
