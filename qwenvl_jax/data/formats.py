@@ -35,11 +35,23 @@ _SPACE = {'en': ' ', 'zh': ''}
 _ANSWER = {'en': '{} Answer:', 'zh': '{}回答：'}
 _IS = {'en': ' is ', 'zh': '是'}
 
-Another = Callable[[], Record]
+
+class _Format:
+  """What makes samples of one record, and needs no other."""
+
+  def __call__(
+    self, record: Record, rng: random.Random, another: Callable[[], Record]
+  ) -> list[Sample]:
+    del another
+    return self.samples(record, rng)
+
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    """Returns the samples of a record; none if it does not allow any."""
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Captions:
+class Captions(_Format):
   """The longest caption of a picture, or one at random.
 
   Attributes:
@@ -48,10 +60,7 @@ class Captions:
 
   longest: bool = True
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     if not record.captions:
       return []
     caption = max(record.captions, key=len)
@@ -63,7 +72,7 @@ class Captions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Branching:
+class _Branching(_Format):
   """Several questions about one picture.
 
   Attributes:
@@ -73,7 +82,7 @@ class _Branching:
 
   branches: int = 0
 
-  def _samples(self, record, asked: Sequence, rng) -> list[Sample]:
+  def _some(self, record, asked: Sequence, rng) -> list[Sample]:
     """Samples of some of `asked`, which are pieces of a prompt and answer."""
     if not asked or not record.images:
       return []
@@ -85,26 +94,20 @@ class _Branching:
 class Answers(_Branching):
   """Questions with their answers."""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     language = record.language
     asked = [
       _asked(_ANSWER[language].format(x.question), _SPACE[language] + x.answer)
       for x in record.questions
     ]
-    return self._samples(record, asked, rng)
+    return self._some(record, asked, rng)
 
 
 @dataclasses.dataclass(frozen=True)
-class GroundedCaptions:
+class GroundedCaptions(_Format):
   """A caption with boxes after its phrases; see `without_nesting`."""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     found = [x for x in record.grounded if x.spans]
     if not found:
       return []
@@ -143,26 +146,20 @@ def without_nesting(spans: Sequence[Span]) -> list[Span]:
 class Referring(_Branching):
   """Where is what a phrase says?"""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     asked = [
       _asked(_ref(x.phrase), _boxes(record, x.boxes)) for x in record.regions
     ]
-    return self._samples(record, asked, rng)
+    return self._some(record, asked, rng)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroundedCaptioning(_Branching):
   """What is in this box?"""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     asked = [self._ask(record, x) for x in record.regions]
-    return self._samples(record, asked, rng)
+    return self._some(record, asked, rng)
 
   def _ask(self, record: Record, region: Region):
     language = record.language
@@ -172,13 +169,11 @@ class GroundedCaptioning(_Branching):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ocr:
+class Ocr(_Format):
   """All words of a picture with their corners."""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del rng, another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    del rng
     if not record.words or not record.images:
       return []
     words = []
@@ -192,20 +187,18 @@ class Ocr:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Text(_Format):
   """A document without a picture; all of it is learned."""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del rng, another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    del rng
     if not record.text:
       return []
     return [Sample(record.id, (_learned(record.text + END),))]
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversations:
+class Conversations(_Format):
   """ChatML conversations about any number of pictures, as they were written.
 
   Attributes:
@@ -214,17 +207,15 @@ class Conversations:
 
   system: str = chatml.DEFAULT_SYSTEM
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del rng, another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    del rng
     turns = [(turn.role, turn.text) for turn in record.turns]
     spans = chatml.conversation_spans(turns, self.system)
     return [Sample(record.id, spans, images=record.images)] if spans else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Interleaved:
+class Interleaved(_Format):
   """Documents of texts and pictures in order; the texts are learned.
 
   Of a longer document another part is taken each time, and what does not fit
@@ -236,10 +227,7 @@ class Interleaved:
 
   images: int = 7
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     count = len(record.images)
     if not record.texts or not count:
       return []

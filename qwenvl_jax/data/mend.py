@@ -38,6 +38,8 @@ def mend(record: Record) -> tuple[Record, list[str]]:
     sizes.append(image.load(data, record.id, notes, image.MIN_SIDE).size)
   if sizes:
     record = _turned(record, sizes[0])
+  for turn in record.turns:
+    _check_length(turn.text, record.id)
   plain = _Plain(record.id, notes)
   boxes = _Boxes(record.size, notes)
   mended = dataclasses.replace(
@@ -119,14 +121,14 @@ def _turned(record: Record, shown: tuple[int, int]) -> Record:
     BadRecordError: `size` is that of neither, nor of either made smaller or
       larger.
   """
-  orientation = image.stored_orientation(record.images[0])
-  stored = shown[::-1] if orientation >= 5 else shown
   size = record.size if min(record.size) > 0 else (0, 0)
   placed = record.regions or record.grounded or record.words
   # In thousandths, and mostly without a size: turned if it says so.
   said = any(size) and any(grounding.has_places(x.text) for x in record.turns)
   if not (placed or said):
     return dataclasses.replace(record, size=shown)
+  orientation = image.stored_orientation(record.images[0])
+  stored = shown[::-1] if orientation >= 5 else shown
   if not any(size):
     size = stored
   elif size == shown != stored or not _alike(size, stored):
@@ -199,6 +201,15 @@ def _check_something_left(before: Record, after: Record) -> None:
   raise BadRecordError(reason, f'{before.id}: nothing to learn is left')
 
 
+def _check_length(text: str, record: str) -> None:
+  if len(text) > MAX_TEXT:
+    raise BadRecordError(
+      'too_long',
+      f'{record}: a text of {len(text):,} characters, but {MAX_TEXT:,} are '
+      'read at most; divide it',
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plain:
   """Text without special tokens."""
@@ -207,12 +218,7 @@ class _Plain:
   notes: list[str]
 
   def __call__(self, text: str) -> str:
-    if len(text) > MAX_TEXT:
-      raise BadRecordError(
-        'too_long',
-        f'{self.record}: a text of {len(text):,} characters, but {MAX_TEXT:,} '
-        'are read at most; divide it',
-      )
+    _check_length(text, self.record)
     if '<' not in text:
       return text
     without = special_tokens.remove(text)

@@ -211,9 +211,15 @@ def test_documents_go_on_without_pictures_that_cannot_be_read():
 
 
 def test_texts_have_a_limit():
-  with pytest.raises(BadRecordError, match='200,001 characters') as error:
-    mend(Record('r', text='x' * 200_001))
-  assert error.value.reason == 'too_long'
+  long = 'x' * 200_001
+  for record in (
+    Record('r', text=long),
+    Record('r', turns=(Turn('user', long), Turn('assistant', 'x'))),
+    Record('r', (_PICTURE,), texts=('', long)),
+  ):
+    with pytest.raises(BadRecordError, match='r: .* 200,001 char') as error:
+      mend(record)
+    assert error.value.reason == 'too_long'
   made, notes = mend(Record('r', text='<box' * 30_000 + '>' * 30_000 + 'x'))
   assert made.text == 'x' and notes == ['special_tag']
 

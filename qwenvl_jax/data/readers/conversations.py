@@ -107,6 +107,7 @@ def conversation(entry: Any, record: str) -> Record:
       f'{record}: a box in shares of the sides; write <box>(x1,y1),(x2,y2)'
       '</box> in thousandths',
     )
+  json_lines.check_count(len(images), record)
   size = (0, 0)
   if len(images) == 1 and {'width', 'height'} <= entry.keys():
     size = fields.size(entry, record)

@@ -57,6 +57,7 @@ class Interleaved:
   def _record(self, entry: Any, base: pathlib.Path, record: str) -> Record:
     images, texts, notes, missing = [], [''], [], None
     join, parts = _parts(entry, record)
+    json_lines.check_count(sum(x for x, _ in parts), record)
     for is_picture, value in parts:
       if not is_picture:
         texts[-1] = join.join(filter(None, (texts[-1], value)))

@@ -16,6 +16,9 @@ from qwenvl_jax.errors import BadRecordError, DataError
 # Keys of a mapping that say where a picture is.
 PICTURE_KEYS = ('image', 'image_url', 'url', 'path')
 
+# Pictures of a record, which are all in memory at a time.
+MAX_PICTURES = 256
+
 
 def files(root: pathlib.Path) -> list[pathlib.Path]:
   """Returns the JSON and JSONL files of a folder, in order.
@@ -117,3 +120,13 @@ def picture_path(value: Any, record: str) -> str:
       'malformed', f'{record}: a picture is {value!r:.60}, not the path of one'
     )
   return value.removeprefix('file://')
+
+
+def check_count(pictures: int, record: str) -> None:
+  """Raises BadRecordError if a record names more than `MAX_PICTURES`."""
+  if pictures > MAX_PICTURES:
+    raise BadRecordError(
+      'too_long',
+      f'{record}: {pictures:,} pictures, but {MAX_PICTURES} are read at most; '
+      'divide it',
+    )

@@ -169,6 +169,7 @@ def _with(text, **entry):
     (_with('<quad>(1,2),(3,4)</quad>'), 'box_out_of_range', 'thousandths'),
     (_with('<image>[0.1, 0.25, .5, 0.75]', image='a'), 'box_out_of_range',
      'shares'),
+    (_with('<img>a</img>' * 257), 'too_long', '257 pictures'),
     ({'conversations': 5}, 'malformed', "'conversations': [{'from': 'user'"),
     ({'question': 'x'}, 'malformed', "or 'messages' of {'role'"),
     (['a'], 'malformed', 'no conversation'),

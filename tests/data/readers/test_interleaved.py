@@ -74,6 +74,7 @@ def test_texts_and_pictures_in_order(
   [
     (_mmc4(_image('gone.jpg', 0)), 'missing_image', 'gone.jpg'),
     (_mmc4(), 'missing_image', 'without pictures'),
+    (_mmc4(*[_image('a.jpg', 0)] * 257), 'too_long', '257 pictures'),
     (_mmc4(_image('a.jpg', 0), texts=['', ' ']), 'empty_text', 'without text'),
     (_mmc4(_image('a.jpg', 0), texts=['x', 5]), 'malformed', 'OBELICS'),
     ({'texts': 'One.', 'images': ['a.jpg']}, 'malformed', "'text_list'"),
