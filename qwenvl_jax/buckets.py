@@ -15,9 +15,11 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
@@ -58,7 +60,7 @@ def as_path(text: str | os.PathLike) -> Path:
     ConfigError: it names no bucket, a store of another kind, or what opens
       buckets is not installed.
   """
-  if isinstance(text, epath.Path):
+  if isinstance(text, epath.Path) and in_bucket(text):
     return text
   name = os.fspath(text)
   if '://' not in name:
@@ -116,13 +118,39 @@ def write(path: Path, content: str | bytes) -> None:
   if in_bucket(path):
     path.write_bytes(data)
     return
-  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.partial')
-  try:
-    partial.write_bytes(data)
-    os.replace(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
+  with atomic_write(path) as local:
+    local.write_bytes(data)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+  """Gives a local file to write to, which becomes `path` if all goes well.
+
+  However the program ends, there is the whole new file, or the old one or none.
+  A killed one may leave a file for `remove_partial`, which nothing reads.
+  """
+  path = as_path(path)
+  with contextlib.ExitStack() as stack:
+    if in_bucket(path):
+      folder = stack.enter_context(tempfile.TemporaryDirectory())
+      local = Path(folder, path.name)
+      yield local
+      upload(local, path)
+      return
+    local = path.with_name(f'.{path.name[:200]}.{uuid.uuid4().hex[:8]}.partial')
+    try:
+      yield local
+      os.replace(local, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        local.unlink(missing_ok=True)
+      raise
+
+
+def remove_partial(folder: Path) -> None:
+  """Removes what killed programs left in a folder."""
+  for left in folder.glob('.*.partial'):
+    left.unlink(missing_ok=True)
 
 
 def upload(file: Path, path: Path) -> None:
@@ -153,29 +181,11 @@ def read(path: Path, limit: int) -> bytes:
   Raises:
     OSError: it is no file (but a folder or a pipe), longer, or unreadable.
   """
-  if in_bucket(path):
-    check_length(path, size(path), limit)
-    return path.read_bytes()
-  with open(_open_regular(path), 'rb') as file:
-    check_length(path, os.fstat(file.fileno()).st_size, limit)
-    return file.read(limit)
-
-
-def check_length(path: Path, length: int, limit: int) -> None:
-  """Raises OSError if a file is longer than it may be."""
-  if length > limit:
-    raise OSError(
-      errno.EFBIG, f'{length:,} bytes are more than the {limit:,} allowed'
-    )
-
-
-def _open_regular(path: Path) -> int:
-  """Opens a file for reading without waiting for a writer of a pipe."""
-  file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-  if not stat.S_ISREG(os.fstat(file).st_mode):
-    os.close(file)
-    raise OSError(errno.EINVAL, 'it is not a regular file')
-  return file
+  with open_regular(path) as file:
+    content = file.read(limit + 1)
+  if len(content) > limit:
+    raise OSError(errno.EFBIG, f'more than {limit:,} bytes', os.fspath(path))
+  return content
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -207,6 +217,22 @@ def contents(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     yield from ((name, (folder / name).read_bytes()) for name in names)
 
 
+def open_regular(path: Path) -> BinaryIO:
+  """Opens a file to read bytes; pipes and devices may never end.
+
+  Raises:
+    OSError: it is not there, or no regular file.
+  """
+  if in_bucket(path):
+    return path.open('rb')
+  # Without waiting for somebody to write to a pipe.
+  number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+  if not stat.S_ISREG(os.fstat(number).st_mode):
+    os.close(number)
+    raise OSError(errno.EINVAL, 'not a regular file', os.fspath(path))
+  return os.fdopen(number, 'rb')
+
+
 def size(path: Path) -> int:
   """Bytes of a file."""
   if in_bucket(path):
@@ -234,7 +260,7 @@ def read_into(path: Path, start: int, rows: np.ndarray) -> int:
       np.uint8,
     )
     return _scatter(data, pieces)
-  with open(_open_regular(path), 'rb', buffering=0) as file:
+  with open_regular(path) as file:
     return _read_pieces(file.fileno(), start, pieces)
 
 

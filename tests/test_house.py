@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'qwenvl_jax'
 
 # Who may import whom: imports point down only. A room is a folder or a top
-# module of the package; `data.packed` would allow that one alone. Everyone may
+# module of the package; `data.packing` would allow that one alone. Everyone may
 # import its own room, and COMMON but for COMMON itself.
 COMMON = ('batch', 'buckets', 'errors')
 ROOMS = {

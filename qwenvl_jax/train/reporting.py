@@ -275,6 +275,4 @@ def _drop_records_after(path: Path, step: int) -> None:
         kept.append(line + '\n')
     except (ValueError, KeyError, TypeError):
       continue
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(''.join(kept))
-  temporary.replace(path)
+  buckets.write(path, ''.join(kept))

@@ -98,7 +98,7 @@ def test_odd_types_and_sizes(path, value, told):
     ('[1]', 'does not hold a JSON object'),
     ('{"a": ' + '1' * 5000 + '}', 'is not valid JSON'),
     ('\udcff', 'is not valid JSON'),
-    (' ' * (2**24 + 1), 'bytes are more than'),
+    (' ' * (2**24 + 1), 'more than 16,777,216 bytes'),
   ],
 )
 def test_json_that_is_none(tmp_path, text, told):

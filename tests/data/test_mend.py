@@ -1,9 +1,11 @@
+import dataclasses
 import io
 
 import downloads
 import pytest
 from PIL import Image
 
+from qwenvl_jax import image
 from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.records import (
   GroundedCaption,
@@ -11,11 +13,14 @@ from qwenvl_jax.data.records import (
   Record,
   Region,
   Span,
+  Turn,
   Word,
 )
 from qwenvl_jax.errors import BadRecordError
+from qwenvl_jax.text import grounding
 
 _PICTURE = downloads.picture((100, 50))
+_BOX = (1, 2, 3, 4)
 
 
 def _regions(*boxes):
@@ -112,6 +117,111 @@ def test_what_is_turned_into_plain_rgb_is_counted():
     Record('r', (downloads.picture((20, 30), exif=exif),), captions=('x',))
   )
   assert rotated.size == (30, 20)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('said', ['stored', 'shown', 'nothing', 'half'])
+def test_boxes_turn_with_the_picture(orientation, said):
+  """A red corner of a black picture, found again where EXIF shows it."""
+  stored = Image.new('RGB', (120, 60))
+  stored.paste((255, 0, 0), (80, 10, 110, 30))
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  encoded = io.BytesIO()
+  stored.save(encoded, 'PNG', exif=exif)
+  data = encoded.getvalue()
+  shown = image.load(data)
+  expected = shown.getchannel(0).getbbox()
+  size = {
+    'stored': stored.size, 'shown': shown.size, 'nothing': (0, 0),
+    'half': (60, 30),
+  }[said]  # fmt: skip
+  box, unit = (80, 10, 110, 30), 0.5 if said == 'half' else 1
+  if said == 'shown' and shown.size != stored.size:
+    box = expected
+  x1, y1, x2, y2 = box = tuple(x * unit for x in box)
+  record = Record(
+    'r',
+    (data,),
+    size,
+    regions=(Region('red', (box,)),),
+    grounded=(GroundedCaption('red', (Span(0, 3, (box,)),)),),
+    words=(Word('red', ((x1, y1), (x2, y1), (x2, y2), (x1, y2))),),
+  )
+  made, _ = mend(record)
+  expected = tuple(x * unit for x in expected)
+  assert made.size == tuple(x * unit for x in shown.size)
+  assert made.regions[0].boxes == (expected,)
+  assert made.grounded[0].spans[0].boxes == (expected,)
+  x1, y1, x2, y2 = expected
+  quad = made.words[0].quad
+  assert set(quad) == {(x1, y1), (x2, y1), (x2, y2), (x1, y2)}
+  if said != 'shown' or shown.size == stored.size:
+    # Corners keep their order: the first is the word's own upper left.
+    assert quad[0] == tuple(
+      x * unit for x in image.turn((80, 10), stored.size, orientation)
+    )
+
+
+def test_the_scene_of_the_field():
+  """60 x 120 as shown, stored 120 x 60 with orientation 6."""
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  data = downloads.picture((120, 60), exif=exif)
+  box = (20, 10, 60, 50)
+  made, _ = mend(
+    Record('r', (data,), (120, 60), regions=(Region('it', (box,)),))
+  )
+  assert grounding.from_pixels(made.regions[0].boxes[0], made.size) == (
+    167, 167, 833, 500,
+  )  # fmt: skip
+  turns = (Turn('user', '<img>a</img> <box>(667,500),(917,833)</box>?'),)
+  made, _ = mend(Record('r', (data,), (120, 60), turns=turns))
+  assert made.turns[0].text == '<img>a</img> <box>(167,667),(500,917)</box>?'
+  # In thousandths of a picture of unknown size: of what is shown.
+  assert mend(Record('r', (data,), turns=turns))[0].turns == turns
+
+
+@pytest.mark.parametrize('size', [(60, 100), (100, 100), (9, 8)])
+def test_a_size_that_fits_neither_way(size):
+  record = Record('r', (_PICTURE,), size, regions=(Region('it', (_BOX,)),))
+  with pytest.raises(BadRecordError, match='100 x 50; give the size') as error:
+    mend(record)
+  assert error.value.reason == 'size_mismatch'
+  # Of no account where nothing refers to it.
+  made, _ = mend(Record('r', (_PICTURE,), size, captions=('x',)))
+  assert made.size == (100, 50)
+  # Made smaller by a downloader, rounded to whole pixels.
+  record = dataclasses.replace(record, size=(333, 167))
+  assert mend(record)[0].size == (333, 167)
+
+
+def test_documents_go_on_without_pictures_that_cannot_be_read():
+  record = Record(
+    'r', (b'cut', _PICTURE, b''), texts=('a', 'b <img>', '', 'c'),
+    notes=('missing_picture',),
+  )  # fmt: skip
+  made, notes = mend(record)
+  assert made.images == (_PICTURE,) and made.texts == ('a b', 'c')
+  assert made.notes == ()
+  assert notes == ['missing_picture'] * 3 + ['special_tag']
+  with pytest.raises(BadRecordError) as error:
+    mend(dataclasses.replace(record, images=(b'', b'', b'')))
+  assert error.value.reason == 'unreadable_image'
+
+
+def test_texts_have_a_limit():
+  long = 'x' * 200_001
+  for record in (
+    Record('r', text=long),
+    Record('r', turns=(Turn('user', long), Turn('assistant', 'x'))),
+    Record('r', (_PICTURE,), texts=('', long)),
+  ):
+    with pytest.raises(BadRecordError, match='r: .* 200,001 char') as error:
+      mend(record)
+    assert error.value.reason == 'too_long'
+  made, notes = mend(Record('r', text='<box' * 30_000 + '>' * 30_000 + 'x'))
+  assert made.text == 'x' and notes == ['special_tag']
 
 
 def _saved(picture, kind):
