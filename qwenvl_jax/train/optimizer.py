@@ -58,7 +58,7 @@ class OptimizerConfig:
   weight_decay: float = 0.05
   clip: float = 1.0
   vision_layer_decay: float | None = None
-  trainable: tuple[str, ...] = ('.*',)
+  trainable: str | tuple[str, ...] = ('.*',)
   rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
