@@ -726,6 +726,7 @@ def test_local_trains_for_real_and_survives(pod, tmp_path):
   arguments += [f'--config={config}', f'--workdir={tmp_path / "my runs"}']
   environment = {
     'QWENVL_POD_PYTHON': sys.executable,
+    'QWENVL_CONFIG_PACKAGES': 'standin',
     'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests/train"}',
   }
 
