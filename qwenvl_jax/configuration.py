@@ -9,6 +9,7 @@ checked and nothing is called, and then by gin.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import io
@@ -43,7 +44,10 @@ _REQUIRED = 'gin.REQUIRED'
 _MAX_BYTES = 2**20
 _MAX_FILES = 100
 _MAX_DEPTH = 20
-_MAX_VALUES = 100_000
+_MAX_VALUES = 20_000
+
+
+_signature = functools.cache(inspect.signature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +176,7 @@ class _Configuration:
       self.macros[key] = binding
       return binding
     target = self._resolve(selector, imports, where)
-    known = inspect.signature(target).parameters
+    known = _signature(target).parameters
     any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
     if statement.arg_name not in known and not any_name:
       raise ConfigError(
@@ -221,7 +225,8 @@ class _Configuration:
   def override(self, text: str) -> None:
     """Applies one 'NAME=VALUE' from the command line."""
     key, _, value = (part.strip() for part in text.partition('='))
-    shown = f'--gin.{key}={value}'
+    brief = ' '.join(value.split())[:200]
+    shown = f'--gin.{key}={brief}'
     *scope, name = key.rsplit('/', 1)
     if '.' not in name:
       if key not in self.macros:
@@ -239,7 +244,7 @@ class _Configuration:
         raise
       raise ConfigError(
         f'{shown}: the value is no Python literal. A string is quoted, for the '
-        f'shell once more: --gin.{key}=\'"{value}"\''
+        f'shell once more: --gin.{key}=\'"{brief}"\''
       ) from error
     if len(statements) != 1 or not isinstance(
       statements[0], config_parser.BindingStatement
@@ -278,7 +283,7 @@ class _Configuration:
     return [
       f'{full.rsplit(".", 1)[-1]}.{parameter}'
       for full, value in self._configurables().items()
-      for parameter in inspect.signature(value).parameters
+      for parameter in _signature(value).parameters
       if parameter.lower() == name.lower()
     ]
 
@@ -355,13 +360,13 @@ class _Configuration:
       nonlocal count
       count += 1
       if count > _MAX_VALUES:
-        raise ConfigError('the configuration makes more than 100,000 objects')
+        raise ConfigError('the configuration makes more than 20,000 objects')
       if (target, scopes) in stack:
         raise ConfigError(f'{target.__name__} is made from itself')
       found = {}
       for i in range(len(scopes) + 1):
         found |= self.bound.get(('/'.join(scopes[:i]), target), {})
-      parameters = inspect.signature(target).parameters.values()
+      parameters = _signature(target).parameters.values()
       missing = [
         p.name
         for p in parameters
@@ -444,7 +449,7 @@ def _parse_with_gin(texts: Iterable[io.StringIO]) -> None:
       text.seek(0)
       try:
         gin.parse_config(text)
-      except (ValueError, NameError, AttributeError, RuntimeError) as error:
+      except (ValueError, NameError, AttributeError, SyntaxError) as error:
         raise ConfigError(f'{text.name}: {_line(error)}') from error
 
 
@@ -592,8 +597,11 @@ def _parse(text: str, where: str) -> list:
 
 
 def _line(error: Exception) -> str:
-  text = ' '.join(str(error).partition('\n  In call to')[0].split())
-  return (text or type(error).__name__)[:500]
+  # Gin adds, on a line of its own, in which call it happened.
+  text, _, call = str(error).partition('\n  In call to configurable ')
+  name = call.split(' ')[0].strip("'")
+  text = ' '.join(text.split()) or type(error).__name__
+  return (f'{name}: {text}' if name else text)[:500]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -1,8 +1,8 @@
 """Whether a value of a config file fits the annotation of its parameter."""
 
 import collections.abc
+import functools
 import inspect
-import math
 import os
 import types
 import typing
@@ -12,10 +12,12 @@ from typing import Any
 # JAX, NumPy and checkpoints hold no larger whole numbers.
 _INT_LIMIT = 2**63
 
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+
 _WORDS = {
   bool: 'True or False',
   int: 'a whole number, without a point, below 2**63',
-  float: 'a finite number',
+  float: 'a number that float32 holds',
   str: 'a string in quotes',
   type(None): 'None',
 }
@@ -35,6 +37,7 @@ class Made:
     return f'an object of {getattr(self.kind, "__name__", self.kind)}'
 
 
+@functools.cache
 def hints(target: Any) -> dict[str, Any]:
   """Annotations of what a class or function is called with, by name."""
   # A class has a field's annotation, a function or __init__ a parameter's.
@@ -75,7 +78,8 @@ def fits(value: Any, hint: Any) -> bool:
     return whole and abs(value) < _INT_LIMIT
   if hint is float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) < _INT_LIMIT**8 and math.isfinite(value)
+    # Others become 0 or infinite where they are used, in float32.
+    return number and (value == 0 or _SMALLEST < abs(value) < _LARGEST)
   if hint in (str, os.PathLike) or origin is os.PathLike:
     return isinstance(value, str) and '\0' not in value
   kind = origin or hint

@@ -134,6 +134,11 @@ class TrainConfig:
       raise ConfigError(
         f'TrainConfig.notice={self.notice} must be more than 0 seconds'
       )
+    if not 0 <= self.seed < 2**32:
+      raise ConfigError(
+        f'TrainConfig.seed={self.seed} is not from 0 to 2**32 - 1: JAX would '
+        'use its last 32 bits, those of another seed'
+      )
     for name in ('accumulation', 'log_every', 'max_skipped'):
       if getattr(self, name) < 1:
         raise ConfigError(
