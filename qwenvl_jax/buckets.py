@@ -57,9 +57,7 @@ def as_path(text: str | os.PathLike) -> Path:
     return text
   name = os.fspath(text)
   if not name:
-    raise ConfigError(
-      "a folder or file is called ''; the current folder is '.'"
-    )
+    raise ConfigError("a folder or file is named ''; the current folder is '.'")
   if '://' not in name:
     return Path(name).expanduser()
   if not re.match(r'gs://[^/]', name):
