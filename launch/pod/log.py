@@ -40,7 +40,9 @@ def printable(text: str) -> str:
 
 def say(*lines: str) -> None:
   """Prints a message to stderr, its later lines indented."""
-  text = 'pod: ' + '\n     '.join(line.rstrip() for line in lines)
+  text = 'pod: ' + '\n     '.join(
+    x.rstrip().replace('\n', '\\n') for x in lines
+  )
   _write(2, printable(text) + '\n')
 
 
