@@ -96,7 +96,7 @@ class TrainConfig:
     objective: model and loss.
     data: batches.
     optimizer: what is trained, and how fast; its `steps` end the run.
-    init: where the first parameters come from.
+    init: where the first parameters come from; None is at random.
     mesh: how the devices are used.
     checkpoint: when to save.
     accumulation: microbatches a step.
@@ -115,7 +115,7 @@ class TrainConfig:
   objective: Objective
   data: Data
   optimizer: OptimizerConfig
-  init: InitFrom = InitFrom()
+  init: InitFrom | None = InitFrom()
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   accumulation: int = 1
@@ -335,7 +335,9 @@ def _start(config, mesh, checkpoints, iterator, watch, first) -> TrainState:
   state = checkpoints.restore(abstract, iterator, warn, watch)
   if state is not None:
     return state
-  params = initial_params(config.objective, target, config.init, config.seed)
+  params = initial_params(
+    config.objective, target, config.init or InitFrom(), config.seed
+  )
   return create_state(params, config.optimizer, mesh)
 
 
