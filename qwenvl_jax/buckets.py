@@ -63,6 +63,8 @@ def as_path(text: str | os.PathLike) -> Path:
   if isinstance(text, epath.Path) and in_bucket(text):
     return text
   name = os.fspath(text)
+  if not name:
+    raise ConfigError("a folder or file is named ''; the current folder is '.'")
   if '://' not in name:
     return Path(name).expanduser()
   if not re.match(r'gs://[^/]', name):

@@ -28,7 +28,7 @@ from qwenvl_jax.conversion.job import Conversion, byte_size
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
 from qwenvl_jax.errors import CheckpointError, ConfigError
-from qwenvl_jax.progress import bars
+from qwenvl_jax.progress import PrintableConsole, bars
 
 # What `verify --logits` asks about its picture, and the largest difference in
 # float32 that is rounding and not another model (logits are of size 10).
@@ -254,7 +254,7 @@ def _inspect(args) -> int:
     report = inspection.inspect(
       buckets.as_path(args.source), progress, values=not args.headers
     )
-  console = Console(highlight=False, markup=False)
+  console = PrintableConsole(highlight=False, markup=False)
   console.print(f'{report.family} ({report.layout})')
   for line in report.sizes:
     console.print(f'  {line}')
