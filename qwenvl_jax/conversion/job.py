@@ -47,35 +47,24 @@ class Conversion:
   max_shard_size: int | str = '2GB'
 
   def __post_init__(self):
-    if self.kind not in KINDS:
-      raise ConfigError(
-        f'Conversion.kind={self.kind!r} is none of {", ".join(KINDS)}'
-      )
-    if (self.vision is None) == (self.kind == 'init-stage1'):
-      raise ConfigError(
-        'Conversion.vision is the vision transformer of init-stage1, which '
-        f'needs one; kind is {self.kind!r}'
-      )
-    for name in ('source', 'destination', 'vision'):
-      value = getattr(self, name)
-      paths = (str, os.PathLike) + ((type(None),) if name == 'vision' else ())
-      if not isinstance(value, paths) or value == '':
-        raise ConfigError(f'Conversion.{name}={value!r} names no folder')
-    for name, kind in (('vocab_size', int), ('seed', int), ('keep_int4', bool)):
-      value = getattr(self, name)
-      if type(value) is not kind and (name, value) != ('vocab_size', None):
-        raise ConfigError(f'Conversion.{name}={value!r} is no {kind.__name__}')
-    if not 0 <= self.seed < 2**63:
-      raise ConfigError(f'Conversion.seed={self.seed} is not within 0..2**63')
-    if self.vocab_size is not None and not 0 < self.vocab_size <= 2**24:
-      raise ConfigError(
-        f'Conversion.vocab_size={self.vocab_size} is not within 1..2**24'
-      )
-    if not isinstance(self.names, TensorNames):
-      raise ConfigError(f'Conversion.names={self.names!r} is no TensorNames')
+    start = self.kind == 'init-stage1'
+    for wrong, message in (
+      (self.kind not in KINDS, f'kind is none of {", ".join(KINDS)}'),
+      (
+        (self.vision is None) == start,
+        'vision is what init-stage1 needs, and nobody else',
+      ),
+      (self.kind == 'to-hf' and self.vocab_size, 'to-hf keeps the vocabulary'),
+      (not self.source or not self.destination, 'a folder has no name'),
+      (not 0 <= self.seed < 2**63, 'seed is not within 0..2**63'),
+      (not 0 < (self.vocab_size or 1) <= 2**24, 'vocab_size is beyond 2**24'),
+    ):
+      if wrong:
+        raise ConfigError(
+          f'Conversion: {message} (kind={self.kind!r}, vision={self.vision!r}, '
+          f'vocab_size={self.vocab_size}, seed={self.seed})'
+        )
     byte_size(self.max_shard_size)
-    if self.kind == 'to-hf' and self.vocab_size is not None:
-      raise ConfigError('Conversion.vocab_size: to-hf keeps what is stored')
 
   def __call__(
     self,

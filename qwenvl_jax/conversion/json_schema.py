@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,86 +20,64 @@ _LIMIT = 2**24
 _REQUIRED = object()
 
 
-class Whole(NamedTuple):
-  """A whole number from `low` to `high`."""
+class Kind(NamedTuple):
+  """What a value may be.
 
-  low: int
-  high: int
+  Attributes:
+    fits: tells whether a value may be it.
+    meaning: for messages.
+    schema: of an object's own keys.
+  """
 
-  def fits(self, value: Any) -> bool:
-    return type(value) is int and self.low <= value <= self.high
-
-  def __str__(self):
-    if self.low == self.high:
-      return str(self.low)
-    return f'a whole number from {self.low:,} to {self.high:,}'
-
-
-class Real(NamedTuple):
-  """A number from `low` to `high`."""
-
-  low: float
-  high: float
-
-  def fits(self, value: Any) -> bool:
-    return type(value) in (int, float) and self.low <= value <= self.high
-
-  def __str__(self):
-    return f'a number from {self.low:g} to {self.high:g}'
+  fits: Callable[[Any], bool]
+  meaning: str
+  schema: 'Schema | None' = None
 
 
-class Flag(NamedTuple):
-  """`true` or `false`."""
-
-  def fits(self, value: Any) -> bool:
-    return type(value) is bool
-
-  def __str__(self):
-    return 'true or false'
+def whole(low: int, high: int) -> Kind:
+  """Gives the kind of whole numbers from `low` to `high`."""
+  meaning = f'a whole number from {low:,} to {high:,}'
+  return Kind(lambda x: type(x) is int and low <= x <= high, meaning)
 
 
-class Text(NamedTuple):
-  """A string; one of `choices`, if there are any."""
-
-  choices: tuple[str, ...] = ()
-
-  def fits(self, value: Any) -> bool:
-    known = not self.choices or value in self.choices
-    return isinstance(value, str) and known
-
-  def __str__(self):
-    return ' or '.join(map(repr, self.choices)) or 'a string'
+def real(low: float, high: float) -> Kind:
+  """Gives the kind of numbers from `low` to `high`."""
+  meaning = f'a number from {low:g} to {high:g}'
+  return Kind(lambda x: type(x) in (int, float) and low <= x <= high, meaning)
 
 
-class Object(NamedTuple):
-  """An object with a schema of its own."""
-
-  schema: 'Mapping[str, Field]'
-
-  def fits(self, value: Any) -> bool:
-    return isinstance(value, dict)
-
-  def __str__(self):
-    return 'an object'
+def one_of(*choices: int | str) -> Kind:
+  """Gives the kind of values that are one of a few."""
+  types = set(map(type, choices))
+  return Kind(
+    lambda x: type(x) in types and x in choices, ' or '.join(map(repr, choices))
+  )
 
 
-class Names(NamedTuple):
-  """An object whose values are names of files beside this one."""
+def an_object(schema: 'Schema') -> Kind:
+  """Gives the kind of objects with a schema of their own."""
+  return Kind(lambda x: isinstance(x, dict), 'an object', schema)
 
-  def fits(self, value: Any) -> bool:
-    return isinstance(value, dict) and all(map(self.is_name, value.values()))
 
-  def is_name(self, value: Any) -> bool:
-    return (
-      isinstance(value, str)
-      and value.isprintable()
-      and value == Path(value).name
-      and len(value) < 250
-      and value != '..'
-    )
+FLAG = Kind(lambda x: type(x) is bool, 'true or false')
 
-  def __str__(self):
-    return 'an object that names a file of this folder for each tensor'
+TEXT = Kind(lambda x: isinstance(x, str), 'a string')
+
+
+def _is_file_name(value: Any) -> bool:
+  return (
+    isinstance(value, str)
+    and value.isprintable()
+    and value == Path(value).name
+    and value != '..'
+    and len(value) < 250
+  )
+
+
+FILE_NAMES = Kind(
+  lambda x: isinstance(x, dict) and all(map(_is_file_name, x.values())),
+  'an object that names a file of this folder for each tensor',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +89,7 @@ class Field:
     default: if the key is absent or null; without one it must be there.
   """
 
-  kind: Whole | Real | Flag | Text | Object | Names
+  kind: Kind
   default: Any = _REQUIRED
 
 
@@ -144,10 +122,11 @@ def check(raw: dict, schema: Schema, where: str) -> dict[str, Any]:
       )
     if not field.kind.fits(value):
       raise CheckpointError(
-        f'{where}: {key} is {reprlib.repr(value)}, not {field.kind}; correct '
+        f'{where}: {key} is {reprlib.repr(value)}, not {field.kind.meaning}; '
+        'correct '
         'it, or copy the file again'
       )
-    if isinstance(field.kind, Object):
+    if field.kind.schema is not None:
       value = check(value, field.kind.schema, f'{where}: {key}')
     values[key] = value
   return values

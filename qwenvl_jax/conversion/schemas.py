@@ -5,32 +5,33 @@ mean from becoming memory and time.
 """
 
 from qwenvl_jax.conversion.json_schema import (
+  FILE_NAMES,
+  FLAG,
+  TEXT,
   Field,
-  Flag,
-  Names,
-  Object,
-  Real,
   Schema,
-  Text,
-  Whole,
+  an_object,
+  one_of,
+  real,
+  whole,
 )
 
-_WIDTH = Whole(1, 2**20)
-_LAYERS = Whole(1, 2**12)
-_HEADS = Whole(1, 2**12)
-_IDS = Whole(0, 2**24)
-_LENGTH = Whole(1, 2**24)
-_PIXELS = Whole(1, 2**14)
-_RATIO = Real(1e-3, 1e3)
+_WIDTH = whole(1, 2**20)
+_LAYERS = whole(1, 2**12)
+_HEADS = whole(1, 2**12)
+_IDS = whole(0, 2**24)
+_LENGTH = whole(1, 2**24)
+_PIXELS = whole(1, 2**14)
+_RATIO = real(1e-3, 1e3)
 
 # quantization_config of config.json, and quantize_config.json.
 QUANTIZATION: Schema = {
-  'quant_method': Field(Text(('gptq',)), 'gptq'),
-  'bits': Field(Whole(4, 4)),
-  'group_size': Field(Whole(-1, 2**20)),
-  'desc_act': Field(Flag(), False),
-  'sym': Field(Flag(), None),
-  'checkpoint_format': Field(Text(('gptq', 'gptq_v2')), 'gptq'),
+  'quant_method': Field(one_of('gptq'), 'gptq'),
+  'bits': Field(one_of(4)),
+  'group_size': Field(whole(-1, 2**20)),
+  'desc_act': Field(FLAG, False),
+  'sym': Field(FLAG, None),
+  'checkpoint_format': Field(one_of('gptq', 'gptq_v2'), 'gptq'),
 }
 
 # What the release fixes has a default; our own files name it where it differs.
@@ -43,35 +44,35 @@ VISUAL: Schema = {
   'mlp_ratio': Field(_RATIO),
   'output_dim': Field(_WIDTH),
   'image_start_id': Field(_IDS),
-  'queries': Field(Whole(1, 2**16), 256),
+  'queries': Field(whole(1, 2**16), 256),
   'adapter_heads': Field(_HEADS, None),
-  'position_grid': Field(Whole(1, 2**10), 16),
-  'window': Field(Whole(1, 2**10), None),
+  'position_grid': Field(whole(1, 2**10), 16),
+  'window': Field(whole(1, 2**10), None),
   'global_every': Field(_LAYERS, 4),
 }
 
 CONFIG: Schema = {
-  'vocab_size': Field(Whole(1, 2**24)),
+  'vocab_size': Field(whole(1, 2**24)),
   'hidden_size': Field(_WIDTH),
   'num_hidden_layers': Field(_LAYERS),
   'num_attention_heads': Field(_HEADS),
-  'kv_channels': Field(Whole(1, 2**14)),
-  'intermediate_size': Field(Whole(2, 2**22)),
-  'layer_norm_epsilon': Field(Real(0, 1)),
-  'rotary_emb_base': Field(Real(1, 1e12)),
+  'kv_channels': Field(whole(1, 2**14)),
+  'intermediate_size': Field(whole(2, 2**22)),
+  'layer_norm_epsilon': Field(real(0, 1)),
+  'rotary_emb_base': Field(real(1, 1e12)),
   'seq_length': Field(_LENGTH),
   'max_position_embeddings': Field(_LENGTH),
-  'use_dynamic_ntk': Field(Flag()),
-  'use_logn_attn': Field(Flag()),
-  'quantization_config': Field(Object(QUANTIZATION), None),
-  'visual': Field(Object(VISUAL), None),
+  'use_dynamic_ntk': Field(FLAG),
+  'use_logn_attn': Field(FLAG),
+  'quantization_config': Field(an_object(QUANTIZATION), None),
+  'visual': Field(an_object(VISUAL), None),
 }
 
 # generation_config.json: what is looked at; all of it travels along.
-GENERATION: Schema = {'chat_format': Field(Text(), None)}
+GENERATION: Schema = {'chat_format': Field(TEXT, None)}
 
 # model.safetensors.index.json, pytorch_model.bin.index.json.
-INDEX: Schema = {'weight_map': Field(Names())}
+INDEX: Schema = {'weight_map': Field(FILE_NAMES)}
 
 # open_clip_config.json.
 _VISION_CFG: Schema = {
@@ -83,5 +84,5 @@ _VISION_CFG: Schema = {
   'mlp_ratio': Field(_RATIO, 4.0),
 }
 OPENCLIP: Schema = {
-  'model_cfg': Field(Object({'vision_cfg': Field(Object(_VISION_CFG))}))
+  'model_cfg': Field(an_object({'vision_cfg': Field(an_object(_VISION_CFG))}))
 }
