@@ -73,6 +73,7 @@ def zero_offset(folder: Path, tensors: Mapping[str, Tensor]) -> int:
       where = f'{folder / name}' + (f': {key}' if key else '')
       told[name] = json_schema.check(raw, schemas.QUANTIZATION, where)
   formats = {name: x['checkpoint_format'] for name, x in told.items()}
+  formats = {name: form for name, form in formats.items() if form}
   if len(set(formats.values())) > 1:
     texts = ' and '.join(f'{name} {form!r}' for name, form in formats.items())
     raise CheckpointError(

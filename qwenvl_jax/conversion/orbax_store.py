@@ -130,6 +130,8 @@ def metadata(path: Path) -> dict:
   Raises:
     CheckpointError: they are incomplete or damaged.
   """
+  if (path / '_METADATA').exists():
+    read_json(path / '_METADATA')  # Orbax would wait for the end of a pipe.
   try:
     # A checkpointer would warn that a training run's step has none of its own.
     return ocp.PyTreeCheckpointHandler().metadata(buckets.absolute(path)).tree

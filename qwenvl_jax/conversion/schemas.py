@@ -31,7 +31,7 @@ QUANTIZATION: Schema = {
   'group_size': Field(whole(-1, 2**20)),
   'desc_act': Field(FLAG, False),
   'sym': Field(FLAG, None),
-  'checkpoint_format': Field(one_of('gptq', 'gptq_v2'), 'gptq'),
+  'checkpoint_format': Field(one_of('gptq', 'gptq_v2'), None),
 }
 
 # What the release fixes has a default; our own files name it where it differs.

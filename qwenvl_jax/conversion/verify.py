@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwenvl_jax import buckets
 from qwenvl_jax.conversion import checkpoint_io, finite, layout
 from qwenvl_jax.conversion.blocks import Block, plan
 from qwenvl_jax.conversion.convert import Progress, copy
@@ -145,6 +146,6 @@ def _settings(first, second, a, b):
   vocabularies = [
     assets.find_asset(folder, assets.VOCABULARY) for folder in (first, second)
   ]
-  texts = [p.read_bytes() if p.exists() else None for p in vocabularies]
+  texts = [buckets.read(p, 2**28) if p.exists() else None for p in vocabularies]
   if texts[0] != texts[1]:
     yield f'{assets.VOCABULARY} is not the same in both'

@@ -216,9 +216,21 @@ def test_the_release_called_gptq_v2(tmp_path):
     dequantized(tmp_path / 'wrong')
 
 
+@pytest.mark.parametrize('name', ['config.json', 'quantize_config.json'])
+def test_only_one_file_says_it(second_format, name, expected, tmp_path):
+  folder = second_format('gptq_v2')
+  shutil.copy(INT4 / name, folder)
+  convert.from_hf(folder, tmp_path / 'ours', keep_int4=True)
+  packed = qwenvl_jax.load(tmp_path / 'ours', dtype='float32')
+  logits = packed.logits(expected['ids'])
+  assert np.abs(logits - expected['logits']).max() < 2e-4
+
+
 def test_two_files_that_contradict_each_other(second_format):
   folder = second_format('gptq_v2')
-  shutil.copy(INT4 / 'quantize_config.json', folder)
+  raw = read_json(INT4 / 'quantize_config.json')
+  raw['checkpoint_format'] = 'gptq'
+  (folder / 'quantize_config.json').write_text(json.dumps(raw))
   message = "quantize_config.json 'gptq' and config.json 'gptq_v2'"
   with pytest.raises(CheckpointError, match=message):
     dequantized(folder)

@@ -66,6 +66,7 @@ def config_from_hf(
 
 def _decoder(values: dict, int4: bool) -> DecoderConfig:
   packed = values['quantization_config'] if int4 else None
+  form = packed and packed['checkpoint_format'] or 'gptq'
   return DecoderConfig(
     vocab_size=values['vocab_size'],
     dim=values['hidden_size'],
@@ -80,7 +81,7 @@ def _decoder(values: dict, int4: bool) -> DecoderConfig:
     dynamic_ntk=values['use_dynamic_ntk'],
     logn=values['use_logn_attn'],
     int4_group=packed and packed['group_size'],
-    int4_zero_offset=ZERO_OFFSETS[packed['checkpoint_format']] if packed else 1,
+    int4_zero_offset=ZERO_OFFSETS[form],
   )
 
 
