@@ -214,9 +214,9 @@ def _open_safetensors(path: Path) -> dict[str, Place]:
       f'{path} cannot be read ({error.strerror or error})'
     ) from error
   header = json_schema.parse(text, f'the header of {path}', 'tensor')
-  extra = header.pop('__metadata__', {}) if isinstance(header, dict) else None
-  if not isinstance(extra, dict) or not all(
-    isinstance(value, str) for value in extra.values()
+  extra = header.pop('__metadata__', None) if isinstance(header, dict) else 0
+  if not isinstance(extra, dict | None) or not all(
+    isinstance(value, str) for value in (extra or {}).values()
   ):
     raise CheckpointError(
       f'{path} is not a safetensors file (its header is no object of tensors)'

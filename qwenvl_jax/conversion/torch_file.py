@@ -7,6 +7,7 @@ is looked at first: torch would decompress whatever it holds.
 """
 
 import bisect
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def contents(path: Path) -> dict[str, Place]:
     ) from error
   records = _records(path)
   try:
-    state = torch.load(path, map_location='meta', weights_only=True)
+    with warnings.catch_warnings():  # About bytes that are no pickle of its.
+      warnings.simplefilter('ignore')
+      state = torch.load(path, map_location='meta', weights_only=True)
   except Exception as error:  # It raises whatever the bytes lead it to.
     reason = str(error).strip().partition('\n')[0][:200]
     raise CheckpointError(

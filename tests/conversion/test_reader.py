@@ -1,12 +1,16 @@
 """Reading released folders: shards, indices, damage."""
 
+import collections
 import json
 import os
+import random
 import shutil
 
 import golden
 import numpy as np
 import pytest
+import safetensors
+from fuzzing import checkpoints
 
 from qwenvl_jax.conversion import convert
 from qwenvl_jax.conversion.json_schema import read_json
@@ -164,6 +168,23 @@ def test_header_that_the_formats_own_reader_refuses(tmp_path, header, message):
     open_file(path)
   assert 'model.safetensors' in str(error.value)
   assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize('kind', ['safetensors header', 'safetensors bytes'])
+def test_what_the_formats_own_reader_refuses_is_refused(tmp_path, kind):
+  counts = collections.Counter()
+  for seed in range(400):
+    ours = checkpoints.KINDS[kind](random.Random(seed), tmp_path)
+    path = tmp_path / 'model.safetensors'
+    try:
+      with safetensors.safe_open(path, 'numpy'):
+        theirs = 'accepted'
+    except safetensors.SafetensorError:
+      theirs = 'handled'
+    counts[ours, theirs] += 1
+  assert not counts['accepted', 'handled']
+  assert counts['handled', 'handled'] > 300
+  assert counts['accepted', 'accepted'] > 0
 
 
 def test_tensors_in_any_order_and_empty_ones(tmp_path):
