@@ -137,6 +137,11 @@ class DecoderConfig:
       raise ConfigError(
         'DecoderConfig.int8 and int4_group: kernels are held at 8 or at 4 bits'
       )
+    if self.int4_zero_offset not in (0, 1):
+      raise ConfigError(
+        f'DecoderConfig.int4_zero_offset={self.int4_zero_offset} is neither 1 '
+        '(gptq) nor 0 (gptq_v2)'
+      )
     if group is None:
       return
     inputs = (self.dim, self.heads * self.head_dim, self.mlp_dim)
