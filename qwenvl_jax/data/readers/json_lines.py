@@ -93,7 +93,9 @@ def entries(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 def _name(file: pathlib.Path, entry: Any, number: str) -> str:
   key = entry.get('id') if isinstance(entry, dict) else None
-  return f'{file.name}, {key if isinstance(key, (str, int)) else number}'[:200]
+  name = f'{file.name}, {key if isinstance(key, (str, int)) else number}'[:200]
+  # A terminal would obey what it does not print.
+  return ''.join(x if x.isprintable() else '?' for x in name)
 
 
 def _is_lines(file: pathlib.Path) -> bool:
