@@ -17,6 +17,7 @@ from typing import Any
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import storage
+from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.errors import ConfigError, DataError
 
 # Called with how many shards are done, and of how many.
@@ -111,14 +112,33 @@ class ShardedJob:
     Raises:
       DataError: it is damaged.
     """
-    path = self.report_path(shard)
     try:
-      found = json.loads(path.read_text(encoding='utf-8'))
+      found = json.loads(self.report_path(shard).read_text(encoding='utf-8'))
       return {**found}
     except (OSError, ValueError, TypeError) as error:
-      raise DataError(
-        f'{path} is damaged ({error}); delete it and run the same command again'
-      ) from error
+      raise self._damage(shard, error) from error
+
+  def totals(self) -> tuple[list[int], Counts]:
+    """Returns the lengths of all shards, and what all reports count.
+
+    Raises:
+      DataError: a report is damaged.
+    """
+    lengths, counts = [], Counts()
+    for shard in self.shards:
+      report = self.report(shard)
+      try:
+        lengths.append(int(report['length']))
+        counts.add(report['counts'])
+      except (KeyError, TypeError, ValueError) as error:
+        raise self._damage(shard, error) from error
+    return lengths, counts
+
+  def _damage(self, shard: int, error: Exception) -> DataError:
+    return DataError(
+      f'{self.report_path(shard)} is damaged ({error!r}); delete it and run '
+      'the same command again'
+    )
 
   @property
   def _what(self) -> str:
