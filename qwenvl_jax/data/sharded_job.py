@@ -92,7 +92,7 @@ class ShardedJob:
         'again, since what they are made from has changed (e.g. '
         f'{was or "something unknown"}, now {now})'
       )
-    return said
+    return list(map(_plain, said))
 
   def forget(self, shard: int) -> None:
     """Removes a shard: its report first, without which it does not count."""
@@ -102,9 +102,8 @@ class ShardedJob:
   def finish(self, shard: int, report: dict[str, Any]) -> None:
     """Writes the report of a shard that has been written."""
     found = {'made_from': self.origins[shard], **report}
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    # Names of files need not be text.
-    buckets.write(self.report_path(shard), text.encode('utf-8', 'replace'))
+    # In ASCII, since names of files need not be text.
+    buckets.write(self.report_path(shard), json.dumps(found, indent=1))
 
   def report(self, shard: int) -> dict[str, Any]:
     """Returns the report of a finished shard.
@@ -190,6 +189,11 @@ def _origin(report: Path) -> str | None:
     return None
 
 
+def _plain(text: str) -> str:
+  """Spells out what no terminal or file takes: names need not be text."""
+  return text.encode('utf-8', 'backslashreplace').decode()
+
+
 def origin_of(path: Path) -> str:
   """Returns a file's name with what changes when it is written again."""
   try:
@@ -212,6 +216,7 @@ def check_settings(file: Path, settings: str, again: bool = False) -> None:
   Raises:
     ConfigError: the folder was begun with others.
   """
+  settings = _plain(settings)
   before = ''
   if file.exists() and not again:
     before = file.read_text(encoding='utf-8')

@@ -246,7 +246,7 @@ def _usable(found, split, counts, examples) -> Iterator[Record]:
     except BadRecordError as error:
       counts.dropped(split, error.reason)
       if len(examples) < _EXAMPLES:
-        examples.append(f'{error.reason}: {error}'[:500])
+        examples.append(' '.join(f'{error.reason}: {error}'.split())[:500])
       continue
     counts.repaired(split, set(notes))
     yield mended
