@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -271,3 +272,16 @@ def test_sources_without_a_limit_are_named(folder):
   assert 'did you mean laion_en?' in first and 'sbu' in second
   no_limits = dataclasses.replace(made, rules=[image_rules.Size()])
   assert not list(cli._without_limit(no_limits))
+
+
+def test_names_that_are_no_text_end_nothing(tmp_path):
+  odd = tmp_path / os.fsdecode(b'caf\xe9.tar')
+  corpus.write_tar(odd, [('cut', 'a red boat', b'no picture', 0.4)])
+  lines = [{'id': '\ud800', 'text': '\ud801 is odd', 'image': 'x'}, {'id': []}]
+  (tmp_path / 'sbu').mkdir()
+  (tmp_path / 'sbu' / 'a.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  job = corpus.job(tmp_path, tmp_path / 'data' / 'pairs')
+  tally = run(job)
+  assert sum(tally.outcomes.values()) == 3
+  assert 'caf' in (tmp_path / 'data/pairs/report.html').read_text()
+  assert pipeline.begin(job) == []
