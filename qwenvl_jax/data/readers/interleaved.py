@@ -9,8 +9,8 @@ pictures relative to the file's folder:
 
 Parquet files hold columns of these names, and pictures as bytes or as the
 package `datasets` writes them: no path of theirs is opened. A document goes on
-without pictures that are not there, which is counted; `--again` reads those that
-were put there since.
+without pictures that are not there, which is counted; `--again` reads those
+that were put there since.
 """
 
 import dataclasses
