@@ -10,8 +10,8 @@ from typing import Any
 
 from qwenvl_jax.data import roots, sharded_job, storage
 from qwenvl_jax.data.bad import Counts, Limit
-from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.records import Record
+from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.data.sharded_job import ShardedJob
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
@@ -242,7 +242,7 @@ def _usable(found, split, counts, examples) -> Iterator[Record]:
     try:
       if isinstance(record, BadRecordError):
         raise record
-      mended, notes = mend(record)
+      mended, notes = sanitize(record)
     except BadRecordError as error:
       counts.dropped(split, error.reason)
       if len(examples) < _EXAMPLES:
