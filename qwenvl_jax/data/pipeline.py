@@ -120,6 +120,7 @@ class Pipeline:
 
   def rows(self) -> Iterator[Row]:
     """Endless rows, as batches are made of."""
+    _check_split(self, 1)
     return self._starter(0, 1)({'row': 0, 'shards': {}})
 
   def _starter(self, process_index, process_count):
