@@ -10,6 +10,7 @@ can be made or renamed.
 import contextlib
 import errno
 import importlib.util
+import io
 import logging
 import os
 import re
@@ -160,6 +161,19 @@ def upload(file: Path, path: Path) -> None:
   _files().put_file(str(file), _key(path))
 
 
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike) -> Iterator[Path]:
+  """Gives a file of this machine with the contents of an object; or itself."""
+  path = as_path(path)
+  if not in_bucket(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = Path(folder, path.name)
+    _files().get_file(_key(path), str(local))
+    yield local
+
+
 def version(path: Path) -> tuple:
   """What changes when a file is written again.
 
@@ -226,7 +240,7 @@ def open_regular(path: Path) -> BinaryIO:
     OSError: it is not there, or no regular file.
   """
   if in_bucket(path):
-    return path.open('rb')
+    return io.BufferedReader(path.open('rb'))
   # Without waiting for somebody to write to a pipe.
   number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
   if not stat.S_ISREG(os.fstat(number).st_mode):

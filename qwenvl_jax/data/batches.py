@@ -83,8 +83,13 @@ class Batches(grain.DatasetIterator):
     try:
       self._limit.check(self._counts)
     except DataError as error:
-      examples = '; '.join(list(self._dropped.values())[:3])
-      raise DataError(f'{error}. For example: {examples}') from None
+      examples = [
+        message
+        for (source, _), message in self._dropped.items()
+        if f'source {source}:' in str(error)
+      ]
+      such = f'. For example: {"; ".join(examples[:3])}' if examples else ''
+      raise DataError(f'{error}{such}') from None
 
   def get_state(self) -> State:
     """Where to go on; `json.dumps` takes it."""

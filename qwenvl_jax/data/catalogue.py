@@ -308,7 +308,7 @@ _ALL = (
     'https://huggingface.co/datasets/HuggingFaceM4/OBELICS',
     'CC-BY-4.0; pictures belong to others',
     'its records as .jsonl, with the path of a downloaded picture in the place '
-    'of each URL, and the pictures',
+    'of each URL, and the pictures; or as .parquet with their bytes',
     {'train': Interleaved()},
   ),
 )  # fmt: skip

@@ -365,7 +365,7 @@ def _show(arguments, console):
       '--gin_file'
     )
   try:
-    arguments.output.write_text(page, encoding='utf-8')
+    buckets.write(arguments.output, page)
   except OSError as error:
     raise DataError(
       f'cannot write {arguments.output} ({error.strerror}); name another file '

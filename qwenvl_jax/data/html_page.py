@@ -29,11 +29,13 @@ def page(title: str, body: str, style: str = '') -> str:
     style: CSS beside what all pages share.
   """
   title = html.escape(title)
-  return (
+  whole = (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     f'<title>{title}</title><style>{_STYLE}{style}</style>'
     f'<body><h1>{title}</h1>{body}</body></html>\n'
   )
+  # Strangers' text may hold halves of surrogate pairs.
+  return whole.encode('utf-8', 'replace').decode()
 
 
 def table(

@@ -191,10 +191,9 @@ class RowMaker:
     workers = max(self.workers, 1)
     if self.streams % (processes * workers):
       raise ConfigError(
-        f'Packer.shards={self.streams} cannot be divided among {processes} '
-        f'processes of {workers} workers each; choose a multiple of '
-        f'{processes * workers}. A run keeps its number of shards (without '
-        'Packer, it is about 1,024, a multiple of batch_size)'
+        f'{self._shards_say()} cannot be divided among {processes} processes '
+        f'of {workers} workers each; choose a multiple of '
+        f'{processes * workers}, and keep it for the whole run'
       )
     if state['shards'] and state.get('of') not in (None, 0, self.streams):
       raise ConfigError(
@@ -217,6 +216,11 @@ class RowMaker:
         dataset, prefetch_buffer_size=self.prefetch
       )
     return iter(dataset)
+
+  def _shards_say(self) -> str:
+    if self.single:
+      return f'{self.streams} rows (of Pipeline.batch_size)'
+    return f'Packer.shards={self.streams}'
 
 
 class _Rows(grain.IterDataset):
@@ -242,8 +246,11 @@ class _RowIterator(grain.DatasetIterator):
     super().__init__()
     self._ahead, self._threads = collections.deque(), None
     self._ahead_of = maker.prefetch
-    streams = [PackingStream(number, maker, state) for number in order]
-    self._turns = itertools.cycle(streams)
+    self._turns = itertools.cycle(order)
+    # Made when it is their turn: there are many where a row holds one item.
+    self._stream = functools.cache(
+      functools.partial(PackingStream, maker=maker, state=state)
+    )
     self._lay_out = functools.partial(
       packing.lay_out, shape=maker.shape, pad_id=maker.pad_id
     )
@@ -254,9 +261,9 @@ class _RowIterator(grain.DatasetIterator):
 
   def __next__(self) -> Row:
     if self._threads is None:
-      return self._lay_out(*next(self._turns).plan())
+      return self._lay_out(*self._stream(next(self._turns)).plan())
     while len(self._ahead) <= self._ahead_of:
-      plan = next(self._turns).plan()
+      plan = self._stream(next(self._turns)).plan()
       self._ahead.append(self._threads.submit(self._lay_out, *plan))
     return self._ahead.popleft().result()
 

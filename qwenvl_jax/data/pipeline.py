@@ -34,8 +34,9 @@ _LEAST = {
   'workers': 0,
 }
 
-# Rows hold one sample each: streams that they come from, at least about.
-_STREAMS = 1024
+# Where rows hold one sample each: streams for each row of a batch, so that most
+# numbers of workers divide them; and of batches beyond 1,024 rows.
+_STREAMS_A_ROW = 48, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Pipeline:
 
   def rows(self) -> Iterator[Row]:
     """Endless rows, as batches are made of."""
+    _check_split(self, 1)
     return self._starter(0, 1)({'row': 0, 'shards': {}})
 
   def _starter(self, process_index, process_count):
@@ -152,8 +154,8 @@ class Pipeline:
       )
       seed = self.seed * 1000 + number
       items.append(_endless(source, seed).random_map(to_item, seed=seed))
-    # One sample a row: any number of processes that divides the batch will do.
-    alone = self.batch_size * max(1, _STREAMS // self.batch_size)
+    # Any number of processes that divides the batch will do.
+    alone = self.batch_size * _STREAMS_A_ROW[self.batch_size > 1024]
     maker = RowMaker(
       groups=_groups(self.streams, items, self.packer),
       shape=shape,

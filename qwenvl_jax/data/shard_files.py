@@ -36,11 +36,12 @@ def read_records(path: os.PathLike) -> Iterator[bytes]:
   """
   from array_record.python.array_record_module import ArrayRecordReader
 
-  reader = ArrayRecordReader(
-    os.fspath(path), 'readahead_buffer_size:1048576,max_parallelism:1'
-  )
-  try:
-    for _ in range(reader.num_records()):
-      yield reader.read()
-  finally:
-    reader.close()
+  with buckets.local_copy(path) as local:
+    reader = ArrayRecordReader(
+      os.fspath(local), 'readahead_buffer_size:1048576,max_parallelism:1'
+    )
+    try:
+      for _ in range(reader.num_records()):
+        yield reader.read()
+    finally:
+      reader.close()

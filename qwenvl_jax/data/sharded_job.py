@@ -17,6 +17,7 @@ from typing import Any
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import storage
+from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.errors import ConfigError, DataError
 
 # Called with how many shards are done, and of how many.
@@ -91,7 +92,7 @@ class ShardedJob:
         'again, since what they are made from has changed (e.g. '
         f'{was or "something unknown"}, now {now})'
       )
-    return said
+    return list(map(_plain, said))
 
   def forget(self, shard: int) -> None:
     """Removes a shard: its report first, without which it does not count."""
@@ -101,9 +102,8 @@ class ShardedJob:
   def finish(self, shard: int, report: dict[str, Any]) -> None:
     """Writes the report of a shard that has been written."""
     found = {'made_from': self.origins[shard], **report}
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    # Names of files need not be text.
-    buckets.write(self.report_path(shard), text.encode('utf-8', 'replace'))
+    # In ASCII, since names of files need not be text.
+    buckets.write(self.report_path(shard), json.dumps(found, indent=1))
 
   def report(self, shard: int) -> dict[str, Any]:
     """Returns the report of a finished shard.
@@ -111,14 +111,33 @@ class ShardedJob:
     Raises:
       DataError: it is damaged.
     """
-    path = self.report_path(shard)
     try:
-      found = json.loads(path.read_text(encoding='utf-8'))
+      found = json.loads(self.report_path(shard).read_text(encoding='utf-8'))
       return {**found}
     except (OSError, ValueError, TypeError) as error:
-      raise DataError(
-        f'{path} is damaged ({error}); delete it and run the same command again'
-      ) from error
+      raise self._damage(shard, error) from error
+
+  def totals(self) -> tuple[list[int], Counts]:
+    """Returns the lengths of all shards, and what all reports count.
+
+    Raises:
+      DataError: a report is damaged.
+    """
+    lengths, counts = [], Counts()
+    for shard in self.shards:
+      report = self.report(shard)
+      try:
+        lengths.append(int(report['length']))
+        counts.add(report['counts'])
+      except (KeyError, TypeError, ValueError) as error:
+        raise self._damage(shard, error) from error
+    return lengths, counts
+
+  def _damage(self, shard: int, error: Exception) -> DataError:
+    return DataError(
+      f'{self.report_path(shard)} is damaged ({error!r}); delete it and run '
+      'the same command again'
+    )
 
   @property
   def _what(self) -> str:
@@ -170,6 +189,11 @@ def _origin(report: Path) -> str | None:
     return None
 
 
+def _plain(text: str) -> str:
+  """Spells out what no terminal or file takes: names need not be text."""
+  return text.encode('utf-8', 'backslashreplace').decode()
+
+
 def origin_of(path: Path) -> str:
   """Returns a file's name with what changes when it is written again."""
   try:
@@ -192,6 +216,7 @@ def check_settings(file: Path, settings: str, again: bool = False) -> None:
   Raises:
     ConfigError: the folder was begun with others.
   """
+  settings = _plain(settings)
   before = ''
   if file.exists() and not again:
     before = file.read_text(encoding='utf-8')

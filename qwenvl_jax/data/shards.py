@@ -10,8 +10,8 @@ from typing import Any
 
 from qwenvl_jax.data import roots, sharded_job, storage
 from qwenvl_jax.data.bad import Counts, Limit
-from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.records import Record
+from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.data.sharded_job import ShardedJob
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
@@ -90,7 +90,9 @@ def prepare(
       for line in job.begin(again):
         say(line)
       _write_split(job, sources, workers, limit, progress, about)
-      lengths[split] = _check(job, root, limit, counts)
+      lengths[split], found = job.totals()
+      _check(job, root, sum(lengths[split]), found, limit)
+      counts.add(found.as_dict())
     others = storage.split_lengths(folder)
     if {**others, **lengths} != others:
       storage.write_info(folder, name, {**others, **lengths}, **about)
@@ -206,24 +208,14 @@ def _write_shard(job: ShardedJob, shard: int, source: Callable) -> None:
   )
 
 
-def _check(job, root, limit, total: Counts) -> list[int]:
-  """Adds up the reports of a split; gives the lengths of its shards.
-
-  Raises:
-    DataError: too much had to be dropped.
-  """
-  reports, counts = [job.report(shard) for shard in job.shards], Counts()
-  for report in reports:
-    counts.add(report['counts'])
-  lengths = [report['length'] for report in reports]
-  if not sum(lengths):
+def _check(job, root, length: int, counts: Counts, limit) -> None:
+  """Raises DataError if too much of a split had to be dropped."""
+  if not length:
     raise DataError(
       f'{root}: no record of {job.name}, split {job.split!r}, can be used '
       f'({counts.of(job.split) or "none was found"}){_example(job)}'
     )
   _judge(job, limit, counts, at_end=True)
-  total.add(counts.as_dict())
-  return lengths
 
 
 def _judge(job, limit, counts, at_end: bool) -> None:
@@ -250,11 +242,11 @@ def _usable(found, split, counts, examples) -> Iterator[Record]:
     try:
       if isinstance(record, BadRecordError):
         raise record
-      mended, notes = mend(record)
+      mended, notes = sanitize(record)
     except BadRecordError as error:
       counts.dropped(split, error.reason)
       if len(examples) < _EXAMPLES:
-        examples.append(f'{error.reason}: {error}'[:500])
+        examples.append(' '.join(f'{error.reason}: {error}'.split())[:500])
       continue
     counts.repaired(split, set(notes))
     yield mended

@@ -17,6 +17,7 @@ matplotlib.use('Agg')  # No display.
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from qwenvl_jax import buckets
 from qwenvl_jax.data import html_page
 from qwenvl_jax.eval.scenes import Answered, Score
 from qwenvl_jax.text import drawing, grounding
@@ -121,9 +122,7 @@ def write(
     '<h2>A conversation</h2>',
     _transcript(transcript),
   ]
-  path.write_text(
-    html_page.page(title, ''.join(body), _STYLE), encoding='utf-8'
-  )
+  buckets.write(path, html_page.page(title, ''.join(body), _STYLE))
 
 
 def _table(table: Table, floors: dict[str, Floor]) -> str:

@@ -349,6 +349,14 @@ def test_a_row_of_one_sample_is_never_empty_and_goes_on_exactly():
       )
 
 
+@pytest.mark.parametrize('workers', [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
+@pytest.mark.parametrize('processes', [1, 2, 8])
+def test_rows_of_one_sample_divide_among_workers(workers, processes):
+  made = _pipeline(packer=None)
+  maker = made._starter(0, 1).func.__self__
+  assert maker.streams % (workers * processes) == 0
+
+
 def test_states_of_older_runs_go_on():
   """They hold the number of rows alone where a row is one sample."""
   stream = Stream(listed.Listed('c', listed.captions(30)), formats.Captions())

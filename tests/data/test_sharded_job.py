@@ -203,3 +203,21 @@ def test_the_first_example_is_shown_when_nothing_can_be_used(tmp_path, capsys):
   assert 'missing_image: 0.tar/a: no picture' in error
   assert 'x-train.array_record-00000-of-00001.report.json' in error
   assert 'list --name' not in error and error.count('\n') == 1
+
+
+def test_names_that_are_no_text_are_names_all_the_same(prepared):
+  """A file name of other bytes, and a key with a line break and an escape."""
+  odd = prepared.root / os.fsdecode(b'caf\xe9.tar')
+  downloads.tar(odd, {'a\n\x1b[31m.jpg': b'no picture'})
+  with pytest.raises(DataError) as caught:
+    prepared()
+  assert '\n' not in str(caught.value)
+  captions, said, folder = prepared(limit=Limit(share=0.3))
+  assert captions == ['caption 0', 'caption 1', 'caption 2'] and not said
+  before = times(folder)
+  prepared(limit=Limit(share=0.3))
+  assert times(folder) == before
+  archive(prepared.root, 0, 'corrected')
+  downloads.tar(odd, {'b.jpg': b'no picture'})
+  _, (line,), _ = prepared(limit=Limit(share=0.3))
+  assert '2 of 4' in line and line.isprintable()

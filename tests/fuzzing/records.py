@@ -19,10 +19,10 @@ from PIL import Image
 
 from qwenvl_jax.data import formats, packing, roots, storage
 from qwenvl_jax.data.bad import DROPPED, REPAIRED, Counts
-from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.interleaved import Interleaved
 from qwenvl_jax.data.readers.release import EvaluationLines, PlainText
+from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.errors import BadRecordError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -147,7 +147,7 @@ def _use(record, base, task) -> None:
   if not all(isinstance(x, bytes) for x in record.images):
     images = [roots.read(base, x, record.id) for x in record.images]
     record = dataclasses.replace(record, images=tuple(images))
-  mended, notes = mend(record)
+  mended, notes = sanitize(record)
   assert set(notes) <= REPAIRED.keys(), notes
   record = storage.parse(storage.serialize(mended))
   maker = packing.ToPackItem(_SHAPE, _tokenizer(), (record,), task, 'x')

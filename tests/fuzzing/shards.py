@@ -21,9 +21,9 @@ import pyarrow.parquet
 
 from qwenvl_jax.data.cleaning.inputs import Source
 from qwenvl_jax.data.cleaning.pair import Broken
-from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.readers import answers, captions, places
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
+from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.errors import BadRecordError, QwenVLError
 
 _PICTURE = downloads.picture((12, 10))
@@ -92,7 +92,7 @@ def _fate(found: Callable[[], Iterable]) -> str:
       try:
         if isinstance(record, BadRecordError):
           raise record
-        mend(record)
+        sanitize(record)
       except BadRecordError:
         bad += 1
   except QwenVLError:

@@ -10,8 +10,6 @@ import json
 import os
 from collections.abc import Iterator
 
-from etils import epath
-
 from qwenvl_jax import buckets
 from qwenvl_jax.data import roots
 from qwenvl_jax.data.cleaning.pair import Broken, Pair, Picture
@@ -80,14 +78,14 @@ class Source:
 def _glob(pattern: str) -> list[str]:
   if '://' not in pattern:
     return glob.glob(os.path.expanduser(pattern), recursive=True)
-  fixed = epath.Path(pattern)
+  fixed = buckets.as_path(pattern)
   while glob.has_magic(str(fixed)):
     fixed = fixed.parent
   if str(fixed) == pattern:
     return [pattern] if fixed.exists() else []
   try:
     return list(
-      map(str, fixed.glob(str(epath.Path(pattern).relative_to(fixed))))
+      map(str, fixed.glob(str(buckets.as_path(pattern).relative_to(fixed))))
     )
   except NotImplementedError as error:
     raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import sharded_job, storage
-from qwenvl_jax.data.cleaning import inputs, report, shards
+from qwenvl_jax.data.cleaning import inputs, report
 from qwenvl_jax.data.cleaning.shards import Job
 from qwenvl_jax.data.cleaning.tally import Tally
 from qwenvl_jax.data.cleaning.unique import Fingerprints, default_rules
@@ -181,8 +181,7 @@ def complete(job: Job) -> Tally:
     )
   total, lengths = Tally(), []
   for shard in job.finished.shards:
-    cleaned = shards.tally_of(job.candidates, shard)
-    finished = shards.tally_of(job.finished, shard)
+    cleaned, finished = job.candidates.tally(shard), job.finished.tally(shard)
     counts = finished.counts
     lengths.append(sum(map(counts.kept_of, counts.sources())))
     total = (total + cleaned + finished).thinned(_EXAMPLES)

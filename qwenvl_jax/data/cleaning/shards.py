@@ -31,7 +31,22 @@ from qwenvl_jax.data.records import Record
 from qwenvl_jax.errors import BadRecordError, DataError
 
 
-class Candidates(sharded_job.ShardedJob):
+class _Stage(sharded_job.ShardedJob):
+  """Shards whose reports hold a tally."""
+
+  def tally(self, shard: int) -> Tally:
+    """Returns what a report counts.
+
+    Raises:
+      DataError: it is damaged.
+    """
+    try:
+      return Tally.from_json(self.report(shard)['tally'])
+    except (ValueError, KeyError, TypeError) as error:
+      raise self._damage(shard, error) from error
+
+
+class Candidates(_Stage):
   """What passed the rules of each shard; in the end only its reports stay."""
 
   def path(self, shard: int) -> Path:
@@ -44,7 +59,7 @@ class Candidates(sharded_job.ShardedJob):
     return self.report_path(shard).exists()
 
 
-class Finished(sharded_job.ShardedJob):
+class Finished(_Stage):
   """The shards of the result."""
 
   def report_path(self, shard: int) -> Path:
@@ -234,19 +249,4 @@ def _writing(job: Job) -> Iterator[None]:
     raise DataError(
       f'cannot write to {job.output} ({error}); free some space or name '
       'another folder, then run the same command again: finished shards stay'
-    ) from error
-
-
-def tally_of(stage: sharded_job.ShardedJob, shard: int) -> Tally:
-  """Returns what a report counts.
-
-  Raises:
-    DataError: it is damaged.
-  """
-  try:
-    return Tally.from_json(stage.report(shard)['tally'])
-  except (ValueError, KeyError, TypeError) as error:
-    raise DataError(
-      f'{stage.report_path(shard)} is damaged ({error}); delete it and run the '
-      'same command again'
     ) from error

@@ -10,11 +10,11 @@ import functools
 import os
 import pathlib
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import shard_files, sharded_job, storage
+from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.data.languages import language_of
 from qwenvl_jax.data.making import (
   backgrounds,
@@ -30,6 +30,8 @@ from qwenvl_jax.data.sharded_job import Progress, ShardedJob
 from qwenvl_jax.errors import ConfigError, DataError
 
 KINDS = ('pages', 'pdf', 'html')
+# What counts are of.
+_PAGES = 'pages'
 
 # Few, so that a thousand pages are work for several processes.
 PER_SHARD = 128
@@ -93,6 +95,8 @@ class Making:
 
 # Bytes of an HTML file; what is behind them would not be on the first screen.
 _MAX_HTML = 16 << 20
+# A page is drawn anew if nothing fits it.
+_TRIES = 100
 
 
 class Maker:
@@ -121,12 +125,8 @@ class Maker:
     """
     making = self._making
     rng = random.Random(f'{making.kind}-{making.seed}-{number}')
-    language = 'zh' if rng.random() < making.chinese else 'en'
-    if making.kind == 'pages':
-      page = self._draw(rng, language)
-    else:
-      page = self._document(rng, number)
-      language = language_of(''.join(line.text for line in page.lines))
+    draw = self._draw if making.kind == 'pages' else self._document
+    page, language = draw(rng, number)
     # As it can be read again: the picture is what it is after compression.
     return storage.serialize(
       Record(
@@ -144,29 +144,40 @@ class Maker:
       )
     )
 
-  def _draw(self, rng, language) -> Page:
-    while True:
+  def _draw(self, rng, number) -> tuple[Page, str]:
+    for _ in range(_TRIES):
+      language, side = self._language_and_side(rng)
+      del side
       page = pages.draw(
         rng, self._style, self._words, self._faces, language,
         self._making.backgrounds,
       )  # fmt: skip
       if page.lines:  # Else it was too narrow for what was chosen.
-        return page
+        return page, language
+    raise DataError(
+      f'page {number}: nothing could be written on it in {_TRIES} tries; give '
+      'other --text or more --fonts'
+    )
 
-  def _document(self, rng, number) -> Page:
+  def _language_and_side(self, rng) -> tuple[str, int]:
+    language = 'zh' if rng.random() < self._making.chinese else 'en'
+    return language, rng.randint(*self._making.side)
+
+  def _document(self, rng, number) -> tuple[Page, str]:
     path, index = _chosen(self._making)[number]
-    side = rng.randint(*self._making.side)
+    _, side = self._language_and_side(rng)
     try:
       if self._making.kind == 'pdf':
-        return pdf.read(path, index, side)
-      with buckets.open_regular(pathlib.Path(path)) as file:
-        markup = file.read(_MAX_HTML).decode('utf-8', 'replace')
+        page = pdf.read(path, index, side)
+      else:
+        with buckets.open_regular(pathlib.Path(path)) as file:
+          markup = file.read(_MAX_HTML).decode('utf-8', 'replace')
+        page = self._browser.show(markup, _window(rng, side))
     except (DataError, OSError) as error:
       raise RefusedError('unreadable_file') from error
-    page = self._browser.show(markup, _window(rng, side))
     if page is None:
       raise RefusedError('no_text')
-    return page
+    return page, language_of(''.join(line.text for line in page.lines))
 
 
 def _window(rng, side) -> tuple[int, int]:
@@ -246,6 +257,7 @@ def make(
   """
   output = pathlib.Path(output).expanduser()
   folder = output / storage.VERSION
+  _chosen.cache_clear()  # The files may be others since.
   total = len(_chosen(making)) if making.kind != 'pages' else making.count
   ranges = [
     range(first, min(first + making.per_shard, total))
@@ -277,13 +289,11 @@ def make(
         workers,
         (lambda done, count: None) if tell else progress,
       )
-    reports = [job.report(shard) for shard in job.shards]
-    lengths = [report['length'] for report in reports]
-    refused = sum((Counter(x['refused']) for x in reports), Counter())
+    lengths, counts = job.totals()
+    refused = counts.of(_PAGES)
     if not sum(lengths):
       raise DataError(
-        f'none of {total} pages of {making.documents} can be used: '
-        f'{dict(refused)}'
+        f'none of {total} pages of {making.documents} can be used: {refused}'
       )
     if storage.split_lengths(folder) != {'train': lengths}:
       storage.write_info(
@@ -297,7 +307,7 @@ def make(
       f'cannot write to {output} ({error}); free some space or name another '
       'folder: finished shards stay'
     ) from error
-  return Made(folder, tuple(lengths), dict(refused))
+  return Made(folder, tuple(lengths), refused)
 
 
 def _settings(making: Making) -> str:
@@ -339,19 +349,20 @@ def _write_shard(
   tell: Callable[[int], None] | None,
 ) -> None:
   """Writes a shard, and what was refused."""
-  maker, refused = _maker(making), Counter()
+  maker, counts = _maker(making), Counts()
 
   def records() -> Iterator[bytes]:
     for number in numbers:
+      counts.seen(_PAGES)
       try:
         yield maker.record(number)
       except RefusedError as error:
-        refused[str(error)] += 1
+        counts.dropped(_PAGES, str(error))
       if tell:
         tell(number)
 
   length = shard_files.write_records(job.path(shard), records())
-  job.finish(shard, {'length': length, 'refused': dict(refused)})
+  job.finish(shard, {'length': length, 'counts': counts.as_dict()})
 
 
 @functools.lru_cache(maxsize=1)

@@ -28,7 +28,7 @@ TAR_SUFFIXES = ('.tar', '.tar.gz', '.tgz')
 # Limits, in bytes: of text or JSON, and of all that a sample holds; and how
 # many members that may be.
 _MAX_TEXT = 1 << 20
-_MAX_SAMPLE = 2 * MAX_PICTURE
+_MAX_SAMPLE = MAX_PICTURE + (64 << 20)
 _MAX_MEMBERS = 64
 # Of a tar member's extended header, and of a Parquet file's footer.
 _MAX_HEADER = 1 << 20

@@ -7,19 +7,26 @@ pictures relative to the file's folder:
             'a.jpg', 'matched_text_index': 1}]}: `a.jpg` stands before 'Two.'
   OBELICS   {'texts': ['One.', null, 'Two.'], 'images': [null, 'a.jpg', null]}
 
-A document goes on without pictures that are not there, which is counted;
-`--again` reads those that were put there since.
+Parquet files hold columns of these names, and pictures as bytes or as the
+package `datasets` writes them: no path of theirs is opened. A document goes on
+without pictures that are not there, which is counted; `--again` reads those
+that were put there since.
 """
 
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from qwenvl_jax.data import roots
-from qwenvl_jax.data.readers import fields, json_lines
+from qwenvl_jax.data.readers import archives, fields, json_lines
 from qwenvl_jax.data.records import Record
 from qwenvl_jax.errors import BadRecordError
+
+_COLUMNS = archives.Names(
+  pictures=('images', 'image_info'), texts=(), others=('texts', 'text_list')
+)
 
 # What is asked for where an entry is nothing of the kind.
 DOCUMENT = (
@@ -31,7 +38,7 @@ DOCUMENT = (
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved:
-  """Every `.json` and `.jsonl` file of a folder.
+  """Every `.jsonl`, `.json` and `.parquet` file of a folder.
 
   Attributes:
     folder: where the images are, relative to a file; '' for beside it.
@@ -44,17 +51,21 @@ class Interleaved:
   files = ()
 
   def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
-    return json_lines.files(root)
+    return json_lines.files(root, ('.jsonl', '.json', '.parquet'))
 
   def read(self, part: pathlib.Path) -> fields.Found:
     """Yields a record for each document, its pictures read."""
-    base = part.parent / self.folder
-    for record, entry in json_lines.entries(part):
+    found, base = json_lines.entries(part), part.parent / self.folder
+    if part.suffix == '.parquet':
+      found, base = _rows(part), None
+    for record, entry in found:
       yield from fields.attempt(
         self._record, entry, base, record, record=record
       )
 
-  def _record(self, entry: Any, base: pathlib.Path, record: str) -> Record:
+  def _record(
+    self, entry: Any, base: pathlib.Path | None, record: str
+  ) -> Record:
     images, texts, notes, missing = [], [''], [], None
     join, parts = _parts(entry, record)
     json_lines.check_count(sum(x for x, _ in parts), record)
@@ -63,8 +74,7 @@ class Interleaved:
         texts[-1] = join.join(filter(None, (texts[-1], value)))
         continue
       try:
-        name = json_lines.picture_path(value, record)
-        images.append(roots.read(base, name, record))
+        images.append(_picture(value, base, record))
       except BadRecordError as error:
         missing = error
         notes.append('missing_picture')
@@ -83,6 +93,30 @@ class Interleaved:
       texts=tuple(texts),
       notes=tuple(notes),
     )
+
+
+def _rows(part: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Yields a name and the columns of every row of a Parquet file."""
+  for sample in archives.read(part, _COLUMNS):
+    if isinstance(sample, BadRecordError):
+      yield part.name, sample
+    else:
+      yield f'{part.name}/{sample.key}', sample.fields
+
+
+def _picture(value: Any, base: pathlib.Path | None, record: str) -> bytes:
+  """Returns the bytes of a picture, from its file if there is a folder."""
+  data = value.get('bytes') if isinstance(value, dict) else value
+  if isinstance(data, bytes) and data:
+    return data
+  name = json_lines.picture_path(value, record)
+  if base is None:
+    raise BadRecordError(
+      'missing_image',
+      f'{record}: {name[:80]!r} is no picture; put its bytes into the file, or '
+      'write documents with paths as JSONL',
+    )
+  return roots.read(base, name, record)
 
 
 def _parts(entry: Any, record: str) -> tuple[str, list[tuple[bool, Any]]]:

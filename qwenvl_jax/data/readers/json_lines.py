@@ -20,8 +20,10 @@ PICTURE_KEYS = ('image', 'image_url', 'url', 'path')
 MAX_PICTURES = 256
 
 
-def files(root: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the JSON and JSONL files of a folder, in order.
+def files(
+  root: pathlib.Path, endings: tuple[str, ...] = ('.json', '.jsonl')
+) -> list[pathlib.Path]:
+  """Returns the files of a folder that have one of some endings, in order.
 
   Raises:
     DataError: there is none.
@@ -30,10 +32,10 @@ def files(root: pathlib.Path) -> list[pathlib.Path]:
     x
     for x in root.glob('*')
     # What macOS lays beside each file begins with a dot.
-    if x.suffix.lower() in ('.json', '.jsonl') and x.name[0] != '.'
+    if x.suffix.lower() in endings and x.name[0] != '.'
   )
   if not found:
-    raise DataError(f'{root} holds no file that ends in .json or .jsonl')
+    raise DataError(f'{root} holds no file that ends in {" or ".join(endings)}')
   return found
 
 
@@ -93,7 +95,9 @@ def entries(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 def _name(file: pathlib.Path, entry: Any, number: str) -> str:
   key = entry.get('id') if isinstance(entry, dict) else None
-  return f'{file.name}, {key if isinstance(key, (str, int)) else number}'[:200]
+  name = f'{file.name}, {key if isinstance(key, (str, int)) else number}'[:200]
+  # A terminal would obey what it does not print.
+  return ''.join(x if x.isprintable() else '?' for x in name)
 
 
 def _is_lines(file: pathlib.Path) -> bool:

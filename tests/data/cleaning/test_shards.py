@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -271,3 +272,41 @@ def test_sources_without_a_limit_are_named(folder):
   assert 'did you mean laion_en?' in first and 'sbu' in second
   no_limits = dataclasses.replace(made, rules=[image_rules.Size()])
   assert not list(cli._without_limit(no_limits))
+
+
+def test_names_that_are_no_text_end_nothing(tmp_path):
+  odd = tmp_path / os.fsdecode(b'caf\xe9.tar')
+  corpus.write_tar(odd, [('cut', 'a red boat', b'no picture', 0.4)])
+  lines = [{'id': '\ud800', 'text': '\ud801 is odd', 'image': 'x'}, {'id': []}]
+  (tmp_path / 'sbu').mkdir()
+  (tmp_path / 'sbu' / 'a.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  job = corpus.job(tmp_path, tmp_path / 'data' / 'pairs')
+  tally = run(job)
+  assert sum(tally.outcomes.values()) == 3
+  assert 'caf' in (tmp_path / 'data/pairs/report.html').read_text()
+  assert pipeline.begin(job) == []
+
+
+def test_from_bucket_to_bucket(folder, finished, bucket, tmp_path):
+  """The same as on a disk, and again when an object is replaced."""
+  bucket.put_folder(folder, 'in')
+  found = [
+    inputs.Source(name='web', files=f'{bucket.url}/in/*.tar'),
+    inputs.Source(name='sbu', files=f'{bucket.url}/in/sbu/lines.jsonl'),
+  ]
+
+  def made():
+    shards_ = tuple(shard for source in found for shard in source.shards())
+    return corpus.job(folder, f'{bucket.url}/data/pairs', shards=shards_)
+
+  job, (whole, _) = made(), finished
+  tally = run(job)
+  # Pictures that JSONL names are read from a disk only.
+  assert tally.outcomes['web', KEPT] == 4
+  assert tally.outcomes['sbu', 'missing_image'] == 3
+  assert job.final(0).read_bytes() == whole.final(0).read_bytes()
+  assert not any('candidates-00000.array' in x for x in bucket.objects)
+  assert pipeline.begin(made()) == []
+  corpus.write_tar(tmp_path / 'new.tar', [('new', 'a red boat', b'x', 0.4)])
+  bucket.put('in/00001.tar', (tmp_path / 'new.tar').read_bytes())
+  assert '1 of 3 shards' in pipeline.begin(made())[0]

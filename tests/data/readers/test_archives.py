@@ -189,6 +189,9 @@ def test_parquet_with_structs_of_pictures(tmp_path):
   found = [x for part in reader.parts(tmp_path) for x in reader.read(part)]
   assert found[0].images == (_JPEG,) and found[0].captions == ('a bus',)
   assert reasons(found) == ['missing_image'] * 3
+  parquet(tmp_path / '2.parquet', jpg=[_JPEG], TEXT=['as LAION says it'])
+  (record,) = reader.read(tmp_path / '2.parquet')
+  assert record.captions == ('as LAION says it',)
 
 
 def test_what_pandas_leaves_empty_is_no_text(tmp_path):

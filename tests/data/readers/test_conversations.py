@@ -8,9 +8,9 @@ import pytest
 
 from qwenvl_jax.data import shards
 from qwenvl_jax.data.bad import Limit
-from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.readers.conversations import Conversations, conversation
 from qwenvl_jax.data.records import Turn
+from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.errors import BadRecordError, DataError
 
 _SHOWN = 'Picture 1: <img>a.png</img>\n'
@@ -200,7 +200,7 @@ def test_boxes_that_can_be_mended():
   ):
     record = conversation(_with(f'<box>{box}</box>'), 'x')
     assert record.turns[0].text == f'<box>{mended}</box>'
-    assert mend(record)[1] == ['clipped_box']
+    assert sanitize(record)[1] == ['clipped_box']
   # As they were written where nothing is wrong, quads in any order.
   text = '<box> (1, 2),(3,4) </box><quad>(9,9),(1,9),(1,1),(9,1)</quad>'
   assert conversation(_with(text), 'x').turns[0].text == text

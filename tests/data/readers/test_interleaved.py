@@ -3,6 +3,8 @@
 import json
 
 import downloads
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qwenvl_jax.data import cli, formats, shards, sources, storage
@@ -67,6 +69,28 @@ def test_texts_and_pictures_in_order(
   assert record.images == images and record.texts == texts
   assert record.notes == ('missing_picture',) * missing
   assert storage.parse(storage.serialize(record)).texts == texts
+
+
+def test_parquet_holds_pictures_and_opens_none(tmp_path):
+  downloads.write(tmp_path, 'a.jpg', _A)
+  table = pyarrow.table(
+    {
+      'texts': [['One.', None, 'Two.'], ['x', 'y'], ['z']],
+      'images': [
+        [None, {'bytes': _A, 'path': 'b.jpg'}, None],
+        [{'bytes': None, 'path': 'a.jpg'}, {'bytes': _B, 'path': None}],
+        [{'bytes': None, 'path': 'a.jpg'}],
+      ],
+    }
+  )
+  pyarrow.parquet.write_table(table, tmp_path / 'x.parquet')
+  reader = Interleaved()
+  (part,) = reader.parts(tmp_path)
+  first, second, error = reader.read(part)
+  assert (first.images, first.texts) == ((_A,), ('One.', 'Two.'))
+  assert (second.images, second.texts) == ((_B,), ('x', 'y'))
+  assert second.notes == ('missing_picture',)
+  assert error.reason == 'missing_image' and "'a.jpg' is no pict" in str(error)
 
 
 @pytest.mark.parametrize(

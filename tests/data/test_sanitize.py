@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax import image
-from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.records import (
   GroundedCaption,
   Qa,
@@ -16,6 +15,7 @@ from qwenvl_jax.data.records import (
   Turn,
   Word,
 )
+from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.errors import BadRecordError
 from qwenvl_jax.text import grounding
 
@@ -25,7 +25,7 @@ _BOX = (1, 2, 3, 4)
 
 def _regions(*boxes):
   regions = tuple(Region('it', (box,)) for box in boxes)
-  made, notes = mend(Record('r', (_PICTURE,), regions=regions))
+  made, notes = sanitize(Record('r', (_PICTURE,), regions=regions))
   assert made.size == (100, 50)
   return [x.boxes[0] for x in made.regions], notes
 
@@ -54,7 +54,7 @@ def test_quads_and_spans():
     words=(Word('a', quad), Word('b', quad[:3]), Word('<box>', quad)),
     grounded=(GroundedCaption('x y', spans), GroundedCaption('<img>', spans)),
   )
-  made, _ = mend(record)
+  made, _ = sanitize(record)
   assert made.words == (Word('a', ((1, 1), (100, 1), (100, 9), (1, 9))),)
   (grounded,) = made.grounded
   assert grounded.spans == (Span(0, 1, ((0, 0, 9, 9),)),)
@@ -67,7 +67,7 @@ def test_strangers_write_no_special_tokens():
     captions=('a <|endoftext|> b', '<<img>img>', 'x < y > z <b>'),
     questions=(Qa('<img>', 'x'), Qa('Q<ref>?', '</box>yes', ('<|im_end|>n',))),
   )
-  made, notes = mend(record)
+  made, notes = sanitize(record)
   assert made.captions == ('a  b', 'x < y > z <b>')
   assert made.questions == (Qa('Q?', 'yes', ('n',)),)
   assert set(notes) == {'special_tag'}
@@ -84,7 +84,7 @@ def test_strangers_write_no_special_tokens():
 )
 def test_pictures_that_cannot_be_used(data, reason):
   with pytest.raises(BadRecordError) as error:
-    mend(Record('r', (data,), captions=('x',)))
+    sanitize(Record('r', (data,), captions=('x',)))
   assert error.value.reason == reason
 
 
@@ -93,7 +93,7 @@ def test_a_bomb_is_not_decoded():
   Image.new('1', (20_000, 10_000)).save(encoded, 'PNG')
   assert len(encoded.getvalue()) < 100_000
   with pytest.raises(BadRecordError) as error:
-    mend(Record('r', (encoded.getvalue(),), captions=('x',)))
+    sanitize(Record('r', (encoded.getvalue(),), captions=('x',)))
   assert error.value.reason == 'too_many_pixels'
 
 
@@ -111,9 +111,9 @@ def test_what_is_turned_into_plain_rgb_is_counted():
     (_saved(Image.new('RGBA', (20, 20)), 'PNG'), {'flattened'}),
     (_PICTURE, set()),
   ):
-    record, found = mend(Record('r', (data,), captions=('x',)))
+    record, found = sanitize(Record('r', (data,), captions=('x',)))
     assert set(found) == notes
-  rotated, _ = mend(
+  rotated, _ = sanitize(
     Record('r', (downloads.picture((20, 30), exif=exif),), captions=('x',))
   )
   assert rotated.size == (30, 20)
@@ -148,7 +148,7 @@ def test_boxes_turn_with_the_picture(orientation, said):
     grounded=(GroundedCaption('red', (Span(0, 3, (box,)),)),),
     words=(Word('red', ((x1, y1), (x2, y1), (x2, y2), (x1, y2))),),
   )
-  made, _ = mend(record)
+  made, _ = sanitize(record)
   expected = tuple(x * unit for x in expected)
   assert made.size == tuple(x * unit for x in shown.size)
   assert made.regions[0].boxes == (expected,)
@@ -169,31 +169,31 @@ def test_the_scene_of_the_field():
   exif[0x0112] = 6
   data = downloads.picture((120, 60), exif=exif)
   box = (20, 10, 60, 50)
-  made, _ = mend(
+  made, _ = sanitize(
     Record('r', (data,), (120, 60), regions=(Region('it', (box,)),))
   )
   assert grounding.from_pixels(made.regions[0].boxes[0], made.size) == (
     167, 167, 833, 500,
   )  # fmt: skip
   turns = (Turn('user', '<img>a</img> <box>(667,500),(917,833)</box>?'),)
-  made, _ = mend(Record('r', (data,), (120, 60), turns=turns))
+  made, _ = sanitize(Record('r', (data,), (120, 60), turns=turns))
   assert made.turns[0].text == '<img>a</img> <box>(167,667),(500,917)</box>?'
   # In thousandths of a picture of unknown size: of what is shown.
-  assert mend(Record('r', (data,), turns=turns))[0].turns == turns
+  assert sanitize(Record('r', (data,), turns=turns))[0].turns == turns
 
 
 @pytest.mark.parametrize('size', [(60, 100), (100, 100), (9, 8)])
 def test_a_size_that_fits_neither_way(size):
   record = Record('r', (_PICTURE,), size, regions=(Region('it', (_BOX,)),))
   with pytest.raises(BadRecordError, match='100 x 50; give the size') as error:
-    mend(record)
+    sanitize(record)
   assert error.value.reason == 'size_mismatch'
   # Of no account where nothing refers to it.
-  made, _ = mend(Record('r', (_PICTURE,), size, captions=('x',)))
+  made, _ = sanitize(Record('r', (_PICTURE,), size, captions=('x',)))
   assert made.size == (100, 50)
   # Made smaller by a downloader, rounded to whole pixels.
   record = dataclasses.replace(record, size=(333, 167))
-  assert mend(record)[0].size == (333, 167)
+  assert sanitize(record)[0].size == (333, 167)
 
 
 def test_documents_go_on_without_pictures_that_cannot_be_read():
@@ -201,12 +201,12 @@ def test_documents_go_on_without_pictures_that_cannot_be_read():
     'r', (b'cut', _PICTURE, b''), texts=('a', 'b <img>', '', 'c'),
     notes=('missing_picture',),
   )  # fmt: skip
-  made, notes = mend(record)
+  made, notes = sanitize(record)
   assert made.images == (_PICTURE,) and made.texts == ('a b', 'c')
   assert made.notes == ()
   assert notes == ['missing_picture'] * 3 + ['special_tag']
   with pytest.raises(BadRecordError) as error:
-    mend(dataclasses.replace(record, images=(b'', b'', b'')))
+    sanitize(dataclasses.replace(record, images=(b'', b'', b'')))
   assert error.value.reason == 'unreadable_image'
 
 
@@ -218,9 +218,9 @@ def test_texts_have_a_limit():
     Record('r', (_PICTURE,), texts=('', long)),
   ):
     with pytest.raises(BadRecordError, match='r: .* 200,001 char') as error:
-      mend(record)
+      sanitize(record)
     assert error.value.reason == 'too_long'
-  made, notes = mend(Record('r', text='<box' * 30_000 + '>' * 30_000 + 'x'))
+  made, notes = sanitize(Record('r', text='<box' * 30_000 + '>' * 30_000 + 'x'))
   assert made.text == 'x' and notes == ['special_tag']
 
 
@@ -237,5 +237,5 @@ def test_nothing_left_to_learn():
     Record('r', (_PICTURE,), captions=('<img>',)),
   ):
     with pytest.raises(BadRecordError) as error:
-      mend(record)
+      sanitize(record)
     assert error.value.reason == 'empty_text'

@@ -1,4 +1,4 @@
-"""Brings a record into order before it is stored: boxes, tags, pictures.
+"""Checks a record before it is stored: pictures, boxes, special tokens.
 
 What can be repaired is, what cannot is dropped; `bad` lists the rules.
 """
@@ -15,7 +15,7 @@ from qwenvl_jax.text import grounding, special_tokens
 MAX_TEXT = 200_000
 
 
-def mend(record: Record) -> tuple[Record, list[str]]:
+def sanitize(record: Record) -> tuple[Record, list[str]]:
   """Returns a record that can be stored, and its repairs (`bad.REPAIRED`).
 
   Every picture is decoded once, so that what is stored can be read. Boxes turn
