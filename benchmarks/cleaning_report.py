@@ -57,6 +57,9 @@ SHARES = {
 }
 # Where the reason has another name than the defect.
 REASONS = {
+  'no_image': 'missing_image',
+  'no_text': 'empty_text',
+  'text_encoding': 'invalid_utf8',
   'too_short': 'length',
   'too_long': 'length',
   'truncated': 'unreadable_image',

@@ -33,7 +33,7 @@ import time
 import numpy as np
 
 from qwenvl_jax.conversion import gptq, layout
-from qwenvl_jax.conversion.hf_config import config_to_hf
+from qwenvl_jax.conversion.families.qwen_vl.config import config_to_hf
 from qwenvl_jax.conversion.reader import open_released
 from qwenvl_jax.conversion.writer import ReleasedWriter
 from qwenvl_jax.model.config import DecoderConfig, qwen_vl_7b

@@ -36,7 +36,7 @@ import tiktoken
 
 from qwenvl_jax import configuration, image
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data.packed import Packer
+from qwenvl_jax.data.packing import Packer
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.text import tokenizer as tokenizer_lib
 
@@ -73,7 +73,7 @@ def torch_samples(made: Pipeline, count: int):
     (stream,) = rng.choices(made.streams, weights)
     record = stream.source[rng.randrange(len(stream.source))]
     for sample in stream.tasks(record, rng, None):
-      pieces = [*sample.trunk, *(p for b in sample.branches for p in b)]
+      pieces = [*sample.prefix, *(p for c in sample.continuations for p in c)]
       prompt = ''.join(p.text for p in pieces if not p.loss)
       answer = ''.join(p.text for p in pieces if p.loss)
       samples.append((sample.images, prompt, answer))
@@ -84,7 +84,7 @@ def measure(rows, count: int) -> dict[str, float]:
   """CPU seconds of so many rows, and what they hold."""
   images = tokens = 0
   began, cpu = time.perf_counter(), time.process_time()
-  for row in itertools.islice(rows, count):
+  for row, _ in itertools.islice(rows, count):
     images += int((row['image_starts'] != NO_IMAGE).sum())
     tokens += int((row['segment_ids'] > 0).sum())
   return {

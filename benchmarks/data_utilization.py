@@ -10,7 +10,6 @@ import argparse
 import collections
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 import rich.console
@@ -19,7 +18,6 @@ import synthetic
 
 from qwenvl_jax import configuration
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data.batches import NOTE
 from qwenvl_jax.data.pipeline import Pipeline
 
 
@@ -41,12 +39,12 @@ def main() -> None:
   arguments = parser.parse_args()
   made = pipeline(arguments.config)
   groups = collections.defaultdict(lambda: np.zeros(5, np.int64))
-  for row in itertools.islice(made.rows(), arguments.rows):
+  for row, stats in itertools.islice(made.rows(), arguments.rows):
     segments = row['segment_ids']
     used = np.count_nonzero(segments)
     images = np.count_nonzero(row['image_starts'] != NO_IMAGE)
     numbers = [1, segments.max(), used, (row['loss_weights'] > 0).sum(), images]
-    groups[json.loads(row[NOTE]).get('group', 'all')] += np.array(numbers)
+    groups[stats.group or 'all'] += np.array(numbers)
   table = rich.table.Table(title=f'{arguments.config}, {arguments.rows} rows')
   for column in (
     'task', 'rows', 'samples', 'share', 'samples a row', 'images a row',

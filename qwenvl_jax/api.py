@@ -20,7 +20,8 @@ import numpy as np
 
 from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
-from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion import checkpoint_io
+from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
 from qwenvl_jax.image import pixels as decode_pixels
@@ -80,20 +81,22 @@ def load(
       "'float32' are"
     ) from error
   folder = buckets.as_path(folder)
-  config = folders.read_config(folder, keep_int4).replace(scan_layers=False)
+  config = checkpoint_io.read_config(folder, keep_int4).replace(
+    scan_layers=False
+  )
   if int8:
     decoder = dataclasses.replace(config.decoder, int8=True)
     config = config.replace(decoder=decoder)
-  folders.check_whole(folder)
+  checkpoint_io.check_whole(folder)
   if config.decoder.int4_group is not None:
     dtype = dtype or jnp.dtype('bfloat16')
   if shardings is None:
     shardings = shardings_in_use(config)
-  params = folders.read_params(folder, config, dtype, shardings)
-  folders.check_against(config, params, str(folder))
+  params = checkpoint_io.read_params(folder, config, dtype, shardings)
+  checkpoint_io.check_against(config, params, str(folder))
   dtype = dtype or params['decoder']['embed'].dtype
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
-  return Handle(config, params, folders.read_tokenizer(folder, config))
+  return Handle(config, params, assets.read_tokenizer(folder, config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +339,7 @@ class Handle:
     """
     if self.tokenizer is None:
       raise CheckpointError(
-        f'this checkpoint has no vocabulary ({folders.VOCABULARY}): chat needs '
+        f'this checkpoint has no vocabulary ({assets.VOCABULARY}): chat needs '
         'one beside config.json'
       )
     return chatting.chat(self, query, images, history, **options)

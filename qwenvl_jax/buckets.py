@@ -8,14 +8,19 @@ can be made or renamed.
 """
 
 import contextlib
+import errno
 import importlib.util
+import io
 import logging
 import os
 import re
 import shutil
+import stat
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
@@ -24,6 +29,9 @@ from etils import epath
 from qwenvl_jax.errors import ConfigError, QwenVLError
 
 _SCHEME = 'gs://'
+
+# What `copy` takes: a vocabulary, settings, licences, a font.
+_SMALL_BYTES = 2**28
 
 # Linux takes so many pieces of memory in one call (IOV_MAX).
 _PIECES_AT_ONCE = 1024
@@ -53,9 +61,11 @@ def as_path(text: str | os.PathLike) -> Path:
     ConfigError: it names no bucket, a store of another kind, or what opens
       buckets is not installed.
   """
-  if isinstance(text, epath.Path):
+  if isinstance(text, epath.Path) and in_bucket(text):
     return text
   name = os.fspath(text)
+  if not name:
+    raise ConfigError("a folder or file is named ''; the current folder is '.'")
   if '://' not in name:
     return Path(name).expanduser()
   if not re.match(r'gs://[^/]', name):
@@ -111,18 +121,57 @@ def write(path: Path, content: str | bytes) -> None:
   if in_bucket(path):
     path.write_bytes(data)
     return
-  partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.partial')
-  try:
-    partial.write_bytes(data)
-    os.replace(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
+  with atomic_write(path) as local:
+    local.write_bytes(data)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+  """Gives a local file to write to, which becomes `path` if all goes well.
+
+  However the program ends, there is the whole new file, or the old one or none.
+  A killed one may leave a file for `remove_partial`, which nothing reads.
+  """
+  path = as_path(path)
+  with contextlib.ExitStack() as stack:
+    if in_bucket(path):
+      folder = stack.enter_context(tempfile.TemporaryDirectory())
+      local = Path(folder, path.name)
+      yield local
+      upload(local, path)
+      return
+    local = path.with_name(f'.{path.name[:200]}.{uuid.uuid4().hex[:8]}.partial')
+    try:
+      yield local
+      os.replace(local, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        local.unlink(missing_ok=True)
+      raise
+
+
+def remove_partial(folder: Path) -> None:
+  """Removes what killed programs left in a folder."""
+  for left in folder.glob('.*.partial'):
+    left.unlink(missing_ok=True)
 
 
 def upload(file: Path, path: Path) -> None:
   """Copies a file of this machine to an object, in pieces."""
   _files().put_file(str(file), _key(path))
+
+
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike) -> Iterator[Path]:
+  """Gives a file of this machine with the contents of an object; or itself."""
+  path = as_path(path)
+  if not in_bucket(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = Path(folder, path.name)
+    _files().get_file(_key(path), str(local))
+    yield local
 
 
 def version(path: Path) -> tuple:
@@ -133,13 +182,26 @@ def version(path: Path) -> tuple:
   """
   if in_bucket(path):
     return (str(_files().info(_key(path))['generation']),)
-  stat = path.stat()
-  return stat.st_mtime_ns, stat.st_size
+  found = path.stat()
+  return found.st_mtime_ns, found.st_size
 
 
 def copy(file: Path, destination: Path) -> None:
   """Copies a small file, from or to anywhere."""
-  write(destination, file.read_bytes())
+  write(destination, read(file, _SMALL_BYTES))
+
+
+def read(path: Path, limit: int) -> bytes:
+  """Reads a regular file that is not longer than it may be.
+
+  Raises:
+    OSError: it is no file (but a folder or a pipe), longer, or unreadable.
+  """
+  with open_regular(path) as file:
+    content = file.read(limit + 1)
+  if len(content) > limit:
+    raise OSError(errno.EFBIG, f'more than {limit:,} bytes', os.fspath(path))
+  return content
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -171,6 +233,22 @@ def contents(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     yield from ((name, (folder / name).read_bytes()) for name in names)
 
 
+def open_regular(path: Path) -> BinaryIO:
+  """Opens a file to read bytes; pipes and devices may never end.
+
+  Raises:
+    OSError: it is not there, or no regular file.
+  """
+  if in_bucket(path):
+    return io.BufferedReader(path.open('rb'))
+  # Without waiting for somebody to write to a pipe.
+  number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+  if not stat.S_ISREG(os.fstat(number).st_mode):
+    os.close(number)
+    raise OSError(errno.EINVAL, 'not a regular file', os.fspath(path))
+  return os.fdopen(number, 'rb')
+
+
 def size(path: Path) -> int:
   """Bytes of a file."""
   if in_bucket(path):
@@ -198,7 +276,7 @@ def read_into(path: Path, start: int, rows: np.ndarray) -> int:
       np.uint8,
     )
     return _scatter(data, pieces)
-  with open(path, 'rb', buffering=0) as file:
+  with open_regular(path) as file:
     return _read_pieces(file.fileno(), start, pieces)
 
 

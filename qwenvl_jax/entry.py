@@ -5,6 +5,8 @@ A command that runs a configured job takes `--gin_file=FILE` (repeatable) and
 """
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import inspect
 import logging
@@ -14,7 +16,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qwenvl_jax.errors import ConfigError, QwenVLError, did_you_mean
+from qwenvl_jax.errors import (
+  ConfigError,
+  QwenVLError,
+  did_you_mean,
+  printable,
+)
 
 # JAX's variable: where compiled programs are kept, '' for nowhere.
 COMPILED = 'JAX_COMPILATION_CACHE_DIR'
@@ -23,6 +30,12 @@ COMPILED = 'JAX_COMPILATION_CACHE_DIR'
 # make room.
 _WORTH_KEEPING_SECONDS = 0.2
 _KEPT_BYTES = 8 * 2**30
+
+# What a disk may say, which is no fault of the program.
+_DISK = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
+  *(errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ELOOP),
+)
 
 GIN_HELP = """\
 configuration:
@@ -129,18 +142,58 @@ def run(
   # Orbax logs, with a traceback, what it also raises.
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  try:
-    return command(sys.argv[1:] if argv is None else argv) or 0
-  except QwenVLError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print(interrupted, file=sys.stderr)
-    return 130
-  except BrokenPipeError:  # `| head` is no error.
-    # Python would complain once more at exit.
+  with (
+    contextlib.redirect_stdout(_Printable(sys.stdout)),
+    contextlib.redirect_stderr(_Printable(sys.stderr)),
+  ):
+    try:
+      status = command(sys.argv[1:] if argv is None else argv) or 0
+      sys.stdout.flush()
+      return status
+    except QwenVLError as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 2
+    except KeyboardInterrupt:
+      print(interrupted, file=sys.stderr)
+      return 130
+    except BrokenPipeError:  # `| head` is no error.
+      _forget_stdout()
+      return 0
+    except OSError as error:
+      if error.errno not in _DISK:
+        raise
+      where = error.filename or 'the output'
+      print(f'error: {where}: {error.strerror}', file=sys.stderr)
+      _forget_stdout()
+      return 2
+
+
+class _Printable:
+  """A stream that spells out control characters: see `errors.printable`.
+
+  All messages of commands pass here, but for Rich's, whose colours they are
+  (`progress.PrintableConsole` treats the texts it is given).
+  """
+
+  def __init__(self, stream):
+    self._stream = stream
+    self.rich_proxied_file = stream  # Where Rich looks for the terminal.
+
+  def write(self, text: str) -> int:
+    return self._stream.write(printable(text))
+
+  def writelines(self, lines) -> None:
+    for line in lines:
+      self.write(line)
+
+  def __getattr__(self, name: str):
+    return getattr(self._stream, name)
+
+
+def _forget_stdout() -> None:
+  """Lets Python not complain once more at exit."""
+  with contextlib.suppress(OSError, ValueError):
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def keep_compiled() -> None:

@@ -6,7 +6,11 @@ other exception is a bug and keeps its traceback.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# A terminal obeys these instead of showing them; lines and tabs may stay.
+_CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
 
 
 class QwenVLError(Exception):
@@ -38,6 +42,15 @@ class BadRecordError(DataError):
 
   def __reduce__(self):
     return BadRecordError, (self.reason, str(self))
+
+
+def printable(text: str) -> str:
+  """Spells out control characters of a text for a terminal.
+
+  Names of files, tensors and keys are other people's: an ESC in them would
+  recolour, retitle or rewrite what a terminal shows.
+  """
+  return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def did_you_mean(

@@ -10,9 +10,11 @@ import contextlib
 import io
 import os
 import pathlib
+import stat
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from qwenvl_jax.errors import BadRecordError, DataError
 
@@ -22,6 +24,28 @@ MAX_PIXELS = 80_000_000
 
 # The EXIF tag.
 _ORIENTATION = 0x0112
+
+# How each EXIF orientation shows a stored picture, and where a point of it then
+# is; w and h are the width and height of the stored one.
+_TRANSPOSED = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+_TURNS = {
+  1: lambda x, y, w, h: (x, y),
+  2: lambda x, y, w, h: (w - x, y),
+  3: lambda x, y, w, h: (w - x, h - y),
+  4: lambda x, y, w, h: (x, h - y),
+  5: lambda x, y, w, h: (y, x),
+  6: lambda x, y, w, h: (h - y, x),
+  7: lambda x, y, w, h: (h - y, w - x),
+  8: lambda x, y, w, h: (y, w - x),
+}
 
 # Pixels of the shortest side that is worth learning from.
 MIN_SIDE = 8
@@ -60,6 +84,7 @@ def load(
   if isinstance(source, (bytes, bytearray, memoryview)):
     stream = io.BytesIO(source)
   try:
+    _check_regular(stream, name)
     with Image.open(stream) as picture:
       width, height = picture.size
       if width * height > MAX_PIXELS:
@@ -87,12 +112,48 @@ def load(
     raise DataError(f'{name}: no such file; check the path') from error
   except IsADirectoryError as error:
     raise DataError(f'{name} is a folder; name a picture in it') from error
-  except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+  except BadRecordError:
+    raise
+  except Exception as error:  # Pillow's readers fail in whatever way they do.
+    unknown = isinstance(error, UnidentifiedImageError)
+    why = 'of no known format' if unknown else error
     raise BadRecordError(
       'unreadable_image',
-      f'{name}: not a readable picture ({error}); it may be cut off or of an '
+      f'{name}: not a readable picture ({why}); it may be cut off or of an '
       'unknown format: fetch it again or convert it to PNG or JPEG',
     ) from error
+
+
+def orientation(picture: Image.Image) -> int:
+  """Returns the EXIF orientation of a picture, 1 to 8; 1 if it says none."""
+  # Where the EXIF block is damaged the picture itself is fine.
+  with contextlib.suppress(Exception):
+    found = picture.getexif().get(_ORIENTATION, 1)
+    return found if found in _TURNS else 1
+  return 1
+
+
+def stored_orientation(data: bytes) -> int:
+  """Returns the EXIF orientation of an encoded picture that `load` reads."""
+  with Image.open(io.BytesIO(data)) as picture:
+    return orientation(picture)
+
+
+def turn(
+  points: Sequence[float], size: tuple[float, float], orientation: int
+) -> tuple[float, ...]:
+  """Moves points of a stored picture to where `load` shows them.
+
+  Args:
+    points: x, y, x, y, ..
+    size: width and height of the stored picture, in the same unit.
+    orientation: EXIF's, 1 to 8.
+  """
+  moved = (
+    _TURNS[orientation](x, y, *size)
+    for x, y in zip(points[::2], points[1::2], strict=True)
+  )
+  return tuple(value for point in moved for value in point)
 
 
 def resize(picture: Image.Image, size: int) -> np.ndarray:
@@ -113,6 +174,17 @@ def pixels(
   return resize(load(source, record, notes, min_side), size)
 
 
+def _check_regular(source, name) -> None:
+  """Opening a pipe or a device would wait, or never end."""
+  if isinstance(source, io.BytesIO):
+    return
+  mode = os.stat(source).st_mode
+  if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    raise BadRecordError(
+      'unreadable_image', f'{name} is no regular file; name a picture'
+    )
+
+
 def _name(source, record) -> str:
   file = str(source) if isinstance(source, (str, os.PathLike)) else ''
   file = pathlib.Path(file).as_posix() if file else ''
@@ -122,11 +194,9 @@ def _name(source, record) -> str:
 def _to_rgb(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
   if picture.mode == 'RGB' and not picture.info:
     return picture
-  # Where the EXIF block is damaged the picture itself is fine.
-  with contextlib.suppress(ValueError, TypeError, SyntaxError, KeyError):
-    if picture.getexif().get(_ORIENTATION, 1) != 1:
-      picture = ImageOps.exif_transpose(picture)
-      notes.append('rotated')
+  if (turned := _TRANSPOSED.get(orientation(picture))) is not None:
+    picture = picture.transpose(turned)
+    notes.append('rotated')
   if picture.mode == 'RGB' and 'transparency' not in picture.info:
     return picture
   if picture.mode.startswith('I') or picture.mode == 'F':

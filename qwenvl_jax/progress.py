@@ -1,4 +1,4 @@
-"""Progress bars of the console commands."""
+"""Progress bars and tables of the console commands."""
 
 import contextlib
 import time
@@ -6,9 +6,19 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn
+from rich.text import Text
+
+from qwenvl_jax.errors import printable
 
 # Seconds between two drawings.
 _PAUSE = 0.1
+
+
+class PrintableConsole(Console):
+  """A console that spells out control characters in texts it is given."""
+
+  def render_str(self, text: str, **options) -> Text:
+    return super().render_str(printable(text), **options)
 
 
 @contextlib.contextmanager
@@ -39,7 +49,7 @@ def bars(
     nonlocal drawn
     if what not in tasks:
       shown.start()
-      tasks[what] = shown.add_task(what, total=total)
+      tasks[what] = shown.add_task(printable(what), total=total)
     now = time.monotonic()
     due = done >= total or now - drawn >= _PAUSE
     drawn = now if due else drawn

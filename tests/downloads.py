@@ -76,6 +76,21 @@ def coco_captions(root):
     )
 
 
+def mmc4(root):
+  write(root, 'a.jpg', picture())
+  document = {
+    'text_list': ['One.', 'Two.'],
+    'image_info': [{'image_name': 'a.jpg', 'matched_text_index': 1}],
+  }
+  write(root, 'docs_shard_0_v2.jsonl', document)
+
+
+def obelics(root):
+  write(root, 'a.jpg', picture())
+  document = {'texts': ['One.', None, 'Two.'], 'images': [None, 'a.jpg', None]}
+  write(root, 'docs.jsonl', document)
+
+
 def flickr30k(root):
   entries = []
   for number, split in enumerate(('train', 'val', 'test')):

@@ -1,5 +1,6 @@
 """The golden checkpoint and its batches, for every test that compares."""
 
+import base64
 import dataclasses
 import functools
 import json
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
-from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion import checkpoint_io, layout
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.qwen_vl import QwenVL
 
@@ -21,14 +23,14 @@ ATOL = 2e-4
 
 @functools.cache
 def config() -> QwenVLConfig:
-  return folders.read_config(FOLDER).replace(
+  return checkpoint_io.read_config(FOLDER).replace(
     dtype='float32', param_dtype='float32', remat='none'
   )
 
 
 @functools.cache
 def params() -> dict:
-  return folders.read_params(FOLDER, config(), 'float32')
+  return checkpoint_io.read_params(FOLDER, config(), 'float32')
 
 
 @functools.cache
@@ -40,6 +42,33 @@ def expected() -> dict[str, np.ndarray]:
 @functools.cache
 def grad_norms() -> dict[str, float]:
   return json.loads((FOLDER / 'grad_norms.json').read_text())
+
+
+def vocabulary(ranks: int = 286) -> str:
+  """A `.tiktoken` file: all bytes, then pairs; the golden model's has 286."""
+  tokens = [bytes([i]) for i in range(256)]
+  tokens += [b'a%c' % i for i in range(ranks - 256)]
+  lines = (base64.b64encode(x).decode() for x in tokens)
+  return ''.join(f'{line} {i}\n' for i, line in enumerate(lines))
+
+
+def save_params(folder: Path, tree: dict) -> None:
+  """Saves parameters in memory as a training run does."""
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save((folder / 'params').absolute(), tree)
+
+
+def released_tensors(table, tree: dict) -> dict[str, np.ndarray]:
+  """The tensors of a parameter tree by their released names."""
+  leaves, found = dict(layout.flatten(tree)), {}
+  assert leaves.keys() == {path for rule in table for path in rule.paths}
+  for rule in table:
+    for layer, name in enumerate(rule.released_names()):
+      arrays = [np.asarray(leaves[path]) for path in rule.paths]
+      if rule.layers is not None:
+        arrays = [array[layer] for array in arrays]
+      found[name] = np.ascontiguousarray(rule.to_released(*arrays))
+  return found
 
 
 def model() -> QwenVL:

@@ -1,11 +1,12 @@
 """A tiny chat checkpoint that recites one answer."""
 
 import flax.linen as nn
+import golden as golden_files
 import jax
 import numpy as np
 
 from qwenvl_jax import batch
-from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.model.config import (
   AdapterConfig,
   DecoderConfig,
@@ -73,6 +74,6 @@ def save(folder):
   decoder['ln_f']['scale'] = np.ones(512, np.float32)
   for part, name in (('attn', 'out'), ('mlp', 'down')):
     decoder['blocks'][part][name]['kernel'][:] = 0
-  folders.write_side_files(folder, config, None)
-  tokenizer.save(folder / folders.VOCABULARY)
-  folders.write_params(folder, params)
+  assets.write_assets(folder, config)
+  tokenizer.save(folder / assets.VOCABULARY)
+  golden_files.save_params(folder, params)

@@ -8,7 +8,7 @@ import pytest
 
 import qwenvl_jax
 from qwenvl_jax.conversion import convert
-from qwenvl_jax.conversion.folder import write_side_files
+from qwenvl_jax.conversion.families.qwen_vl.assets import write_assets
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
 from qwenvl_jax.model.int8 import quantize_params
 from qwenvl_jax.model.stacking import stack_layers
@@ -81,7 +81,7 @@ def test_converted_folder_opens_alike(handle, tmp_path):
 
 def test_a_run_of_a_part_says_so_and_names_whole_models(handle, tmp_path):
   whole, part = tmp_path / 'stage3', tmp_path / 'vision'
-  write_side_files(part, handle.config, None)
+  write_assets(part, handle.config)
   with ocp.PyTreeCheckpointer() as checkpointer:
     save = checkpointer.save
     params = stack_layers(handle.params)

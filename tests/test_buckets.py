@@ -1,6 +1,7 @@
 """Folders of a bucket and of a disk, by the same functions."""
 
 import importlib.util
+import os
 import pathlib
 
 import numpy as np
@@ -165,3 +166,38 @@ def test_who_may_not_use_a_bucket_is_told_so_in_a_line(bucket):
     file.read_text()
   with pytest.raises(KeyError), buckets.refusals_told():
     raise KeyError('a fault of ours')
+
+
+def test_a_file_appears_whole_or_the_old_one_stays(bucket, tmp_path):
+  for path in (tmp_path / 'a.bin', buckets.as_path(f'{bucket.url}/x/a.bin')):
+    buckets.write(path, 'old')
+    with pytest.raises(KeyboardInterrupt), buckets.atomic_write(path) as local:
+      local.write_text('half')
+      assert path.read_text() == 'old'
+      raise KeyboardInterrupt
+    assert path.read_text() == 'old'
+    with buckets.atomic_write(path) as local:
+      local.write_text('new')
+    assert path.read_text() == 'new'
+  assert [x.name for x in tmp_path.iterdir()] == ['a.bin']
+  assert list(bucket.objects) == ['x/a.bin']
+
+
+def test_what_a_killed_writer_leaves_is_removed(tmp_path):
+  writer = buckets.atomic_write(tmp_path / 'a.bin')
+  writer.__enter__().write_text('half')
+  (left,) = tmp_path.iterdir()
+  assert left.name.endswith('.partial')
+  buckets.remove_partial(tmp_path)
+  assert not list(tmp_path.iterdir())
+  writer.gen.close()
+
+
+def test_only_regular_files_are_opened(tmp_path):
+  os.mkfifo(tmp_path / 'pipe')
+  for path in (tmp_path / 'pipe', tmp_path, pathlib.Path('/dev/null')):
+    with pytest.raises(OSError, match='not a regular file'):
+      buckets.open_regular(path)
+  (tmp_path / 'a').write_bytes(b'x')
+  with buckets.open_regular(tmp_path / 'a') as file:
+    assert file.read() == b'x'

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from qwenvl_jax import configuration
@@ -179,3 +181,149 @@ def test_a_missing_file_and_a_missing_value_are_named(here):
   assert 'did you mean' in message(file='stge1.gin')
   (here / 'half.gin').write_text(RUN.replace('end = 1e-5', ''))
   assert "'end'" in message(file='half.gin')
+
+
+@pytest.mark.parametrize(
+  ('binding', 'said'),
+  [
+    (
+      "PEAK='1e-4'",
+      "= '1e-4': wanted is a number that float32 holds; numbers stand",
+    ),
+    ('OptimizerConfig.steps=4.0', '= 4.0: wanted is a whole number'),
+    ('OptimizerConfig.warmup=0.03', '= 0.03: wanted is a whole number'),
+    ('STEPS=10.5', '%STEPS = 10.5: wanted is a whole number'),
+    ('STEPS=True', '= True: wanted is a whole number'),
+    (f'STEPS={2**64}', 'below 2**63'),
+    ('STEPS=10**10', 'no Python literal'),
+    ('STEPS=None', '= None: wanted is a whole number'),
+    ('PEAK=1e999', '= inf: wanted is a number that float32 holds'),
+    (f'PEAK={10**400}', 'wanted is a number that float32 holds'),
+    ('PEAK=1e-39', 'wanted is a number that float32 holds'),
+    (f'STEPS={2**31}', 'counted in int32'),
+    ('OptimizerConfig.b1=1.0', 'b1=1.0 is not in [0, 1)'),
+    ('OptimizerConfig.weight_decay=-1', 'must not be negative'),
+    ('OptimizerConfig.vision_layer_decay=1.5', 'is not in (0, 1]'),
+    ("OptimizerConfig.rates={'a': -1}", 'is negative'),
+    ('STEPS=-1', 'steps=-1'),
+    ('PEAK=-1.0', 'peak=-1.0 must be'),
+    ("OptimizerConfig.trainable=('a', 1)", 'a list, each a string'),
+    ("OptimizerConfig.rates=('a', 1)", 'a dict of a string'),
+    ("OptimizerConfig.rates={'a': 'b'}", 'a dict of a string'),
+    ('PEAK=@optimizer.OptimizerConfig()', 'an object of OptimizerConfig'),
+    ('PEAK=[%PEAK]', 'leads back to itself'),
+    ('PEAK=[', 'no Python literal'),
+    ('PEAK=1e-3\nSTEPS=3', 'more than one value'),
+    ('PEAK=1\nimport subprocess', 'more than one value'),
+    ('PEAK={[1]: 2}', 'no Python literal'),
+    ('PEAK=' + '(' * 10**5, 'no Python literal'),
+    ('PEAK=\x00', 'no Python literal'),
+  ],
+)
+def test_a_value_of_another_type_is_a_line(binding, said):
+  error = message(binding)
+  assert said in error and '\n' not in error[:120]
+
+
+def test_where_a_wrong_value_stands_is_said(here):
+  text = RUN.replace('warmup = 10', "warmup = 'ten'")
+  (here / 'bad.gin').write_text(text)
+  line = text.splitlines().index("  warmup = 'ten'") + 1
+  assert f'bad.gin line {line}: OptimizerConfig.warmup' in message(
+    file='bad.gin'
+  )
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'import subprocess\nPEAK = @subprocess.getoutput()\n'
+    "subprocess.getoutput.cmd = 'touch ran'",
+    'from os import path\nPEAK = 1',
+    'import qwenvl_jax.entry\nPEAK = @qwenvl_jax.entry.os.system()',
+    'from qwenvl_jax import entry\nPEAK = @entry.os.system()\n'
+    "entry.os.system.command = 'touch ran'",
+    'from qwenvl_jax import entry\nPEAK = @entry.os.getpid()',
+    'from qwenvl_jax import buckets\nPEAK = @buckets.remove()\n'
+    "buckets.remove.folder = 'kept'",
+    'from qwenvl_jax.train import optimizer\n'
+    'PEAK = @optimizer.OptimizerConfig.__init__.__globals__()',
+    'import qwenvl_jax_of_another\nPEAK = 1',
+    'import builtins as qwenvl_jax\nPEAK = @qwenvl_jax.exec()',
+    'from qwenvl_jax import errors\nPEAK = @gin.singleton()',
+  ],
+)
+def test_a_config_file_runs_nothing_but_our_classes(here, text):
+  (here / 'kept').mkdir()
+  (here / 'bad.gin').write_text(f"include 'run.gin'\n{HEADER}{text}\n")
+  with pytest.raises(ConfigError):
+    build(file='bad.gin')
+  assert (here / 'kept').exists() and not (here / 'ran').exists()
+
+
+def test_more_packages_are_trusted_by_who_starts_the_command(here, monkeypatch):
+  (here / 'of_mine.py').write_text(
+    'import dataclasses\n\n@dataclasses.dataclass\nclass A:\n  x: int = 0\n'
+  )
+  (here / 'mine.gin').write_text(
+    f'{HEADER}import of_mine\nfrom qwenvl_jax.train import loop\n'
+    'loop.TrainConfig.data = @of_mine.A()\nof_mine.A.x = 3\n'
+  )
+  monkeypatch.syspath_prepend(here)
+  with pytest.raises(ConfigError, match='import only from qwenvl_jax'):
+    configuration.load(['mine.gin'])
+  monkeypatch.setenv('QWENVL_CONFIG_PACKAGES', 'of_mine')
+  configuration.load(['mine.gin'])
+  import of_mine
+
+  assert configuration.build(of_mine.A) == of_mine.A(3)
+
+
+def test_files_that_include_each_other_are_said(here):
+  (here / 'a.gin').write_text("include 'b.gin'\n")
+  (here / 'b.gin').write_text("A = 1\ninclude 'a.gin'\n")
+  assert 'include each other' in message(file='a.gin')
+  for n in range(30):
+    (here / f'deep{n}.gin').write_text(f"include 'deep{n + 1}.gin'\n")
+  (here / 'deep30.gin').write_text('A = 1\n')
+  assert '20 deep' in message(file='deep0.gin')
+
+
+def test_objects_and_names_that_lead_back_to_themselves_are_said(here):
+  more = 'optimizer.OptimizerConfig.rates = @optimizer.OptimizerConfig()\n'
+  (here / 'a.gin').write_text(f'{RUN}A = %B\nB = %A\n')
+  assert 'leads back to itself' in message(file='a.gin')
+  (here / 'b.gin').write_text(RUN + more)
+  assert 'an object of OptimizerConfig' in message(file='b.gin')
+  lines = [f'N{i} = [%N{i + 1}, %N{i + 1}]' for i in range(60)]
+  (here / 'c.gin').write_text('\n'.join([RUN, *lines, 'N60 = 1\n']))
+  assert 'more than 20000 values' in message(file='c.gin')
+
+
+@pytest.mark.parametrize('kind', ['folder', 'fifo', 'large', 'bytes', 'long'])
+def test_what_is_no_config_file_is_a_line(here, kind):
+  path, name = here / 'odd.gin', 'odd.gin'
+  if kind == 'folder':
+    path.mkdir()
+  elif kind == 'fifo':
+    os.mkfifo(path)
+  elif kind == 'large':
+    path.write_text('#' * (2**20 + 1))
+  elif kind == 'bytes':
+    path.write_bytes(b'A = \xff\xfe')
+  else:
+    name = 'x' * 5000
+  assert len(message(file=name)) < 900
+
+
+def test_an_include_applies_where_it_stands(here):
+  (here / 'base.gin').write_text('A = 1\nB = 1\nC = 1\n')
+  (here / 'more.gin').write_text(
+    f"{RUN}\nSTEPS = 50\nA = 0\n\ninclude 'base.gin'  # as it is\nB = 2\n"
+    "include 'other.gin'\nC = 3\n"
+  )
+  (here / 'other.gin').write_text('B = 5\nSTEPS = 60\nD = 4\n')
+  assert build(file='more.gin').steps == 60
+  said = configuration.resolved()
+  for line in ('A = 1', 'B = 5', 'C = 3', 'D = 4'):
+    assert f'\n{line}\n' in said

@@ -1,3 +1,4 @@
+import errno
 import os
 import shlex
 import subprocess
@@ -5,7 +6,7 @@ import sys
 
 import pytest
 
-from qwenvl_jax import configuration, entry
+from qwenvl_jax import buckets, configuration, entry
 from qwenvl_jax.errors import ConfigError
 
 
@@ -37,6 +38,74 @@ def test_errors_for_people_come_without_a_traceback(
 
   assert entry.run(main, []) == status
   assert capsys.readouterr().err == said
+
+
+ESCAPES = """
+import os, sys
+from rich.console import Console
+from qwenvl_jax import entry
+from qwenvl_jax.errors import DataError
+from qwenvl_jax.progress import PrintableConsole
+name = 'pic\\x1b]0;title\\x07\\x9b31m.png'
+def command(argv):
+  print(name, flush=True)
+  PrintableConsole().print(name, markup=False)
+  Console(force_terminal=True).print('[red]ours')
+  entry.parser(name, 'x').print_usage()
+  raise DataError(f'{name} is damaged')
+sys.exit(entry.run(command))
+"""
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal():
+  done = subprocess.run(
+    [sys.executable, '-c', ESCAPES.replace('\\\\', '\\')],
+    capture_output=True,
+    env=os.environ | {'COLUMNS': '200'},
+  )
+  assert done.returncode == 2
+  shown = rb'pic\x1b]0;title\x07\x9b31m.png'
+  assert done.stderr == b'error: ' + shown + b' is damaged\n'
+  assert done.stdout.count(shown) == 3
+  # Only the colours that are ours.
+  assert done.stdout.count(b'\x1b') == 2 and b'\x07' not in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_full_output_is_a_line():
+  source = (
+    'import sys; from qwenvl_jax import entry; '
+    'sys.exit(entry.run(lambda _: print("x")))'
+  )
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run(
+      [sys.executable, '-c', source],
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+  said = 'error: the output: No space left on device\n'
+  assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_what_a_disk_refuses_is_a_line(capsys):
+  def command(argv):
+    raise OSError(errno.EDQUOT, 'Disk quota exceeded', 'runs/a')
+
+  assert entry.run(command, []) == 2
+  assert capsys.readouterr().err == 'error: runs/a: Disk quota exceeded\n'
+
+
+def test_an_empty_path_is_refused():
+  command = ['--gin_file=quickstart/stage1.gin', '--workdir=']
+  done = subprocess.run(
+    [sys.executable, '-m', 'qwenvl_jax.train.main', *command],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2 and '--workdir is empty' in done.stderr
+  with pytest.raises(ConfigError, match="named ''"):
+    buckets.as_path('')
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -1,4 +1,6 @@
 import io
+import os
+import random
 import struct
 import zlib
 
@@ -162,3 +164,32 @@ def test_arrays_are_checked():
   for wrong in (array.astype(np.float32), array[..., 0]):
     with pytest.raises(DataError, match='r1: an array of'):
       image.load(wrong, 'r1')
+
+
+def test_only_regular_files_are_opened(tmp_path):
+  os.mkfifo(tmp_path / 'pipe.png')
+  for path in (tmp_path / 'pipe.png', '/dev/zero'):
+    with pytest.raises(DataError, match='is no regular file'):
+      image.load(path)
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'TIFF', 'WEBP', 'AVIF', 'GIF'])
+def test_damaged_pictures_are_bad_records_whatever_fails(kind):
+  """Pillow's readers raise RuntimeError, struct.error and others."""
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  options = {} if kind == 'GIF' else {'exif': exif}
+  data = _encode(_gradient(), kind, **options)
+  outcomes = set()
+  for seed in range(150):
+    rng = random.Random(seed)
+    damaged = bytearray(data)
+    for _ in range(rng.choice((1, 3, 20))):
+      damaged[rng.randrange(min(len(data), 400))] = rng.randrange(256)
+    try:
+      outcomes.add(image.load(bytes(damaged), 'r').mode)
+      assert 1 <= image.stored_orientation(bytes(damaged)) <= 8
+    except DataError:
+      outcomes.add('refused')
+  assert outcomes == {'RGB', 'refused'}

@@ -44,7 +44,8 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
   partial = destination.with_name(destination.name + UNFINISHED)
   try:
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    # Whoever planted a link there would have its target emptied.
+    lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
   except OSError as error:
     raise CheckpointError(
       f'{partial} cannot be made ({error.strerror}): choose another destination'

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import einops
 import numpy as np
 
-from qwenvl_jax.conversion.layout import Rule
+from qwenvl_jax.conversion.rules import FUSED, Rule
 from qwenvl_jax.conversion.transpose import copy_into
 
 # 16 MiB in bfloat16. TensorStore and numpy get larger buffers from the kernel
@@ -128,7 +128,7 @@ class Block:
 
 def _outer(pattern: str) -> str:
   """The outermost axis of released rows, along which they may be cut."""
-  return re.search('[a-z]', pattern)[0]
+  return re.search(r'\w+', pattern)[0]
 
 
 def plan(table: Iterable[Rule], limit: int = BLOCK_VALUES) -> Iterator[Block]:
@@ -208,13 +208,13 @@ class _Piece:
 
 def _pieces(rule: Rule) -> Iterator[_Piece]:
   """A rule, or one piece a path where its rows are one path after the other."""
-  sizes = rule.axis_sizes()
+  sizes = rule.sizes
   rows = rule.shape[0]
-  if not rule.pattern.startswith('(c '):
+  if not rule.pattern.startswith(f'({FUSED} '):
     yield _Piece(rule, 0, rows, rule.paths, rule.pattern, sizes)
     return
-  pattern = rule.pattern.replace('(c ', '(').replace('-> c ', '-> ')
-  sizes = {axis: size for axis, size in sizes.items() if axis != 'c'}
+  pattern = rule.pattern.replace(f'{FUSED} ', '')
+  sizes = {axis: size for axis, size in sizes.items() if axis != FUSED}
   rows //= len(rule.paths)
   for index, path in enumerate(rule.paths):
     yield _Piece(rule, index * rows, rows, (path,), pattern, sizes)

@@ -2,9 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import inspect
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +21,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from qwenvl_jax import api, buckets, entry
-from qwenvl_jax.conversion import convert, inspection, reference
-from qwenvl_jax.conversion import folder as folders
-from qwenvl_jax.conversion.hub import local_folder
+from qwenvl_jax import api, buckets, configuration, entry
+from qwenvl_jax.conversion import checkpoint_io, inspection, reference
+from qwenvl_jax.conversion.families.qwen_vl import assets
+from qwenvl_jax.conversion.job import Conversion, byte_size
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
-from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.progress import bars
-
-_UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}
+from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.progress import PrintableConsole, bars
 
 # What `verify --logits` asks about its picture, and the largest difference in
 # float32 that is rounding and not another model (logits are of size 10).
@@ -44,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-  args = _parser().parse_args(argv)
   try:
     with buckets.refusals_told():
+      if any(x.startswith(('--gin_file', '--gin.')) for x in argv):
+        return _by_config(argv)
+      args = _parser().parse_args(argv)
       return args.run(args)
   except BrokenPipeError:  # `entry.run` knows what it means.
     raise
@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
       Conversions stream: they need about half a gigabyte of memory at any
       size. A destination appears when it is complete, or not at all.
+
+      A conversion can also be a config file, which is saved beside its result:
+      --gin_file and --gin.NAME=VALUE as with qwenvl-train (configs/convert/).
     """),
     epilog=inspect.cleandoc("""
       examples:
@@ -76,20 +79,22 @@ def _parser() -> argparse.ArgumentParser:
         qwenvl-convert to-hf runs/stage3 release --dtype bfloat16
         qwenvl-convert init-stage1 --vision CLIP-ViT-bigG --decoder Qwen-7B \\
             checkpoints/start
+        qwenvl-convert --gin_file=convert/chat.gin \\
+            --gin.SOURCE='"Qwen-VL-Chat"' --gin.DESTINATION='"checkpoints/chat"'
     """),
   )
   commands = parser.add_subparsers(title='commands', required=True)
 
   def command(name, run, text, *paths):
     sub = commands.add_parser(name, help=text, description=text)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, kind=name)
     for path, meaning in paths:
       sub.add_argument(path, help=meaning)
     return sub
 
   sub = command(
     'from-hf',
-    _from_hf,
+    _by_flags,
     'Released layout (safetensors or .bin shards, int4 too) to Orbax.',
     (
       'source',
@@ -108,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub = command(
     'to-hf',
-    _to_hf,
+    _by_flags,
     'A converted checkpoint or a training run to the released layout.',
     ('source', 'checkpoint folder or training run (its newest step)'),
     ('destination', 'new folder for safetensors shards, index and config'),
@@ -123,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub = command(
     'init-stage1',
-    _init_stage1,
+    _by_flags,
     'Start of stage 1: OpenCLIP vision, Qwen-7B decoder, a new adapter.',
     ('destination', 'new folder for the checkpoint'),
   )
@@ -135,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument(
     '--decoder',
+    dest='source',
     required=True,
     metavar='QWEN7B',
     help='Qwen-7B (or Qwen-VL) in the released layout, folder or hub id. Rows '
@@ -149,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     _inspect,
     'What is in a checkpoint folder of any of these kinds.',
     ('source', 'checkpoint folder, training run, or OpenCLIP folder'),
+  ).add_argument(
+    '--headers',
+    action='store_true',
+    help='read headers alone; without this all values are read, and those that '
+    'are not finite counted',
   )
   sub = command(
     'verify',
@@ -180,14 +191,10 @@ def _dtype(sub):
 
 
 def _size(text: str) -> int:
-  """'2GB' to bytes, in powers of 1000, or of 1024 for '2GiB'."""
-  match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?', text, re.I)
-  unit = match and _UNITS[match[2].upper()]
-  if not match or float(match[1]) * unit < 1:
-    raise argparse.ArgumentTypeError(f'{text} is no size: write e.g. 500MB')
-  if match[3]:
-    unit = 1024 ** (len(str(unit)) // 3)
-  return int(float(match[1]) * unit)
+  try:
+    return byte_size(text)
+  except ConfigError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -204,59 +211,53 @@ def _progress(text: str):
     yield functools.partial(progress, text)
 
 
-def _from_hf(args) -> int:
-  source = local_folder(args.source)
+def _convert(job: Conversion, resolved: str | None = None) -> int:
+  """Runs a conversion and says what it made."""
   with _progress('converting') as progress:
-    convert.from_hf(
-      source,
-      buckets.as_path(args.destination),
-      args.dtype,
-      progress,
-      args.keep_int4,
-    )
-  print(f'wrote {args.destination}')
-  return 0
-
-
-def _to_hf(args) -> int:
-  with _progress('converting') as progress:
-    convert.to_hf(
-      buckets.as_path(args.source),
-      buckets.as_path(args.destination),
-      args.dtype,
-      args.max_shard_size,
-      progress,
-    )
-  print(f'wrote {args.destination}')
-  return 0
-
-
-def _init_stage1(args) -> int:
-  with _progress('writing') as progress:
-    made = convert.init_stage1(
-      local_folder(args.vision),
-      local_folder(args.decoder),
-      buckets.as_path(args.destination),
-      args.seed,
-      args.dtype,
-      progress,
-    )
-  print(f'wrote {args.destination}: the adapter is new (seed {args.seed})')
+    made = job(progress, None if resolved is None else job.saved(resolved))
+  print(f'wrote {job.destination}')
+  if job.kind == 'init-stage1':
+    print(f'the adapter is new (seed {job.seed})')
   if made.new_rows:
     print(
       f'the vocabulary grew by {made.new_rows} rows to '
-      f'{made.config.decoder.vocab_size}, to hold the image tokens; they are '
-      'new as well'
+      f'{made.config.decoder.vocab_size}; they are new as well (seed '
+      f'{job.seed})'
     )
+  for note in made.notes:
+    print(f'note: {note}', file=sys.stderr)
   return 0
 
 
+def _by_config(argv: Sequence[str]) -> int:
+  """Runs the conversion that config files describe."""
+  arguments = entry.parser('qwenvl-convert', 'A conversion by config.')
+  flags, bindings = entry.parse(arguments, argv)
+  if not flags.gin_file:
+    raise ConfigError(
+      'no --gin_file given: name the config file of a conversion, e.g. '
+      '--gin_file=convert/chat.gin'
+    )
+  configuration.load(flags.gin_file, bindings)
+  return _convert(configuration.build(Conversion), configuration.resolved())
+
+
+def _by_flags(args) -> int:
+  fields = {field.name for field in dataclasses.fields(Conversion)}
+  return _convert(
+    Conversion(**{k: v for k, v in vars(args).items() if k in fields})
+  )
+
+
 def _inspect(args) -> int:
-  report = inspection.inspect(buckets.as_path(args.source))
-  console = Console()
-  console.print(f'{report.family} ({report.layout})', highlight=False)
+  with _progress('reading') as progress:
+    report = inspection.inspect(
+      buckets.as_path(args.source), progress, values=not args.headers
+    )
+  console = PrintableConsole(highlight=False, markup=False)
+  console.print(f'{report.family} ({report.layout})')
   for line in report.sizes:
-    console.print(f'  {line}', highlight=False)
+    console.print(f'  {line}')
   table = Table()
   for column in ('part', 'tensors', 'parameters', 'billions', 'size', 'dtypes'):
     table.add_column(column, justify='left' if column == 'part' else 'right')
@@ -271,11 +272,13 @@ def _inspect(args) -> int:
     )
   console.print(table)
   for note in report.notes:
-    console.print(note, highlight=False)
-  files = ', '.join(report.extras) or 'none'
-  console.print(f'files beside config.json: {files}', highlight=False)
-  if report.problem:
-    print(f'error: {report.problem}', file=sys.stderr)
+    console.print(note)
+  console.print(
+    f'files beside config.json: {", ".join(report.extras) or "none"}'
+  )
+  for problem in report.problems:
+    print(f'error: {problem}', file=sys.stderr)
+  if report.problems:
     return 2
   print('every tensor that the config asks for is there, and no other')
   return 0
@@ -305,7 +308,7 @@ def _verify(args) -> int:
   if found.differing:
     texts = [f'{k} (by up to {v:g})' for k, v in found.differing.items()]
     print(f'{len(texts)} tensors differ: {_some(texts)}')
-  for line in found.settings:
+  for line in (*found.settings, *found.notes):
     print(line)
   same = found.same
   if args.logits:
@@ -325,11 +328,11 @@ def _compare_logits(source: Path, destination: Path) -> bool:
       f'{source} has no modeling_qwen.py: put the released code there, or '
       'leave out --logits'
     )
-  config = folders.read_config(destination)
-  tokenizer = folders.read_tokenizer(destination, config)
+  config = checkpoint_io.read_config(destination)
+  tokenizer = assets.read_tokenizer(destination, config)
   if tokenizer is None:
     raise CheckpointError(
-      f'{destination} has no {folders.VOCABULARY}: --logits needs one'
+      f'{destination} has no {assets.VOCABULARY}: --logits needs one'
     )
   with reference.fixed_picture() as picture:
     text = f'Picture 1: <img>{picture}</img>\n{_QUESTION}'

@@ -4,8 +4,10 @@ Each reads and writes one block of a few megabytes after the other, in a few
 threads: neither side is ever held in memory.
 """
 
+import collections
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -15,16 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwenvl_jax.conversion import folder as folders
-from qwenvl_jax.conversion import gptq, layout, openclip, reader
+from qwenvl_jax.conversion import checkpoint_io, finite, gptq, layout, reader
 from qwenvl_jax.conversion.atomic import new_folder, new_local_folder
 from qwenvl_jax.conversion.blocks import Block, chunk_shapes, plan
+from qwenvl_jax.conversion.families import openclip
+from qwenvl_jax.conversion.families.names import RELEASED, TensorNames
+from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.orbax_store import OrbaxWriter
+from qwenvl_jax.conversion.rules import Rule
 from qwenvl_jax.conversion.source import (
   ArraySource,
   CastSource,
   GrownSource,
-  PartsSource,
+  JoinedSource,
   Source,
 )
 from qwenvl_jax.conversion.writer import DTYPES, ReleasedWriter
@@ -45,14 +50,33 @@ def _silent(done: int, total: int) -> None:
   pass
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+  """What a conversion made.
+
+  Attributes:
+    config: of the model.
+    notes: what to say of it, a line each.
+    new_rows: rows of the vocabulary that the source has not.
+  """
+
+  config: QwenVLConfig
+  notes: tuple[str, ...]
+  new_rows: int = 0
+
+
 def from_hf(
   source: Path,
   destination: Path,
   dtype: str | None = None,
   progress: Progress = _silent,
   keep_int4: bool = False,
-) -> None:
-  """Released layout to Orbax.
+  names: TensorNames = RELEASED,
+  vocab_size: int | None = None,
+  seed: int = 0,
+  saved: str | None = None,
+) -> Converted:
+  """Converts the released layout to Orbax.
 
   Args:
     source: folder with config.json and weights.
@@ -62,21 +86,36 @@ def from_hf(
     keep_int4: keep the packed weights of an Int4 checkpoint as they are, for
       inference, and all else in its stored dtype unless `dtype` is given.
       Otherwise they are dequantized.
+    names: what the checkpoint calls its tensors, and what of it is left out.
+    vocab_size: rows of the vocabulary, at least those stored, which None keeps;
+      new ones are drawn at random.
+    seed: of new rows.
+    saved: what made this conversion, a config file to be written beside it.
 
   Raises:
     CheckpointError: the source is incomplete, damaged or of another model, a
       value does not fit the dtype, or the destination is in use or too small.
+    DataError: the vocabulary is damaged.
   """
-  config = folders.read_config(source)
+  config = checkpoint_io.read_config(source)
   if not reader.has_released_weights(source):
     raise CheckpointError(
       f'{source} holds no released weights (safetensors or .bin)'
     )
   if keep_int4:
-    config = folders.read_config(source, keep_int4)
-  values, table = folders.open_source(source, config, _dtype(dtype))
+    config = checkpoint_io.read_config(source, keep_int4)
+  assets.read_tokenizer(source, config)
+  notes = []
+  values, table = checkpoint_io.open_source(
+    source, config, _dtype(dtype), names, notes
+  )
   _require_all_parts(table, source)
-  write_ours(values, config, source, destination, progress)
+  config, values, new = _grown(config, values, vocab_size, seed, source)
+  checkpoint_io.check_image_ids(config, str(source))
+  notes += write_ours(
+    values, config, source, destination, progress, saved=saved
+  )
+  return Converted(config, tuple(notes), new)
 
 
 def to_hf(
@@ -85,25 +124,32 @@ def to_hf(
   dtype: str | None = None,
   shard_bytes: int = SHARD_BYTES,
   progress: Progress = _silent,
-) -> None:
-  """A checkpoint of ours (or a training run) to the released layout.
+  saved: str | None = None,
+) -> Converted:
+  """Converts a checkpoint of ours (or a training run) to the released layout.
 
   Int4 weights that were kept become the Int4 layout again.
 
   Args:
-    source: see `folder.params_folder`.
+    source: see `checkpoint_io.params_folder`.
     destination: a new folder.
     dtype: of the tensors written; None keeps the stored dtype.
     shard_bytes: upper bound on a shard.
     progress: see `Progress`.
+    saved: see `from_hf`.
 
   Raises:
     CheckpointError: the source is no complete checkpoint, a value does not fit
       the dtype, or the destination is in use or too small.
+    DataError: the vocabulary is damaged.
   """
-  config = folders.read_config(source)
-  values, table = folders.open_source(source, config, _dtype(dtype))
+  config = checkpoint_io.read_config(source)
+  notes = []
+  values, table = checkpoint_io.open_source(
+    source, config, _dtype(dtype), notes=notes
+  )
   _require_all_parts(table, source)
+  assets.read_tokenizer(source, config)
   tensors = [
     (name, rule.shape, values.dtypes[rule.paths[0]])
     for name, rule in layout.released_order(table)
@@ -116,29 +162,35 @@ def to_hf(
   tensors += [(name, x.shape, x.dtype) for name, x in implied.items()]
   with new_local_folder(destination, size) as partial:
     with ReleasedWriter(partial, tensors, shard_bytes) as writer:
-      copy(values, plan(table), writer.write, size, progress)
+      counts = copy(values, plan(table), writer.write, size, progress)
       for name, array in implied.items():
         writer.write_rows(name, 0, array)
-    folders.carry_side_files(source, partial, config, _common(values))
+    notes += _write_assets(counts, values, source, partial, config, saved)
+  return Converted(config, tuple(notes))
 
 
 def write_ours(
   values: Source,
   config: QwenVLConfig,
-  side_files: Path,
+  source: Path,
   destination: Path,
   progress: Progress = _silent,
   code: bool = True,
-) -> None:
+  saved: str | None = None,
+) -> list[str]:
   """Writes a whole model as a checkpoint folder of ours.
 
   Args:
     values: of every parameter.
     config: of the model.
-    side_files: folder whose settings and vocabulary go along.
+    source: folder whose settings and vocabulary go along.
     destination: a new folder.
     progress: see `Progress`.
-    code: whether the code in `side_files` is for this model as well.
+    code: whether the code in `source` is for this model as well.
+    saved: see `from_hf`.
+
+  Returns:
+    What to say of it, a line each.
   """
   table, dtypes = layout.rules(config), values.dtypes
   arrays = {
@@ -148,8 +200,19 @@ def write_ours(
   size = sum(math.prod(s) * d.itemsize for s, d in arrays.values())
   with new_folder(destination, size) as partial:
     writer = OrbaxWriter(partial / 'params', arrays, chunk_shapes(table))
-    copy(values, plan(table), writer.write, size, progress)
-    folders.carry_side_files(side_files, partial, config, _common(values), code)
+    counts = copy(values, plan(table), writer.write, size, progress)
+    return _write_assets(counts, values, source, partial, config, saved, code)
+
+
+def _write_assets(
+  counts, values, source, partial, config, saved, code=True
+) -> list[str]:
+  """Writes what is beside the weights; returns what to say."""
+  dtype = values.dtypes['decoder/embed']  # As config.json calls the model's.
+  if saved is not None:
+    assets.write_conversion(partial, saved)
+  notes = assets.carry_assets(source, partial, config, dtype, code)
+  return [*filter(None, [finite.describe(counts)]), *notes]
 
 
 def copy(
@@ -158,7 +221,7 @@ def copy(
   write: Callable[[Block, list[np.ndarray]], None],
   size: int,
   progress: Progress = _silent,
-) -> None:
+) -> collections.Counter:
   """Copies blocks, a few at a time.
 
   Args:
@@ -167,10 +230,19 @@ def copy(
     write: takes a block and its values; called from several threads.
     size: bytes in all, for `progress`.
     progress: see `Progress`.
+
+  Returns:
+    How many values of each parameter are not finite.
   """
+  counts, lock = collections.Counter(), threading.Lock()
 
   def one(block):
     boxes = values.read(block)
+    for path, box in zip(block.paths, boxes, strict=True):
+      count = finite.count_not_finite(box)
+      if count:
+        with lock:
+          counts[path] += count
     write(block, boxes)
     return sum(box.nbytes for box in boxes)
 
@@ -184,7 +256,7 @@ def copy(
         if len(running) > _THREADS:
           break
       if not running:
-        return
+        return counts
       finished, running = wait(running, return_when=FIRST_COMPLETED)
       done += sum(future.result() for future in finished)
       progress(done, size)
@@ -193,15 +265,14 @@ def copy(
 
 
 def _dtype(name: str | None) -> np.dtype | None:
+  if name is not None and name not in DTYPES:
+    raise CheckpointError(
+      f'dtype {name!r} is none of {", ".join(DTYPES)}, which are converted to'
+    )
   return None if name is None else np.dtype(DTYPES[name])
 
 
-def _common(values: Source) -> np.dtype:
-  """What config.json calls the dtype of a checkpoint."""
-  return values.dtypes['decoder/embed']
-
-
-def _require_all_parts(table: list[layout.Rule], source: Path) -> None:
+def _require_all_parts(table: list[Rule], source: Path) -> None:
   found = {layout.part_of(rule.paths[0]) for rule in table}
   missing = [part for part in layout.PARTS if part not in found]
   if missing:
@@ -211,17 +282,25 @@ def _require_all_parts(table: list[layout.Rule], source: Path) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage1:
-  """What `init_stage1` made.
-
-  Attributes:
-    config: of the model.
-    new_rows: rows of the vocabulary that the decoder's folder has not.
-  """
-
-  config: QwenVLConfig
-  new_rows: int
+def _grown(
+  config: QwenVLConfig,
+  values: Source,
+  vocab_size: int | None,
+  seed: int,
+  source: Path,
+) -> tuple[QwenVLConfig, Source, int]:
+  """Adds rows to the vocabulary; returns how many, too."""
+  rows = config.decoder.vocab_size
+  if vocab_size in (None, rows):
+    return config, values, 0
+  if vocab_size < rows:
+    raise CheckpointError(
+      f'{source} has {rows:,} rows in its vocabulary, more than vocab_size='
+      f'{vocab_size:,}: rows are added, not removed'
+    )
+  decoder = dataclasses.replace(config.decoder, vocab_size=vocab_size)
+  grown = GrownSource(values, rows, seed)
+  return config.replace(decoder=decoder), grown, vocab_size - rows
 
 
 def init_stage1(
@@ -231,8 +310,11 @@ def init_stage1(
   seed: int = 0,
   dtype: str | None = None,
   progress: Progress = _silent,
-) -> Stage1:
-  """Stage 1's start: OpenCLIP's vision, Qwen-7B's decoder, a new adapter.
+  names: TensorNames = RELEASED,
+  vocab_size: int | None = None,
+  saved: str | None = None,
+) -> Converted:
+  """Makes stage 1's start: OpenCLIP's vision, Qwen-7B's decoder, a new adapter.
 
   Args:
     vision: folder with open_clip_config.json and the weights.
@@ -244,42 +326,49 @@ def init_stage1(
     dtype: of all parameters; None keeps what is stored, and float32 for the
       adapter.
     progress: see `Progress`.
+    names: what the decoder's checkpoint calls its tensors.
+    vocab_size: rows of the vocabulary; None for `vocabulary_size`.
+    saved: see `from_hf`.
 
   Raises:
     CheckpointError: tensors do not match the configs; see `from_hf`.
+    DataError: the vocabulary is damaged.
   """
-  stored, kind = folders.read_config(decoder), _dtype(dtype)
+  stored, kind = checkpoint_io.read_config(decoder), _dtype(dtype)
   if stored.decoder.int4_group is not None:
     raise CheckpointError(
       f'{decoder} keeps int4 weights, which cannot be trained: take what they '
       'were converted from, which is then dequantized'
     )
-  vocabulary = vocabulary_size(stored)
-  config = stored.replace(
-    vision=openclip.read_config(vision),
-    decoder=dataclasses.replace(stored.decoder, vocab_size=vocabulary),
+  assets.read_tokenizer(decoder, stored)
+  notes, sizes = [], openclip.read_config(vision)
+  language, table = checkpoint_io.open_source(
+    decoder, stored, kind, names, notes
   )
-  language, table = folders.open_source(decoder, stored, kind)
   if not any(layout.part_of(rule.paths[0]) == 'decoder' for rule in table):
     raise CheckpointError(f'{decoder} has no decoder: expected a Qwen-7B')
-  sight, _ = folders.open_source(vision, config, kind)
+  config, language, new = _grown(
+    stored.replace(vision=sizes),
+    language,
+    vocab_size or vocabulary_size(stored),
+    seed,
+    decoder,
+  )
+  sight, _ = checkpoint_io.open_source(vision, config, kind)
   adapter = ArraySource(_random_adapter(config, seed))
   if kind is not None:
     adapter = CastSource(adapter, kind, 'the new adapter')
-  rows = stored.decoder.vocab_size
-  parts = {
-    'vision': sight,
-    'decoder': GrownSource(language, rows, seed),
-    'adapter': adapter,
-  }
-  values = PartsSource(parts)
+  # The decoder's may be a whole model, hence last.
+  values = JoinedSource((sight, adapter, language))
   # A Qwen-7B's own code knows no pictures.
-  write_ours(values, config, decoder, destination, progress, code=False)
-  return Stage1(config, vocabulary - rows)
+  notes += write_ours(
+    values, config, decoder, destination, progress, code=False, saved=saved
+  )
+  return Converted(config, tuple(notes), new)
 
 
 def vocabulary_size(config: QwenVLConfig) -> int:
-  """Rows that a vocabulary with image tokens needs.
+  """Finds how many rows a vocabulary with image tokens needs.
 
   Returns:
     The decoder's own size if `<img>`, `</img>` and `<imgpad>` fit, else the

@@ -3,17 +3,17 @@
 A linear map is stored as
 
   qweight [in/8,out] int32     8 values of 4 bits along `in`, lowest first
-  qzeros  [groups,out/8] int32  zero points less one, packed along `out`
+  qzeros  [groups,out/8] int32  zero points less an offset, packed along `out`
   scales  [groups,out]
   g_idx   [in] int32           group of each input
   bias    [out]                all zero where the release has no bias
 
-and stands for weight[o, i] = scales[g, o] * (q[i, o] - zero[g, o]).
+and stands for weight[o, i] = scales[g, o] * (q[i, o] - zero[g, o]). The offset
+is 1, and 0 in files that say `"checkpoint_format": "gptq_v2"`.
 
 Kept, `g_idx` and the zero biases are left out: they say nothing (`implied`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,23 +21,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.conversion.blocks import Block
-from qwenvl_jax.conversion.layout import (
-  Rule,
-  is_packed,
-  released_shapes,
-  rules,
-)
+from qwenvl_jax.conversion import json_schema, schemas
+from qwenvl_jax.conversion.families.qwen_vl.config import ZERO_OFFSETS
+from qwenvl_jax.conversion.layout import released_shapes, rules
 from qwenvl_jax.conversion.reader import Tensor
-from qwenvl_jax.conversion.source import OrbaxSource, Source
+from qwenvl_jax.conversion.rules import Rule
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.int4 import PER_WORD
+
+# What the release says of its packed weights beside them.
+QUANTIZE = 'quantize_config.json'
 
 _PACKED = ('qweight', 'qzeros', 'scales', 'g_idx')
 
 # Of the biases that only the packed layout has; larger ones mean something.
 BIAS_TOLERANCE = 1e-5
+
+# The zero point of symmetric weights of 4 bits.
+_MIDDLE = 8
 
 
 def is_quantized(tensors: Mapping[str, Tensor]) -> bool:
@@ -45,13 +47,72 @@ def is_quantized(tensors: Mapping[str, Tensor]) -> bool:
   return any(name.endswith('.qweight') for name in tensors)
 
 
-def dequantized(
-  folder: Path, tensors: Mapping[str, Tensor], config: QwenVLConfig
-) -> dict[str, Tensor]:
-  """The tensors of the plain layout, dequantized as they are read.
+def _packed_roots(tensors: Mapping[str, Tensor]) -> list[str]:
+  suffix = '.qweight'
+  return [name.removesuffix(suffix) for name in tensors if suffix in name]
+
+
+def zero_offset(folder: Path, tensors: Mapping[str, Tensor]) -> int:
+  """Finds what is added to the zero points that a checkpoint stores.
 
   Args:
-    folder: the checkpoint, for messages.
+    folder: with the files that describe its packed weights.
+    tensors: in the Int4 layout.
+
+  Raises:
+    CheckpointError: the files contradict each other, or all zero points of
+      weights that are called symmetric are those of the other format.
+  """
+  told = {}
+  for name, key in ((QUANTIZE, None), ('config.json', 'quantization_config')):
+    if not (folder / name).exists():
+      continue
+    raw = json_schema.read_json(folder / name)
+    raw = raw if key is None else raw.get(key)
+    if isinstance(raw, dict):
+      where = f'{folder / name}' + (f': {key}' if key else '')
+      told[name] = json_schema.check(raw, schemas.QUANTIZATION, where)
+  formats = {name: x['checkpoint_format'] for name, x in told.items()}
+  formats = {name: form for name, form in formats.items() if form}
+  if len(set(formats.values())) > 1:
+    texts = ' and '.join(f'{name} {form!r}' for name, form in formats.items())
+    raise CheckpointError(
+      f'{folder}: checkpoint_format is of {texts}: make both say what the '
+      'program that quantized the weights wrote'
+    )
+  form = next(iter(formats.values()), 'gptq')
+  if all(x['sym'] is not False for x in told.values()):
+    _check_middle(folder, tensors, form)
+  return ZERO_OFFSETS[form]
+
+
+def _check_middle(folder: Path, tensors, form: str) -> None:
+  """Refuses symmetric weights whose zero points the other format wrote."""
+  ((other, offset),) = ZERO_OFFSETS.items() - {(form, ZERO_OFFSETS[form])}
+  word = sum((_MIDDLE - offset) << 4 * i for i in range(PER_WORD))
+  word = np.uint32(word).view(np.int32)
+  names = [f'{root}.qzeros' for root in _packed_roots(tensors)]
+  stored = [tensors[name] for name in names if name in tensors]
+  if stored and all(
+    (x.read(0, x.shape[0] if x.shape else 1) == word).all() for x in stored
+  ):
+    raise CheckpointError(
+      f'{folder}: all stored zero points are {_MIDDLE - offset}, as '
+      f'{other!r} stores symmetric weights, but checkpoint_format is {form!r}: '
+      f'write "checkpoint_format": "{other}" into {QUANTIZE} and into '
+      'quantization_config of config.json, or "sym": false if they are right'
+    )
+
+
+def dequantized(
+  folder: Path,
+  tensors: Mapping[str, Tensor],
+  config: QwenVLConfig,
+) -> dict[str, Tensor]:
+  """Gives the tensors of the plain layout, dequantized as they are read.
+
+  Args:
+    folder: the checkpoint, which says how zero points are stored.
     tensors: in the Int4 layout.
     config: of the model.
 
@@ -62,30 +123,27 @@ def dequantized(
     CheckpointError: a packed weight is incomplete, of another bit width, or
       comes with a bias that is not zero and has no place in the model.
   """
-  plain = {}
-  wanted = released_shapes(rules(config))
+  for root in _packed_roots(tensors):
+    _check_packed(folder, root, tensors)
+  offset, wanted = zero_offset(folder, tensors), released_shapes(rules(config))
 
   # Several blocks of one weight follow each other, in several threads.
   @functools.lru_cache(maxsize=4)
-  def parts(root: str) -> _Parts:
-    return _load(root, tensors)
+  def load(root: str) -> _Packed:
+    return _load(root, tensors, offset)
 
-  for name, tensor in tensors.items():
+  plain = {}
+  for name, tensor in _meaningful(tensors, wanted).items():
     root, _, kind = name.rpartition('.')
-    if f'{root}.qweight' not in tensors:
+    if kind == 'qweight':
+      plain[f'{root}.weight'] = _weight(root, tensor, load)
+    elif kind == 'bias' or f'{root}.qweight' not in tensors:
       plain[name] = tensor
-    elif kind == 'qweight':
-      plain[f'{root}.weight'] = _weight(folder, root, tensors, parts)
-    elif kind == 'bias':
-      if name in wanted:
-        plain[name] = tensor
-      else:
-        _check_bias(name, tensor)
   return plain
 
 
 def group_size(folder: Path, tensors: Mapping[str, Tensor]) -> int:
-  """How many inputs share a scale, in weights that can be kept packed.
+  """Finds how many inputs share a scale, in weights that can be kept packed.
 
   Args:
     folder: the checkpoint, for messages.
@@ -95,11 +153,7 @@ def group_size(folder: Path, tensors: Mapping[str, Tensor]) -> int:
     CheckpointError: there are no packed weights, they are damaged, or their
       groups differ or are not of neighbouring inputs.
   """
-  roots = [
-    name.removesuffix('.qweight')
-    for name in tensors
-    if name.endswith('.qweight')
-  ]
+  roots = _packed_roots(tensors)
   if not roots:
     raise CheckpointError(
       f'{folder} holds no int4 weights (GPTQ): leave out keep_int4'
@@ -135,7 +189,7 @@ def _order(inputs: int, group: int) -> np.ndarray:
 def kept(
   tensors: Mapping[str, Tensor], config: QwenVLConfig
 ) -> dict[str, Tensor]:
-  """The tensors of the Int4 layout that hold something.
+  """Gives the tensors of the Int4 layout that hold something.
 
   Args:
     tensors: in the Int4 layout, checked by `group_size`.
@@ -144,21 +198,27 @@ def kept(
   Raises:
     CheckpointError: a bias is not zero and has no place in the model.
   """
-  wanted = released_shapes(rules(config))
+  left = _meaningful(tensors, released_shapes(rules(config)))
+  return {k: x for k, x in left.items() if not k.endswith('.g_idx')}
+
+
+def _meaningful(tensors: Mapping[str, Tensor], wanted) -> dict[str, Tensor]:
+  """The tensors without biases of packed weights that are zero."""
   left = {}
   for name, tensor in tensors.items():
     root, _, kind = name.rpartition('.')
-    if name in wanted or f'{root}.qweight' not in tensors:
-      left[name] = tensor
-    elif kind == 'bias':
+    packed = f'{root}.qweight' in tensors
+    if packed and kind == 'bias' and name not in wanted:
       _check_bias(name, tensor)
+    else:
+      left[name] = tensor
   return left
 
 
 def implied(
   table: list[Rule], group: int, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """What the Int4 layout has beside the tensors of `kept`.
+  """Yields what the Int4 layout has beside the tensors of `kept`.
 
   Args:
     table: of a model with packed kernels.
@@ -178,50 +238,6 @@ def implied(
         yield f'{root}.bias', np.zeros(outputs, dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class DequantizedSource(Source):
-  """A checkpoint with packed kernels as one of float32 kernels."""
-
-  source: OrbaxSource
-
-  @property
-  def dtypes(self) -> dict[str, np.dtype]:
-    dtypes = {}
-    for path, dtype in self.source.dtypes.items():
-      if is_packed(path):
-        path, dtype = path.rpartition('/')[0], np.dtype(np.float32)
-      dtypes[path] = dtype
-    return dtypes
-
-  def read(self, block: Block) -> list[np.ndarray]:
-    if block.paths[0] in self.source.dtypes:
-      return self.source.read(block)
-    return [self._kernel(path, block) for path in block.paths]
-
-  def _kernel(self, path: str, block: Block) -> np.ndarray:
-    """Blocks are cut along outputs and layers, never along inputs."""
-    rank = len(self.source.shapes[f'{path}/words'])
-    layers, outputs = block.box[0], block.box[2 - rank :]
-
-    def part(kind, outputs):
-      name = f'{path}/{kind}'
-      rows = slice(0, self.source.shapes[name][1])
-      cut = dataclasses.replace(
-        block, paths=(name,), box=(layers, rows, *outputs)
-      )
-      return self.source.read(cut)[0]
-
-    words, scales = part('words', outputs), part('scales', outputs)
-    packed = slice(0, self.source.shapes[f'{path}/zeros'][-1])
-    zeros = part('zeros', (*outputs[:-1], packed))
-    zeros = (_unpack(zeros, rank - 1) + np.int8(1))[..., outputs[-1]]
-    values = _unpack(words, 1)
-    group = values.shape[1] // scales.shape[1]
-    shifted = values - np.repeat(zeros, group, axis=1)
-    scales = np.repeat(scales.astype(np.float32), group, axis=1)
-    return (scales * shifted).reshape(block.box_shape)
-
-
 def _check_bias(name: str, tensor: Tensor) -> None:
   largest = float(np.abs(tensor.load().astype(np.float32)).max(initial=0.0))
   if not largest <= BIAS_TOLERANCE:
@@ -232,16 +248,24 @@ def _check_bias(name: str, tensor: Tensor) -> None:
     )
 
 
-class _Parts(NamedTuple):
-  """A packed weight in memory."""
+class _Packed(NamedTuple):
+  """A packed weight in memory; zero points are [groups,out] int8."""
 
   words: np.ndarray
   zeros: np.ndarray
   scales: np.ndarray
   groups: np.ndarray
 
+  def rows(self, start: int, stop: int) -> np.ndarray:
+    """[stop - start,in] float32: the weights of these outputs."""
+    columns = slice(start, stop)
+    values = _unpack(np.ascontiguousarray(self.words[:, columns]), 0)
+    shifted = values - self.zeros[:, columns][self.groups]
+    scales = self.scales[:, columns].astype(np.float32)[self.groups]
+    return np.ascontiguousarray((scales * shifted).T)
 
-def _load(root: str, tensors: Mapping[str, Tensor]) -> _Parts:
+
+def _load(root: str, tensors: Mapping[str, Tensor], offset: int) -> _Packed:
   words, zeros, scales, groups = (
     tensors[f'{root}.{kind}'].load() for kind in _PACKED
   )
@@ -250,7 +274,7 @@ def _load(root: str, tensors: Mapping[str, Tensor]) -> _Parts:
       f'{tensors[f"{root}.g_idx"].file}: {root}.g_idx names groups that '
       f'{root}.scales has not'
     )
-  return _Parts(words, _unpack(zeros, 1) + np.int8(1), scales, groups)
+  return _Packed(words, _unpack(zeros, 1) + np.int8(offset), scales, groups)
 
 
 def _check_packed(folder: Path, root: str, tensors) -> None:
@@ -262,6 +286,11 @@ def _check_packed(folder: Path, root: str, tensors) -> None:
       f'{folder}: {root}.qweight is there, but {" and ".join(absent)} missing'
     )
   packed, zeros, scales, groups = (tensors[name] for name in names)
+  if len(packed.shape) != 2 or len(scales.shape) != 2 or not all(scales.shape):
+    raise CheckpointError(
+      f'{packed.file}: {root} has qweight {list(packed.shape)} and scales '
+      f'{list(scales.shape)}, which are no matrices as 4-bit GPTQ has them'
+    )
   inputs, outputs = packed.shape[0] * PER_WORD, packed.shape[1]
   expected = {
     names[0]: (packed, np.int32, packed.shape),
@@ -277,19 +306,13 @@ def _check_packed(folder: Path, root: str, tensors) -> None:
       )
 
 
-def _weight(folder, root, tensors, parts) -> Tensor:
-  _check_packed(folder, root, tensors)
-  packed = tensors[f'{root}.qweight']
-  inputs, outputs = packed.shape[0] * PER_WORD, packed.shape[1]
-
-  def read(start: int, stop: int) -> np.ndarray:
-    p, columns = parts(root), slice(start, stop)
-    values = _unpack(np.ascontiguousarray(p.words[:, columns]), 0)
-    shifted = values - p.zeros[:, columns][p.groups]
-    scales = p.scales[:, columns].astype(np.float32)[p.groups]
-    return np.ascontiguousarray((scales * shifted).T)
-
-  return Tensor((outputs, inputs), np.dtype(np.float32), packed.file, read)
+def _weight(root: str, packed: Tensor, load) -> Tensor:
+  return Tensor(
+    (packed.shape[1], packed.shape[0] * PER_WORD),
+    np.dtype(np.float32),
+    packed.file,
+    lambda start, stop: load(root).rows(start, stop),
+  )
 
 
 def _unpack(words: np.ndarray, axis: int) -> np.ndarray:

@@ -1,21 +1,21 @@
-"""What is in a checkpoint folder, from headers alone."""
+"""What is in a checkpoint folder: from headers, and how many values are bad."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from qwenvl_jax.conversion import folder as folders
-from qwenvl_jax.conversion import gptq, layout, openclip, orbax_store
-from qwenvl_jax.conversion.reader import has_released_weights, open_released
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.conversion import checkpoint_io, finite, gptq, layout
+from qwenvl_jax.conversion.blocks import plan
+from qwenvl_jax.conversion.convert import Progress, copy
+from qwenvl_jax.conversion.families.qwen_vl import assets
+from qwenvl_jax.errors import CheckpointError, QwenVLError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.int4 import PER_WORD
 
-# As the paper's Table 1 calls them.
+# As the paper's Table 1 calls them, in its order.
 _PART_NAMES = {
   'vision': 'vision encoder',
   'adapter': 'VL adapter',
@@ -46,6 +46,8 @@ class Report:
     extras: files beside the weights.
     notes: what else there is to say.
     problem: what does not match config.json, None if all is there.
+    problems: that, what is wrong beside the weights, and values that are not
+      finite.
   """
 
   family: str
@@ -55,88 +57,101 @@ class Report:
   extras: tuple[str, ...]
   notes: tuple[str, ...]
   problem: str | None
+  problems: tuple[str, ...]
 
 
-def inspect(folder: Path) -> Report:
-  """What is in a checkpoint folder, without reading its tensors.
+def inspect(
+  folder: Path,
+  progress: Progress = lambda done, total: None,
+  values: bool = False,
+) -> Report:
+  """Reports what is in a checkpoint folder.
 
   Args:
     folder: Qwen-VL(-Chat) or its Int4 release, Qwen-7B, OpenCLIP, a checkpoint
       of ours or a training run.
+    progress: see `convert.Progress`.
+    values: whether to read all values, a block at a time, and count those that
+      are not finite; else headers alone are read.
 
   Raises:
     CheckpointError: it is no checkpoint folder, or damaged.
   """
-  config = folders.read_config(folder)
-  stored = folders.params_folder(folder)
-  notes = []
-  if stored is not None:
-    form = 'Orbax'
-    if stored.parent != folder:
-      form += f', training run at step {stored.parent.name}'
-    tensors = dict(layout.flatten(orbax_store.metadata(stored)))
-    parts = _parts_of(tensors)
+  config = checkpoint_io.read_config(folder)
+  found = checkpoint_io.look_into(folder, config)
+  parts = [part for part in _PART_NAMES if part in found.parts]
+  if found.orbax is not None:
     expected = layout.parameter_shapes(config, parts)
-    if config.decoder.int4_group is not None:
-      form += ', int4 (GPTQ) kept'
-      notes.append(
-        "the decoder's kernels are packed, 4 bits a weight, with a scale and a "
-        f'zero point for each {config.decoder.int4_group} inputs; the table '
-        'counts the weights that they stand for'
-      )
-  elif openclip.is_openclip(folder) and not has_released_weights(folder):
-    form, parts, tensors = 'OpenCLIP', ['vision'], openclip.open_vision(folder)
-    table = openclip.openclip_rules(config)
-    expected = layout.released_shapes(table)
-    notes.append(
-      'the text tower, the class token and the output projection are left out'
-    )
   else:
-    tensors = open_released(folder)
-    files = {tensor.file for tensor in tensors.values()}
-    form = f'released, {len(files)} {min(files).suffix} file(s)'
-    if gptq.is_quantized(tensors):
-      form += ', int4 (GPTQ)'
-      notes.append(
-        f'{len(tensors):,} tensors as stored; the table shows the weights that '
-        'they stand for'
-      )
-    parts = _parts_of(tensors)
-    expected = layout.released_shapes(layout.rules(config, parts))
-  stored_bytes = sum(map(_bytes, tensors.values()))
-  if gptq.is_quantized(tensors):
-    notes.append(f'{stored_bytes / 1e9:,.2f} GB as stored')
-    tensors = gptq.dequantized(folder, tensors, config)
-  if set(parts) == {'adapter', 'decoder', 'vision'}:
-    family = 'Qwen-VL-Chat' if _is_chat(folder) else 'Qwen-VL'
-  elif parts == ['decoder']:
-    family = 'Qwen-7B' if config.decoder.layers == 32 else 'Qwen'
-  elif form == 'OpenCLIP':
-    family = 'OpenCLIP vision transformer'
-  else:
-    family = f'part of a Qwen-VL ({", ".join(parts)})'
+    expected = layout.released_shapes(found.table)
+  problem = _problem(expected, found.tensors, folder)
+  problems = [problem, _assets_problem(folder, config)]
+  if values and problem is None:
+    problems.append(_not_finite(folder, config, progress))
   return Report(
-    family,
-    form,
+    _family(folder, config, parts, found.form),
+    found.form,
     tuple(_size(config, part) for part in parts),
-    _table(tensors, parts),
-    tuple(path.name for path in folders.side_files(folder)),
-    tuple(notes),
-    _problem(expected, tensors, folder),
+    _table(found.tensors, parts),
+    tuple(_printable(path.name) for path in assets.assets(folder)),
+    (*_notes(found, config), *found.notes),
+    problem,
+    tuple(filter(None, problems)),
   )
 
 
-def _parts_of(names) -> list[str]:
-  found = {layout.part_of(name) for name in names}
-  return [part for part in _PART_NAMES if part in found]
+def _printable(name: str) -> str:
+  return name if name.isprintable() else repr(name)
 
 
-def _is_chat(folder: Path) -> bool:
+def _notes(found: checkpoint_io.Contents, config: QwenVLConfig):
+  if found.orbax is not None and config.decoder.int4_group is not None:
+    yield (
+      "the decoder's kernels are packed, 4 bits a weight, with a scale and a "
+      f'zero point for each {config.decoder.int4_group} inputs; the table '
+      'counts the weights that they stand for'
+    )
+  if found.form == 'OpenCLIP':
+    yield (
+      'the text tower, the class token and the output projection are left out'
+    )
+  if gptq.is_quantized(found.stored):
+    yield (
+      f'{len(found.stored):,} tensors as stored; the table shows the weights '
+      'that they stand for'
+    )
+    size = sum(map(_bytes, found.stored.values()))
+    yield f'{size / 1e9:,.2f} GB as stored'
+
+
+def _family(folder: Path, config: QwenVLConfig, parts, form: str) -> str:
+  if set(parts) == set(_PART_NAMES):
+    try:
+      return 'Qwen-VL-Chat' if assets.is_chat(folder) else 'Qwen-VL'
+    except CheckpointError:  # Among the problems.
+      return 'Qwen-VL'
+  if parts == ['decoder']:
+    return 'Qwen-7B' if config.decoder.layers == 32 else 'Qwen'
+  if form == 'OpenCLIP':
+    return 'OpenCLIP vision transformer'
+  return f'part of a Qwen-VL ({", ".join(parts)})'
+
+
+def _assets_problem(folder: Path, config: QwenVLConfig) -> str | None:
   try:
-    text = folders.side_file(folder, folders.GENERATION).read_text()
-    return json.loads(text).get('chat_format') == 'chatml'
-  except (OSError, ValueError):
-    return False
+    assets.is_chat(folder)
+    assets.read_tokenizer(folder, config)
+  except QwenVLError as error:
+    return str(error)
+  return None
+
+
+def _not_finite(folder: Path, config: QwenVLConfig, progress) -> str | None:
+  source, table = checkpoint_io.open_source(folder, config)
+  blocks = list(plan(table))
+  size = sum(x.values * source.dtypes[x.paths[0]].itemsize for x in blocks)
+  counts = copy(source, blocks, lambda block, boxes: None, size, progress)
+  return finite.describe(counts)
 
 
 def _size(config: QwenVLConfig, part: str) -> str:

@@ -19,7 +19,7 @@ from absl import logging
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion import layout
 from qwenvl_jax.conversion.blocks import Block
-from qwenvl_jax.conversion.reader import read_json
+from qwenvl_jax.conversion.json_schema import read_json
 from qwenvl_jax.errors import CheckpointError
 
 # For packed checkpoints (OCDBT), as training runs have them: their chunks are
@@ -130,6 +130,8 @@ def metadata(path: Path) -> dict:
   Raises:
     CheckpointError: they are incomplete or damaged.
   """
+  if (path / '_METADATA').exists():
+    read_json(path / '_METADATA')  # Orbax would wait for the end of a pipe.
   try:
     # A checkpointer would warn that a training run's step has none of its own.
     return ocp.PyTreeCheckpointHandler().metadata(buckets.absolute(path)).tree

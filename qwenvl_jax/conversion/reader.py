@@ -6,15 +6,16 @@ time, by plain reads rather than a memory map, whose pages would count as ours.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from qwenvl_jax import buckets
+from qwenvl_jax.conversion import json_schema, schemas
 from qwenvl_jax.errors import CheckpointError
 
 _SAFETENSORS_DTYPES = {
@@ -27,9 +28,20 @@ _SAFETENSORS_DTYPES = {
   'U8': np.uint8,
 }
 
-# Single files and indices, in the order they are looked for.
-_INDICES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
-_SINGLES = ('model.safetensors', 'pytorch_model.bin')
+# The format allows 100 MB, the release has 0.1 MB.
+_HEADER_BYTES = 2**24
+
+# What numpy and a file can hold.
+_MAX_AXES, _MAX_LENGTH = 16, 2**48
+_MAX_NAME = 300
+
+# Single files and indices, in the order in which transformers takes them.
+_FILES = (
+  'model.safetensors',
+  'model.safetensors.index.json',
+  'pytorch_model.bin',
+  'pytorch_model.bin.index.json',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +64,15 @@ class Tensor:
   read: Callable[[int, int], np.ndarray]
   stored: 'Stored | None' = None
 
+  @classmethod
+  def of(cls, array: np.ndarray, file: Path) -> 'Tensor':
+    """Gives an array in memory as a tensor."""
+
+    def read(start, stop):
+      return array.reshape(-1, *array.shape[1:])[start:stop]
+
+    return cls(array.shape, array.dtype, file, read)
+
   def read_into(self, start: int, rows: np.ndarray) -> None:
     """Fills `rows` [n,*shape[1:]], each contiguous, from row `start` on.
 
@@ -64,43 +85,29 @@ class Tensor:
       self.stored.read_into(start, rows)
 
   def load(self) -> np.ndarray:
-    """The whole tensor."""
+    """Reads the whole tensor."""
     rows = self.read(0, self.shape[0] if self.shape else 1)
     return rows.reshape(self.shape)
 
 
-def read_json(path: Path) -> dict:
-  """Parses a JSON file that holds an object.
-
-  Raises:
-    CheckpointError: the file is absent or not JSON.
-  """
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError as error:
-    raise CheckpointError(
-      f'{path} does not exist: is this the whole checkpoint folder?'
-    ) from error
-  except OSError as error:
-    raise CheckpointError(f'{path} cannot be read ({error})') from error
-  except ValueError as error:
-    raise CheckpointError(f'{path} is not valid JSON ({error})') from error
-  if not isinstance(content, dict):
-    raise CheckpointError(f'{path} does not hold a JSON object')
-  return content
+def _present(folder: Path) -> list[str]:
+  return [name for name in _FILES if (folder / name).exists()]
 
 
 def has_released_weights(folder: Path) -> bool:
   """Whether a folder holds weights in a released layout."""
-  return any((folder / name).exists() for name in _INDICES + _SINGLES)
+  return bool(_present(folder))
 
 
-def open_released(folder: Path) -> dict[str, Tensor]:
+def open_released(
+  folder: Path, notes: list[str] | None = None
+) -> dict[str, Tensor]:
   """Opens all tensors of a released checkpoint.
 
   Args:
     folder: holds `model.safetensors`, `pytorch_model.bin`, or shards of either
-      with their index.
+      with their index; of several, what transformers takes.
+    notes: gets a line about files beside these that are not read.
 
   Returns:
     Released name to `Tensor`.
@@ -109,39 +116,58 @@ def open_released(folder: Path) -> dict[str, Tensor]:
     CheckpointError: no weights, a missing or damaged shard, a tensor in two
       shards, or an index that disagrees with the shards.
   """
-  for name in _INDICES:
-    if (folder / name).exists():
-      return _open_index(folder / name)
-  for name in _SINGLES:
-    if (folder / name).exists():
-      return open_file(folder / name)
-  raise CheckpointError(
-    f'{folder} holds no weights: expected one of '
-    + ', '.join(_SINGLES + _INDICES)
-  )
+  found = _present(folder)
+  if not found:
+    raise CheckpointError(
+      f'{folder} holds no weights: expected one of {", ".join(_FILES)}'
+    )
+  first, *others = found
+  if others and notes is not None:
+    notes.append(
+      f'{first} is read, as transformers does, and not {", ".join(others)} '
+      'beside it: remove what is old'
+    )
+  if first.endswith('.json'):
+    return _open_index(folder / first)
+  return open_file(folder / first)
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
-  """Opens all tensors of one safetensors or torch file."""
+  """Opens all tensors of one safetensors or torch file.
+
+  Raises:
+    CheckpointError: it is damaged or holds something else.
+  """
   if path.suffix == '.safetensors':
-    return _open_safetensors(path)
-  if buckets.in_bucket(path):
+    found = _open_safetensors(path)
+  elif buckets.in_bucket(path):
     raise CheckpointError(
       f'{path}: PyTorch reads .bin files from a disk only; copy the folder '
       f'there first: gcloud storage cp -r {path.parent} .'
     )
-  from qwenvl_jax.conversion import torch_file
+  else:
+    from qwenvl_jax.conversion import torch_file
 
+    found = torch_file.contents(path)
+  for name in found:
+    _check_name(path, name)
   return {
     name: Stored(path, name, offset, shape, dtype).tensor()
-    for name, (shape, dtype, offset) in torch_file.contents(path).items()
+    for name, (shape, dtype, offset) in found.items()
   }
 
 
+def _check_name(path: Path, name: str) -> None:
+  if not name.isprintable() or len(name) > _MAX_NAME:
+    raise CheckpointError(
+      f'{path} holds a tensor that is called {name[:80]!r}: no model has such '
+      'a name; the file is damaged'
+    )
+
+
 def _open_index(index: Path) -> dict[str, Tensor]:
-  weight_map = read_json(index).get('weight_map')
-  if not isinstance(weight_map, dict):
-    raise CheckpointError(f'{index} has no "weight_map"')
+  raw = json_schema.read_json(index)
+  weight_map = json_schema.check(raw, schemas.INDEX, str(index))['weight_map']
   tensors = {}
   for file in sorted(set(weight_map.values())):
     path = index.parent / file
@@ -158,6 +184,7 @@ def _open_index(index: Path) -> dict[str, Tensor]:
         )
       tensors[name] = tensor
   for name, file in weight_map.items():
+    _check_name(index, name)
     if name not in tensors or tensors[name].file.name != file:
       raise CheckpointError(
         f'{index} says that {file} holds {name}, but it does not'
@@ -165,60 +192,96 @@ def _open_index(index: Path) -> dict[str, Tensor]:
   return tensors
 
 
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
-  size = buckets.size(path)
-  with path.open('rb') as file:
-    length = int.from_bytes(file.read(8), 'little')
+# (shape, dtype, place of the first byte)
+Place = tuple[tuple[int, ...], np.dtype, int]
+
+
+def _open_safetensors(path: Path) -> dict[str, Place]:
+  """Reads a header as strictly as the format's own reader does."""
+  try:
+    size = buckets.size(path)
+    length = int.from_bytes(_bytes(path, 0, 8), 'little')
     if size < 8 or length > size - 8:
       raise CheckpointError(_truncated(path, size))
-    header = _parse_header(path, file.read(length))
-  header.pop('__metadata__', None)
-  start = 8 + length
-  tensors = {}
-  for name, entry in header.items():
-    try:
-      kind, shape = entry['dtype'], tuple(entry['shape'])
-      first, last = entry['data_offsets']
-    except (KeyError, TypeError, ValueError) as error:
+    if length > _HEADER_BYTES:
       raise CheckpointError(
-        f'{path} is not a safetensors file (entry of {name}: {error!r})'
-      ) from error
-    if kind not in _SAFETENSORS_DTYPES:
-      raise CheckpointError(
-        f'{path}: tensor {name} has dtype {kind}, which is not supported '
-        f'({", ".join(_SAFETENSORS_DTYPES)})'
+        f'{path} is not a safetensors file (its header has {length:,} bytes, '
+        f'more than {_HEADER_BYTES:,})'
       )
-    dtype = np.dtype(_SAFETENSORS_DTYPES[kind])
+    text = _bytes(path, 8, length)
+  except OSError as error:
+    raise CheckpointError(
+      f'{path} cannot be read ({error.strerror or error})'
+    ) from error
+  header = json_schema.parse(text, f'the header of {path}', 'tensor')
+  extra = header.pop('__metadata__', None) if isinstance(header, dict) else 0
+  if not isinstance(extra, dict | None) or not all(
+    isinstance(value, str) for value in (extra or {}).values()
+  ):
+    raise CheckpointError(
+      f'{path} is not a safetensors file (its header is no object of tensors)'
+    )
+  places, spans = {}, []
+  for name, entry in header.items():
+    _check_name(path, name)
+    shape, dtype, first, last = _parse_entry(path, name, entry)
+    places[name] = shape, dtype, 8 + length + first
+    spans.append((first, last, name))
+  _check_spans(path, sorted(spans), 8 + length, size)
+  return places
+
+
+def _bytes(path: Path, start: int, length: int) -> bytes:
+  content = np.empty(length, np.uint8)
+  return content[: buckets.read_into(path, start, content)].tobytes()
+
+
+def _parse_entry(path: Path, name: str, entry: Any):
+  """Shape, dtype and offsets of a tensor."""
+  entry = entry if isinstance(entry, dict) else {}
+  kind, shape = entry.get('dtype'), entry.get('shape')
+  offsets = entry.get('data_offsets')
+  for value, least, most in ((shape, 0, _MAX_AXES), (offsets, 2, 2)):
+    if (
+      not isinstance(value, list)
+      or not least <= len(value) <= most
+      or not all(type(x) is int and 0 <= x < _MAX_LENGTH for x in value)
+    ):
+      raise CheckpointError(
+        f'{path}: tensor {name} has no shape or offsets that a file can '
+        'hold; the file is damaged'
+      )
+  if not isinstance(kind, str) or kind not in _SAFETENSORS_DTYPES:
+    raise CheckpointError(
+      f'{path}: tensor {name} has dtype {repr(str(kind))[1:81]}, which is not '
+      f'supported ({", ".join(_SAFETENSORS_DTYPES)})'
+    )
+  dtype, (first, last) = np.dtype(_SAFETENSORS_DTYPES[kind]), offsets
+  if last - first != math.prod(shape) * dtype.itemsize:
+    raise CheckpointError(
+      f'{path}: tensor {name} has {last - first} bytes, not what its '
+      f'shape {shape} needs; the file is damaged'
+    )
+  return tuple(shape), dtype, first, last
+
+
+def _check_spans(path: Path, spans: list[tuple], start: int, size: int) -> None:
+  """Checks that tensors fill a file one after the other."""
+  end, before = 0, 'the header'
+  for first, last, name in spans:
     if start + last > size:
       raise CheckpointError(_truncated(path, size, name))
-    if last - first != math.prod(shape) * dtype.itemsize:
+    if first != end:
+      how = 'overlaps with' if first < end else 'leaves bytes unused after'
       raise CheckpointError(
-        f'{path}: tensor {name} has {last - first} bytes, not what its shape '
-        f'{list(shape)} needs; the file is damaged'
+        f'{path}: tensor {name} {how} {before}; the file is damaged'
       )
-    stored = Stored(path, name, start + first, shape, dtype)
-    tensors[name] = stored.tensor()
-  return tensors
-
-
-def _parse_header(path: Path, text: bytes) -> dict:
-  def unique(pairs):
-    names = [name for name, _ in pairs]
-    for name in set(names):
-      names.remove(name)
-    if names:
-      raise CheckpointError(f'{path}: tensor {names[0]} stands in it twice')
-    return dict(pairs)
-
-  try:
-    header = json.loads(text, object_pairs_hook=unique)
-  except ValueError as error:
+    end, before = last, name
+  if start + end != size:
     raise CheckpointError(
-      f'{path} is not a safetensors file ({error})'
-    ) from error
-  if not isinstance(header, dict):
-    raise CheckpointError(f'{path} is not a safetensors file')
-  return header
+      f'{path} has {size - start - end:,} bytes that belong to no tensor; the '
+      'file is damaged'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +306,7 @@ class Stored:
     return Tensor(self.shape, self.dtype, self.file, self.read, self)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Rows `start` to `stop`."""
+    """Reads rows `start` to `stop`."""
     rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
     self.read_into(start, rows)
     return rows

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.conversion import gptq, layout
-from qwenvl_jax.conversion.hf_config import config_from_hf
-from qwenvl_jax.conversion.reader import open_released, read_json
+from qwenvl_jax.conversion import checkpoint_io, layout
 from qwenvl_jax.errors import CheckpointError
 
 
@@ -75,11 +73,8 @@ def _fill(model, folder: Path) -> None:
   """Reads the parameters of a torch model from a released folder."""
   import torch
 
-  tensors = open_released(folder)
-  if gptq.is_quantized(tensors):
-    raw = read_json(folder / 'config.json')
-    config = config_from_hf(raw, str(folder / 'config.json'), int4=False)
-    tensors = gptq.dequantized(folder, tensors, config)
+  config = checkpoint_io.read_config(folder)
+  tensors = checkpoint_io.look_into(folder, config).tensors
   wanted = model.state_dict()
   layout.check_shapes(
     {name: tuple(x.shape) for name, x in model.named_parameters()},

@@ -4,7 +4,9 @@ A source gives the box of every parameter of a block. Sources compose: one for
 each part of the tree, a cast around another.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,12 +17,14 @@ import tensorstore
 
 from qwenvl_jax.conversion import layout, orbax_store
 from qwenvl_jax.conversion.blocks import Block
-from qwenvl_jax.conversion.family import of_names
+from qwenvl_jax.conversion.families.foreign import of_names
 from qwenvl_jax.conversion.reader import Tensor
+from qwenvl_jax.conversion.rules import Rule
 from qwenvl_jax.conversion.transpose import copy_into, row_stride
 from qwenvl_jax.conversion.writer import DTYPES, narrow
 from qwenvl_jax.errors import CheckpointError
 
+_FLOATS = list(map(np.dtype, DTYPES.values()))
 _LONG_ROW = 1024  # Bytes.
 
 
@@ -67,8 +71,9 @@ class ReleasedSource(Source):
   def __init__(
     self,
     tensors: Mapping[str, Tensor],
-    table: list[layout.Rule],
+    table: list[Rule],
     where: str,
+    cast: bool = False,
   ):
     """Checks names, shapes and dtypes.
 
@@ -76,6 +81,8 @@ class ReleasedSource(Source):
       tensors: all of the checkpoint.
       table: what they must be.
       where: the checkpoint, for messages.
+      cast: whether values are cast after reading, so that layers may have
+        several dtypes: they come in one that holds all of them.
 
     Raises:
       CheckpointError: tensors are missing, unknown, misshapen or no floats
@@ -88,19 +95,21 @@ class ReleasedSource(Source):
     layout.check_shapes(
       expected, {name: x.shape for name, x in tensors.items()}, where
     )
-    self._tensors, self._scratch = tensors, _Scratch()
+    self._tensors, self._scratch = dict(tensors), _Scratch()
     self._rules = {path: rule for rule in table for path in rule.paths}
     self.dtypes = {
-      path: self._dtype(rule) for path, rule in self._rules.items()
+      path: self._dtype(rule, cast) for path, rule in self._rules.items()
     }
 
-  def _dtype(self, rule: layout.Rule) -> np.dtype:
+  def _dtype(self, rule: Rule, cast: bool) -> np.dtype:
     names = rule.released_names()
     first = self._tensors[names[0]].dtype
+    known = _FLOATS
+    if cast:
+      first, known = self._widen(names), [*known, np.dtype(np.float64)]
     for name in names:
       tensor = self._tensors[name]
-      floats = tensor.dtype in map(np.dtype, DTYPES.values())
-      if not floats and not layout.is_packed(name):
+      if tensor.dtype not in known and not layout.is_packed(name):
         raise CheckpointError(
           f'{tensor.file}: tensor {name} has dtype {tensor.dtype}, which is '
           'not supported for parameters '
@@ -113,6 +122,16 @@ class ReleasedSource(Source):
           'with --dtype'
         )
     return first
+
+  def _widen(self, names: Sequence[str]) -> np.dtype:
+    """Gives floats of several dtypes one that holds all of their values."""
+    dtypes = {self._tensors[name].dtype for name in names}
+    if len(dtypes) == 1 or any(dtype.kind not in 'fV' for dtype in dtypes):
+      return self._tensors[names[0]].dtype
+    wide = np.dtype(f'f{max(4, *(dtype.itemsize for dtype in dtypes))}')
+    for name in names:
+      self._tensors[name] = _as_dtype(self._tensors[name], wide)
+    return wide
 
   def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
     rules = [self._rules[path] for path in block.paths]
@@ -156,6 +175,13 @@ class ReleasedSource(Source):
     return np.stack(layers) if block.stacked else layers[0]
 
 
+def _as_dtype(tensor: Tensor, dtype: np.dtype) -> Tensor:
+  def read(start, stop):
+    return tensor.read(start, stop).astype(dtype)
+
+  return Tensor(tensor.shape, dtype, tensor.file, read)
+
+
 class _Scratch(threading.local):
   """Memory that a thread uses again and again: new memory costs a pass."""
 
@@ -191,15 +217,49 @@ class OrbaxSource(Source):
     self.shapes = {name: store.shape for name, store in self._stores.items()}
 
   def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
-    try:
+    with self._told(block.paths):
       for path, box in zip(block.paths, boxes, strict=True):
         self._read_box(path, block, box)
+
+  def check_dtypes(self) -> None:
+    """Raises CheckpointError if parameters are no floats."""
+    for path, dtype in self.dtypes.items():
+      floats = dtype in _FLOATS or dtype == np.float64
+      if not floats and not layout.is_packed(path):
+        raise CheckpointError(
+          f'{self._path}: {path} has dtype {dtype}, which is not supported for '
+          f'parameters ({", ".join(DTYPES)})'
+        )
+
+  @contextlib.contextmanager
+  def _told(self, paths: Sequence[str]):
+    try:
+      yield
     except ValueError as error:
       reason = str(error).split('[')[0].strip()
       raise CheckpointError(
-        f'{self._path}: {" or ".join(block.paths)} cannot be read ({reason}); '
+        f'{self._path}: {" or ".join(paths)} cannot be read ({reason}); '
         'a file of it is missing or damaged'
       ) from error
+
+  def released(self, table: list[Rule]) -> dict[str, Tensor]:
+    """Gives released tensors, of which each is read as a whole."""
+
+    def tensor(rule: Rule, layer: int) -> Tensor:
+      def read(start, stop):
+        with self._told(rule.paths):
+          stores = [self._stores[path] for path in rule.paths]
+          stores = stores if rule.layers is None else [x[layer] for x in stores]
+          arrays = [store.read().result() for store in stores]
+        return np.ascontiguousarray(rule.to_released(*arrays)[start:stop])
+
+      return Tensor(rule.shape, self.dtypes[rule.paths[0]], self._path, read)
+
+    return {
+      name: tensor(rule, layer)
+      for rule in table
+      for layer, name in enumerate(rule.released_names())
+    }
 
   def _read_box(self, path: str, block: Block, box: np.ndarray) -> None:
     stored = self._stores[path][block.box]
@@ -228,22 +288,23 @@ class ArraySource(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class PartsSource(Source):
-  """Each part of the tree ('vision', ...) from a source of its own."""
+class JoinedSource(Source):
+  """Several sources as one: each parameter comes from the first that has it."""
 
-  parts: Mapping[str, Source]
+  sources: Sequence[Source]
 
-  @property
+  @functools.cached_property
   def dtypes(self) -> dict[str, np.dtype]:
     return {
       path: dtype
-      for part, source in self.parts.items()
+      for source in reversed(self.sources)
       for path, dtype in source.dtypes.items()
-      if layout.part_of(path) == part
     }
 
   def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
-    self.parts[layout.part_of(block.paths[0])].read_into(block, boxes)
+    (path, *_) = block.paths
+    source = next(x for x in self.sources if path in x.dtypes)
+    source.read_into(block, boxes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +321,16 @@ class CastSource(Source):
   dtype: np.dtype
   where: str
 
-  @property
+  @classmethod
+  def of(cls, source: Source, dtype: np.dtype, where: str) -> Source:
+    """Wraps a source, unless it is of this dtype already."""
+    cast = cls(source, dtype, where)
+    return source if cast.dtypes == source.dtypes else cast
+
+  def position(self, block: Block) -> tuple:
+    return self.source.position(block)
+
+  @functools.cached_property
   def dtypes(self) -> dict[str, np.dtype]:
     return {
       path: stored if layout.is_packed(path) else np.dtype(self.dtype)
@@ -294,7 +364,7 @@ class GrownSource(Source):
   rows: int
   seed: int
 
-  @property
+  @functools.cached_property
   def dtypes(self) -> dict[str, np.dtype]:
     return self.source.dtypes
 

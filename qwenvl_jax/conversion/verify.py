@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qwenvl_jax.conversion import folder as folders
-from qwenvl_jax.conversion import layout
+from qwenvl_jax import buckets
+from qwenvl_jax.conversion import checkpoint_io, finite, layout
 from qwenvl_jax.conversion.blocks import Block, plan
 from qwenvl_jax.conversion.convert import Progress, copy
+from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.writer import narrow
 from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.model.config import QwenVLConfig
@@ -27,6 +28,7 @@ class Comparison:
     cast: (from, to) dtypes, if the second is stored in another one; values are
       then compared as a cast of the first.
     settings: what differs in config.json or the vocabulary.
+    notes: what else to say, such as values that are not finite in the first.
   """
 
   tensors: int
@@ -36,6 +38,7 @@ class Comparison:
   differing: dict[str, float]
   cast: tuple[tuple[str, str], ...]
   settings: tuple[str, ...]
+  notes: tuple[str, ...] = ()
 
   @property
   def same(self) -> bool:
@@ -59,13 +62,15 @@ def verify(
   """
   configs = _packed_configs(first, second)
   if configs is None:
-    configs = [folders.read_config(folder) for folder in (first, second)]
+    configs = [checkpoint_io.read_config(folder) for folder in (first, second)]
     (a, table), (b, other) = map(
-      folders.open_dequantized, (first, second), configs
+      checkpoint_io.open_dequantized, (first, second), configs
     )
-    configs = list(map(folders.dequantized, configs))
+    configs = list(map(checkpoint_io.dequantized, configs))
   else:
-    (a, table), (b, other) = map(folders.open_source, (first, second), configs)
+    (a, table), (b, other) = map(
+      checkpoint_io.open_source, (first, second), configs
+    )
   shapes, others = layout.released_shapes(table), layout.released_shapes(other)
   shared = [
     rule
@@ -89,7 +94,7 @@ def verify(
   size = sum(
     block.values * a.dtypes[block.paths[0]].itemsize for block in blocks
   )
-  copy(a, blocks, compare, size, progress)
+  counts = copy(a, blocks, compare, size, progress)
   return Comparison(
     tensors=len(names),
     values=sum(block.values for block in blocks),
@@ -98,13 +103,16 @@ def verify(
     differing=dict(sorted(differing.items())),
     cast=tuple(sorted(casts)),
     settings=tuple(_settings(first, second, *configs)),
+    notes=tuple(filter(None, [finite.describe(counts)])),
   )
 
 
 def _packed_configs(first: Path, second: Path) -> list[QwenVLConfig] | None:
   """Configs for reading both with packed kernels, None if one has none."""
   try:
-    return [folders.read_config(f, keep_int4=True) for f in (first, second)]
+    return [
+      checkpoint_io.read_config(f, keep_int4=True) for f in (first, second)
+    ]
   except QwenVLError:
     return None  # What is damaged says so again when it is read otherwise.
 
@@ -136,8 +144,8 @@ def _settings(first, second, a, b):
         f'{b.image_start_id}'
       )
   vocabularies = [
-    folders.side_file(folder, folders.VOCABULARY) for folder in (first, second)
+    assets.find_asset(folder, assets.VOCABULARY) for folder in (first, second)
   ]
-  texts = [p.read_bytes() if p.exists() else None for p in vocabularies]
+  texts = [buckets.read(p, 2**28) if p.exists() else None for p in vocabularies]
   if texts[0] != texts[1]:
-    yield f'{folders.VOCABULARY} is not the same in both'
+    yield f'{assets.VOCABULARY} is not the same in both'

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import ConfigError, DataError
 
 # Why a record is dropped, and the rule.
 DROPPED = {
@@ -22,8 +22,13 @@ DROPPED = {
   'empty_text': 'no caption, question, answer or document',
   'no_box': 'no box of the record has an area within the picture',
   'control_token': 'a conversation with <|im_start|> and the like written out',
-  'too_long': 'an image would not fit into the row whole',
+  'unpaired_tag': 'a conversation whose <img>, <ref> or <box> does not pair up',
+  'image_mismatch': 'not as many pictures as places that show one',
+  'box_out_of_range': 'a box of a conversation that is not in thousandths',
+  'size_mismatch': 'width and height that are not those of the picture',
+  'too_long': 'more than a row, a line or a text may hold',
   'no_question': 'nothing that the task can ask',
+  'too_large': 'a file, member, cell or line beyond the limits on what is read',
   'malformed': 'fields that are missing or of another type',
   'unreadable_record': 'a damaged record file',
 }
@@ -34,9 +39,10 @@ REPAIRED = {
   'first_frame': 'of an animation the first frame is taken',
   'converted': 'CMYK, palette, grey or 16 bits turned into 8-bit RGB',
   'flattened': 'transparent pixels put on white',
-  'clipped_box': 'a box that reaches beyond the picture cut at its border',
+  'clipped_box': 'a box beyond the border cut there, or put in order in a text',
   'sorted_box': 'an inverted box, its corners put in order',
   'dropped_box': 'a box without area within the picture left out of a record',
+  'missing_picture': 'a document goes on without a picture that is not there',
   'special_tag': "a vocabulary's special token taken out of plain text",
   'cut_text': "text beyond the row's length cut off at its end",
 }
@@ -55,8 +61,6 @@ class Counts:
     self._counts[f'{source}/seen'] += 1
 
   def dropped(self, source: str, reason: str) -> None:
-    if reason not in DROPPED:
-      raise KeyError(reason)
     self._counts[f'{source}/dropped/{reason}'] += 1
 
   def repaired(self, source: str, reasons: Iterable[str]) -> None:
@@ -87,6 +91,12 @@ class Counts:
   def seen_of(self, source: str) -> int:
     return self._counts[f'{source}/seen']
 
+  def kept_of(self, source: str) -> int:
+    return self.seen_of(source) - sum(self.of(source).values())
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Counts) and self._counts == other._counts
+
   def sources(self) -> list[str]:
     found = {
       key.removesuffix('/seen') for key in self._counts if key.endswith('/seen')
@@ -100,22 +110,37 @@ class Limit:
 
   Attributes:
     share: of those seen.
-    after: records seen of a source before it is judged.
+    after: records seen of a source before it is judged, but at the end.
   """
 
   share: float = 0.1
   after: int = 1000
 
-  def check(self, counts: Counts) -> None:
-    """Raises DataError naming the source that is beyond the limit."""
+  def __post_init__(self):
+    if not 0 <= self.share <= 1:
+      raise ConfigError(f'{self.share} is no share of records, from 0 to 1')
+
+  def check(
+    self,
+    counts: Counts,
+    at_end: bool = False,
+    remedy: str = 'take it out of the mixture, or raise bad.Limit.share',
+  ) -> None:
+    """Raises DataError naming the source that is beyond the limit.
+
+    Args:
+      counts: what was seen and dropped so far.
+      at_end: nothing more will be seen: few records are judged as well.
+      remedy: what a person may do who cannot mend the source.
+    """
     for source in counts.sources():
       dropped = counts.of(source)
       seen, bad = counts.seen_of(source), sum(dropped.values())
-      if seen >= self.after and bad > self.share * seen:
+      if (at_end or seen >= self.after) and bad > self.share * seen:
         most = sorted(dropped.items(), key=lambda item: -item[1])[:4]
-        reasons = ', '.join(f'{n} {r} ({DROPPED[r]})' for r, n in most)
+        reasons = ', '.join(f'{n} {r} ({DROPPED.get(r, r)})' for r, n in most)
         raise DataError(
           f'source {source}: {bad:,} of {seen:,} records had to be dropped, '
           f'more than the allowed {self.share:.0%}: {reasons}. Mend or prepare '
-          'it again, take it out of the mixture, or raise bad.Limit.share'
+          f'it again, or {remedy}'
         )

@@ -1,10 +1,6 @@
-"""Rows into batches: counting, and a state that any number of processes reads.
+"""Rows into batches, with counts, and a state for any number of processes."""
 
-A row is the fields of `Batch` without B, and under `NOTE` what happened while
-it was made: JSON, so that it passes between processes as it is.
-"""
-
-import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,9 +8,8 @@ import grain
 import numpy as np
 
 from qwenvl_jax.data.bad import Counts, Limit
+from qwenvl_jax.data.packing import Row
 from qwenvl_jax.errors import DataError
-
-NOTE = 'note'
 
 State = dict[str, Any]
 
@@ -23,13 +18,14 @@ class Batches(grain.DatasetIterator):
   """Endless batches of one process.
 
   The state is exact and about the whole run, not about a process: the number of
-  rows before it, and of each shard of a packed mixture where it stands. So a
-  run may go on with another number of processes (`merge`).
+  rows before it, and of each stream that the number of rows does not say it of
+  where it stands ('shards'; 'of' is their number). So a run may go on with
+  another number of processes (`merge`).
   """
 
   def __init__(
     self,
-    start: Callable[[State], Iterator[dict[str, Any]]],
+    start: Callable[[State], Iterator[Row]],
     rows: int,
     processes: int = 1,
     limit: Limit | None = None,
@@ -50,39 +46,60 @@ class Batches(grain.DatasetIterator):
     self._rows = None
     self._row = 0
     self._shards = {}
+    self._of = 0
     self._counts = Counts()
+    self._dropped = {}
     self._tokens = [0, 0]
 
   def __next__(self) -> dict[str, np.ndarray]:
     if self._rows is None:
-      self._rows = self._start({'row': self._row, 'shards': self._shards})
+      self._rows = self._start(self.get_state())
     rows = [
       self._noted(next(self._rows))
       for _ in range(self._batch // self._processes)
     ]
     self._row += self._batch
-    if self._limit is not None:
-      self._limit.check(self._counts)
+    self._check()
     return {name: np.stack([x[name] for x in rows]) for name in rows[0]}
 
-  def _noted(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
-    note = json.loads(row.get(NOTE) or '{}')
-    self._counts.add(note.get('counts', {}))
-    if 'shard' in note:
-      self._shards[str(note['shard'])] = note['state']
-    if 'segment_ids' in row:
-      self._tokens[0] += int(np.count_nonzero(row['segment_ids']))
-      self._tokens[1] += row['segment_ids'].size
-    return {name: value for name, value in row.items() if name != NOTE}
+  def _noted(self, row: Row) -> dict[str, np.ndarray]:
+    arrays, stats = row
+    self._counts.add(stats.counts)
+    self._of = stats.streams
+    if stats.position is not None:
+      self._shards[str(stats.stream)] = stats.position
+    for key, message in stats.dropped.items():
+      if key not in self._dropped:
+        self._dropped[key] = message
+        logging.warning('dropped, %s: %s (the first of these)', key[1], message)
+    if 'segment_ids' in arrays:
+      self._tokens[0] += int(np.count_nonzero(arrays['segment_ids']))
+      self._tokens[1] += arrays['segment_ids'].size
+    return arrays
+
+  def _check(self) -> None:
+    if self._limit is None:
+      return
+    try:
+      self._limit.check(self._counts)
+    except DataError as error:
+      examples = [
+        message
+        for (source, _), message in self._dropped.items()
+        if f'source {source}:' in str(error)
+      ]
+      such = f'. For example: {"; ".join(examples[:3])}' if examples else ''
+      raise DataError(f'{error}{such}') from None
 
   def get_state(self) -> State:
     """Where to go on; `json.dumps` takes it."""
-    return {
+    state = {
       'row': self._row,
       'shards': dict(self._shards),
       'counts': self._counts.as_dict(),
       'tokens': list(self._tokens),
     }
+    return state | ({'of': self._of} if self._of else {})
 
   def set_state(self, state: State) -> None:
     """Goes on from a state, of this process or of all (`merge`).
@@ -94,6 +111,7 @@ class Batches(grain.DatasetIterator):
     try:
       self._row = int(state['row'])
       self._shards = dict(state['shards'])
+      self._of = int(state.get('of', 0))
       self._counts = Counts(state['counts'])
       self._tokens = list(state['tokens'])
     except (KeyError, TypeError, ValueError) as error:
@@ -115,6 +133,7 @@ class Batches(grain.DatasetIterator):
     for state in states:
       merged['row'] = state['row']
       merged['shards'] |= state['shards']
+      merged |= {'of': state['of']} if 'of' in state else {}
       counts.add(state['counts'])
       merged['tokens'] = [
         a + b for a, b in zip(merged['tokens'], state['tokens'])

@@ -16,13 +16,11 @@ from qwenvl_jax.data.readers.answers import (
   VqaPair,
 )
 from qwenvl_jax.data.readers.captions import CocoCaptions, Karpathy
+from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
+from qwenvl_jax.data.readers.interleaved import Interleaved
 from qwenvl_jax.data.readers.places import Refer, VisualGenomeRegions
-from qwenvl_jax.data.readers.release import (
-  Conversations,
-  EvaluationLines,
-  PlainText,
-)
+from qwenvl_jax.data.readers.release import EvaluationLines, PlainText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +297,20 @@ _ALL = (
     'https://huggingface.co/datasets/zzliang/GRIT',
     'MS-PL; pictures belong to others', grounded=True,
   ),
+  DataSet(
+    'mmc4', 'interleaved', '101 million documents, 571 million images',
+    'https://github.com/allenai/mmc4', 'ODC-BY; pictures belong to others',
+    'its .jsonl files, unzipped, and the pictures that they name beside them',
+    {'train': Interleaved()},
+  ),
+  DataSet(
+    'obelics', 'interleaved', '141 million documents, 353 million images',
+    'https://huggingface.co/datasets/HuggingFaceM4/OBELICS',
+    'CC-BY-4.0; pictures belong to others',
+    'its records as .jsonl, with the path of a downloaded picture in the place '
+    'of each URL, and the pictures; or as .parquet with their bytes',
+    {'train': Interleaved()},
+  ),
 )  # fmt: skip
 
 DATA_SETS = {x.name: x for x in _ALL}
@@ -310,6 +322,7 @@ FORMATS = {
   'grit': Img2Dataset(grounded=True),
   'evaluation': EvaluationLines(),
   'conversations': Conversations(),
+  'interleaved': Interleaved(),
   'text': PlainText(),
   'text-zh': PlainText(language='zh'),
 }

@@ -1,6 +1,7 @@
 """`qwenvl-data`: what data there is, preparing it, looking at it."""
 
 import argparse
+import functools
 import pathlib
 import re
 import sys
@@ -111,7 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     type=float,
     default=Limit().share,
     metavar='SHARE',
-    help='share of records that may be dropped (default: %(default)s)',
+    help='share of records that may be dropped (default: %(default)s); judged '
+    f'from {Limit().after:,} records on, and at the end',
+  )
+  command.add_argument(
+    '--again',
+    action='store_true',
+    help='write all shards again, not only those whose input has changed',
   )
   command.add_argument(
     '--config', default='default', help="'default' or 'small' (scenes)"
@@ -290,10 +297,12 @@ def _prepare(arguments, console):
 def _prepare_public(arguments, console):
   name = arguments.name
   if arguments.format:
-    if not re.fullmatch(r'[a-z]\w*', name):
-      raise ConfigError(
-        f'{name!r} cannot name a data set: use small letters, digits and _'
-      )
+    for what, text in (('data set', name), ('split', arguments.split)):
+      if not re.fullmatch(r'[a-z][A-Za-z0-9_]{0,99}', text):
+        raise ConfigError(
+          f'{text!r} cannot name a {what}: it takes a small letter, and then '
+          'letters, digits and _'
+        )
     readers = {arguments.split: catalogue.FORMATS[arguments.format]}
     about = {}
   else:
@@ -313,7 +322,9 @@ def _prepare_public(arguments, console):
       sources.disk_path(arguments.data_dir),
       workers=arguments.workers,
       limit=Limit(share=arguments.max_bad),
+      again=arguments.again,
       progress=progress,
+      say=functools.partial(_print_whole, console),
       **about,
     )
   table = rich.table.Table(title=str(report.folder))
@@ -354,7 +365,7 @@ def _show(arguments, console):
       '--gin_file'
     )
   try:
-    arguments.output.write_text(page, encoding='utf-8')
+    buckets.write(arguments.output, page)
   except OSError as error:
     raise DataError(
       f'cannot write {arguments.output} ({error.strerror}); name another file '

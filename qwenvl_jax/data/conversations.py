@@ -1,67 +1,55 @@
-"""Stage 3: ChatML conversations about one picture, two, or none.
+"""Stage 3 of the quickstart: conversations about scenes.
 
-Which tokens carry loss follows the release's fine-tuning script: of every turn
-the `<|im_start|>`, the `<|im_end|>` and the line break after it, and of the
-assistant's turns the text.
+About one picture, two, or none; `text.chatml` says how they are written.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 
 from qwenvl_jax.data import things, wording
-from qwenvl_jax.data.examples import Piece, Question, Sample
+from qwenvl_jax.data.examples import Question, Sample
 from qwenvl_jax.data.records import Scene
 from qwenvl_jax.text import chatml
+from qwenvl_jax.text.chatml import TextSpan
 
 # Questions about two pictures, beside those about one.
 PAIR_KINDS = ('which', 'nth_caption', 'nth_count', 'nth_colour')
 
-_START = Piece('<|im_start|>', loss=True)
-_END = (Piece('<|im_end|>', loss=True), Piece('\n', loss=True))
-
 
 def sample(
   record: str,
-  pictures: Sequence[Piece],
-  branches: Sequence[Sequence[Question]],
+  pictures: Sequence[TextSpan],
+  conversations: Sequence[Sequence[Question]],
   images: Sequence[object] = (),
 ) -> Sample:
-  """A sample whose branches are conversations about the same pictures.
+  """Makes a sample of several conversations about the same pictures.
 
   Args:
     record: names the sample in errors.
     pictures: one image span each, or words in its place.
-    branches: each a conversation: questions asked one after the other.
+    conversations: each is questions asked one after the other.
     images: what fills the image spans.
   """
-  trunk = [*turn('system', Piece(chatml.DEFAULT_SYSTEM)), *_open('user')]
+  prefix = chatml.turn_spans('system', chatml.DEFAULT_SYSTEM)
+  prefix += chatml.open_turn('user')
   for number, span in enumerate(pictures, start=1):
-    trunk += [Piece(f'Picture {number}: '), span, Piece('\n')]
+    prefix += (TextSpan(f'Picture {number}: '), span, TextSpan('\n'))
   return Sample(
     record=record,
-    trunk=tuple(trunk),
-    branches=tuple(_conversation(x) for x in branches),
+    prefix=prefix,
+    continuations=tuple(map(_continuation, conversations)),
     images=tuple(images),
   )
 
 
-def _conversation(turns: Sequence[Question]) -> tuple[Piece, ...]:
-  pieces = []
+def _continuation(turns: Sequence[Question]) -> tuple[TextSpan, ...]:
+  """The turns, but for the beginning of the first, which the prefix holds."""
+  spans = ()
   for number, asked in enumerate(turns):
-    if number:
-      pieces += _open('user')
-    pieces += [Piece(asked.prompt), *_END]
-    pieces += turn('assistant', Piece(asked.answer, loss=True))
-  return tuple(pieces)
-
-
-def _open(role: str) -> tuple[Piece, ...]:
-  return _START, Piece(role), Piece('\n')
-
-
-def turn(role: str, content: Piece) -> tuple[Piece, ...]:
-  """A whole turn; `content` says whether its text is learned."""
-  return *_open(role), content, *_END
+    spans += chatml.open_turn('user') if number else ()
+    spans += (TextSpan(asked.prompt), *chatml.CLOSE_TURN)
+    spans += chatml.turn_spans('assistant', asked.answer)
+  return spans
 
 
 def pair_subjects(

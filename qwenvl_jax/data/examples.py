@@ -1,36 +1,25 @@
-"""Examples: text in pieces with and without loss, and its token ids.
+"""Samples: text with and without loss about pictures, and its token ids.
 
-A `Sample` is a trunk that everything sees (the picture) and branches that see
-the trunk and themselves (questions about it), as in `batch.Batch.branch_ids`.
-Several questions then share one picture's tokens, and each is learned exactly
-as if it stood alone.
+A `Sample` is a prefix that everything sees (the picture) and continuations that
+see the prefix and themselves (questions about it): `batch.Batch.branch_ids` 0
+and above. Several questions then share one picture's tokens, and each is
+learned exactly as if it stood alone.
 """
 
 import dataclasses
 import functools
-import re
 
 import numpy as np
 
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 from qwenvl_jax.text import grounding
+from qwenvl_jax.text.chatml import TextSpan
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 END = '<|endoftext|>'
 
 # Characters of a text that may well come again, as prompts do.
 _REPEATED = 160
-
-# Anything that may be a special token.
-_TAG = re.compile('(<[^<> ]*>)')
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-  """Text that is encoded by itself; `loss`: whether it is to be learned."""
-
-  text: str
-  loss: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +28,21 @@ class Sample:
 
   Attributes:
     record: id of the record it was made from, for errors.
-    trunk: pieces that stand first; each `<img>..</img>` span takes the next of
+    prefix: what stands first; each `<img>..</img>` span takes the next of
       `images`.
-    branches: alternatives that continue the trunk. A branch begins with a piece
-      without loss: the token before it belongs to the trunk, which has no room
-      for one target per branch.
+    continuations: alternatives that follow the prefix. Each begins with text
+      without loss: the token before it belongs to the prefix, which has no room
+      for one target per continuation.
     images: pictures in reading order, as `image.load` takes them.
+    divisible: whether it may end before an image that does not fit into a row,
+      as a document may; else it is left out then.
   """
 
   record: str
-  trunk: tuple[Piece, ...]
-  branches: tuple[tuple[Piece, ...], ...] = ()
+  prefix: tuple[TextSpan, ...]
+  continuations: tuple[tuple[TextSpan, ...], ...] = ()
   images: tuple[object, ...] = ()
+  divisible: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +76,25 @@ class Question:
     """The answer without the space or line break before it."""
     return self.answer.strip()
 
-  def pieces(self) -> tuple[Piece, ...]:
+  def spans(self) -> tuple[TextSpan, ...]:
     """In the format of stages 1 and 2; chats have one of their own."""
-    return Piece(self.prompt), Piece(self.answer + END, loss=True)
+    return TextSpan(self.prompt), TextSpan(self.answer + END, loss=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSample:
-  """One example, as token ids. T tokens, trunk first, then the branches.
+  """One sample, as token ids. T tokens, prefix first, then continuations.
 
   Attributes:
     record: id of the record it was made from.
     tokens: [T] int32.
     weights: [T] float32, loss weight of the token itself.
-    positions: [T] int32; a branch continues the count of the trunk.
-    branch_ids: [T] int32, 0 in the trunk, then 1, 2, ..
+    positions: [T] int32; a continuation counts on from the prefix.
+    branch_ids: [T] int32, 0 in the prefix, then 1, 2, ..
     image_starts: index of the first of each image's ids.
     images: the pictures, in the same order.
     image_tokens: length of every image span.
+    divisible: as `Sample.divisible`.
   """
 
   record: str
@@ -112,6 +105,7 @@ class EncodedSample:
   image_starts: tuple[int, ...]
   images: tuple[object, ...]
   image_tokens: int
+  divisible: bool = False
 
   def __len__(self) -> int:
     return len(self.tokens)
@@ -136,73 +130,76 @@ def encode_sample(
     sample: the text.
     tokenizer: its vocabulary.
     image_tokens: ids an image span holds between its tags.
-    length_alpha: each branch's weights (and the trunk's) are n**-alpha where n
-      is the number of its tokens with loss. 0 weighs tokens equally, 1 weighs
-      answers equally, so that boxes do not swamp a 'yes'.
-    max_length: branches that would exceed it are left out, from the first one
-      that does not fit on; a later, shorter one may still fit.
+    length_alpha: the weights of each continuation (and the prefix) are
+      n**-alpha where n is the number of its tokens with loss. 0 weighs tokens
+      equally, 1 weighs answers equally, so that boxes do not swamp a 'yes'.
+    max_length: continuations that would exceed it are left out; a later,
+      shorter one may still fit.
 
   Raises:
-    DataError: a branch that begins with loss, a text with unclosed tags, or
-      not as many image spans as images.
+    BadRecordError: tags that do not pair up, or not as many image spans as
+      images.
+    DataError: a continuation that begins with loss.
   """
-  tokens, weights = _encode_pieces(
-    sample.trunk, tokenizer, image_tokens, length_alpha, sample.record
+  encode = functools.partial(
+    _encode_spans, tokenizer, image_tokens, length_alpha, sample.record
   )
-  trunk = len(tokens)
-  branch_ids, positions = [0] * trunk, list(range(trunk))
+  tokens, weights = encode(sample.prefix)
+  prefix = len(tokens)
+  branch_ids, positions = [0] * prefix, list(range(prefix))
   number = 0
-  for pieces in sample.branches:
-    more, more_weights = _encode_pieces(
-      pieces, tokenizer, image_tokens, length_alpha, sample.record
-    )
+  for spans in sample.continuations:
+    more, more_weights = encode(spans)
     if max_length is not None and len(tokens) + len(more) > max_length:
       continue
     if more_weights and more_weights[0]:
       raise DataError(
-        f'{sample.record}: branch {pieces} begins with loss; begin it with a '
-        'piece of the prompt'
+        f'{sample.record}: {spans} begins with loss; begin it with text of the '
+        'prompt'
       )
     number += 1
     tokens += more
     weights += more_weights
     branch_ids += [number] * len(more)
-    positions += range(trunk, trunk + len(more))
-  starts = ()
-  if sample.images:
-    starts = tuple(_image_starts(tokens, tokenizer))
+    positions += range(prefix, prefix + len(more))
+  ids = np.array(tokens, np.int32)
+  starts = np.flatnonzero(ids == tokenizer.img_start_id) + 1
   if len(starts) != len(sample.images):
-    raise DataError(
+    raise BadRecordError(
+      'image_mismatch',
       f'{sample.record}: {len(starts)} <img> spans for {len(sample.images)} '
-      'images; write one span for each image'
+      'images; write one span for each image',
     )
   return EncodedSample(
     record=sample.record,
-    tokens=np.array(tokens, np.int32),
+    tokens=ids,
     weights=np.array(weights, np.float32),
     positions=np.array(positions, np.int32),
     branch_ids=np.array(branch_ids, np.int32),
-    image_starts=starts,
+    image_starts=tuple(starts.tolist()),
     images=sample.images,
     image_tokens=image_tokens,
+    divisible=sample.divisible,
   )
 
 
 def plain(sample: Sample) -> Sample:
-  """The sample with its first branch written on into the trunk."""
-  first = sample.branches[0] if sample.branches else ()
-  return dataclasses.replace(sample, trunk=sample.trunk + first, branches=())
+  """Returns the sample with its first continuation written into the prefix."""
+  first = sample.continuations[0] if sample.continuations else ()
+  return dataclasses.replace(
+    sample, prefix=sample.prefix + first, continuations=()
+  )
 
 
-def _encode_pieces(pieces, tokenizer, image_tokens, alpha, record):
+def _encode_spans(tokenizer, image_tokens, alpha, record, spans):
   tokens, learned = [], []
-  for piece in pieces:
+  for span in spans:
     try:
-      ids = _encode_text(tokenizer, piece.text, image_tokens)
+      ids = _encode_text(tokenizer, span.text, image_tokens)
     except DataError as error:
-      raise DataError(f'{record}: {error}') from error
+      raise BadRecordError('unpaired_tag', f'{record}: {error}') from error
     tokens += ids
-    learned += [piece.loss] * len(ids)
+    learned += [span.loss] * len(ids)
   count = sum(learned)
   weight = float(count) ** -alpha if count else 0.0
   return tokens, [weight * flag for flag in learned]
@@ -215,35 +212,9 @@ def _encode_text(tokenizer, text, image_tokens) -> tuple[int, ...]:
   return _encode_any(tokenizer, text, image_tokens)
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _encode_short(tokenizer, text, image_tokens) -> tuple[int, ...]:
-  return _encode_any(tokenizer, text, image_tokens)
-
-
 def _encode_any(tokenizer, text, image_tokens) -> tuple[int, ...]:
-  """As `tokenizer.encode`, several times faster on text full of boxes.
-
-  The tokenizer hands all 217 special tokens to each call; here the few that
-  occur are looked up.
-  """
   grounding.check_tags(text, 'its text')
-  if '<img>' in text:
-    return tuple(tokenizer.encode(text, image_tokens))
-  special = _special(tokenizer)
-  ids = []
-  for part in _TAG.split(text):
-    if part in special:
-      ids.append(special[part])
-    elif part:
-      ids += tokenizer.encode_ordinary(part)
-  return tuple(ids)
+  return tuple(tokenizer.encode(text, image_tokens))
 
 
-@functools.lru_cache(maxsize=16)
-def _special(tokenizer) -> dict[str, int]:
-  return tokenizer.special
-
-
-def _image_starts(tokens, tokenizer) -> list[int]:
-  start = tokenizer.img_start_id
-  return [i + 1 for i, token in enumerate(tokens) if token == start]
+_encode_short = functools.lru_cache(maxsize=1 << 16)(_encode_any)

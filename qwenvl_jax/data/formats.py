@@ -1,4 +1,4 @@
-"""The paper's seven tasks and its conversations, made from records.
+"""The paper's seven tasks, conversations and documents, made from records.
 
 Each class is a function `(record, rng, another) -> [Sample, ..]` with settings,
 as in `tasks`; an empty list if the record does not allow it. Prompts carry no
@@ -13,6 +13,7 @@ loss, answers do (paper, Appendix B):
   ocr                   <img>..</img>OCR with grounding: <ref>WORD</ref>
                         <quad>..</quad>..
   text                  TEXT
+  interleaved           TEXT<img>..</img>TEXT<img>..</img>TEXT
 
 each ended by `<|endoftext|>`.
 """
@@ -21,23 +22,36 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
-from qwenvl_jax.data import conversations, wording
-from qwenvl_jax.data.examples import END, Piece, Sample
+from qwenvl_jax.data import wording
+from qwenvl_jax.data.examples import END, Sample
 from qwenvl_jax.data.records import Record, Region, Span
 from qwenvl_jax.text import chatml, grounding
+from qwenvl_jax.text.chatml import TextSpan
 
-_IMAGE = Piece('<img>0</img>')
+_IMAGE = TextSpan('<img>0</img>')
 
 # Between a prompt and its answer. Chinese has no space there.
 _SPACE = {'en': ' ', 'zh': ''}
 _ANSWER = {'en': '{} Answer:', 'zh': '{}回答：'}
 _IS = {'en': ' is ', 'zh': '是'}
 
-Another = Callable[[], Record]
+
+class _Format:
+  """What makes samples of one record, and needs no other."""
+
+  def __call__(
+    self, record: Record, rng: random.Random, another: Callable[[], Record]
+  ) -> list[Sample]:
+    del another
+    return self.samples(record, rng)
+
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    """Returns the samples of a record; none if it does not allow any."""
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Captions:
+class Captions(_Format):
   """The longest caption of a picture, or one at random.
 
   Attributes:
@@ -46,10 +60,7 @@ class Captions:
 
   longest: bool = True
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     if not record.captions:
       return []
     caption = max(record.captions, key=len)
@@ -61,7 +72,7 @@ class Captions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Branching:
+class _Branching(_Format):
   """Several questions about one picture.
 
   Attributes:
@@ -71,7 +82,7 @@ class _Branching:
 
   branches: int = 0
 
-  def _samples(self, record, asked: Sequence, rng) -> list[Sample]:
+  def _some(self, record, asked: Sequence, rng) -> list[Sample]:
     """Samples of some of `asked`, which are pieces of a prompt and answer."""
     if not asked or not record.images:
       return []
@@ -83,26 +94,20 @@ class _Branching:
 class Answers(_Branching):
   """Questions with their answers."""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     language = record.language
     asked = [
       _asked(_ANSWER[language].format(x.question), _SPACE[language] + x.answer)
       for x in record.questions
     ]
-    return self._samples(record, asked, rng)
+    return self._some(record, asked, rng)
 
 
 @dataclasses.dataclass(frozen=True)
-class GroundedCaptions:
+class GroundedCaptions(_Format):
   """A caption with boxes after its phrases; see `without_nesting`."""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     found = [x for x in record.grounded if x.spans]
     if not found:
       return []
@@ -141,26 +146,20 @@ def without_nesting(spans: Sequence[Span]) -> list[Span]:
 class Referring(_Branching):
   """Where is what a phrase says?"""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     asked = [
       _asked(_ref(x.phrase), _boxes(record, x.boxes)) for x in record.regions
     ]
-    return self._samples(record, asked, rng)
+    return self._some(record, asked, rng)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroundedCaptioning(_Branching):
   """What is in this box?"""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
     asked = [self._ask(record, x) for x in record.regions]
-    return self._samples(record, asked, rng)
+    return self._some(record, asked, rng)
 
   def _ask(self, record: Record, region: Region):
     language = record.language
@@ -170,13 +169,11 @@ class GroundedCaptioning(_Branching):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ocr:
+class Ocr(_Format):
   """All words of a picture with their corners."""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del rng, another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    del rng
     if not record.words or not record.images:
       return []
     words = []
@@ -190,55 +187,74 @@ class Ocr:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Text(_Format):
   """A document without a picture; all of it is learned."""
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del rng, another
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    del rng
     if not record.text:
       return []
-    return [Sample(record.id, (Piece(record.text + END, loss=True),))]
+    return [Sample(record.id, (_learned(record.text + END),))]
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversations:
+class Conversations(_Format):
   """ChatML conversations about any number of pictures, as they were written.
 
-  A first turn that is not the user's is left out, as in the release.
-
   Attributes:
-    system: what the system turn says.
+    system: what the system turn says, where the record has none of its own.
   """
 
   system: str = chatml.DEFAULT_SYSTEM
 
-  def __call__(
-    self, record: Record, rng: random.Random, another: Another
-  ) -> list[Sample]:
-    del rng, another
-    turns = record.turns
-    if turns and turns[0].role != 'user':
-      turns = turns[1:]
-    if not turns:
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    del rng
+    turns = [(turn.role, turn.text) for turn in record.turns]
+    spans = chatml.conversation_spans(turns, self.system)
+    return [Sample(record.id, spans, images=record.images)] if spans else []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interleaved(_Format):
+  """Documents of texts and pictures in order; the texts are learned.
+
+  Of a longer document another part is taken each time, and what does not fit
+  into a row is cut off before a picture.
+
+  Attributes:
+    images: pictures of a sample at most.
+  """
+
+  images: int = 7
+
+  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+    count = len(record.images)
+    if not record.texts or not count:
       return []
-    trunk = [*conversations.turn('system', Piece(self.system))]
-    for turn in turns:
-      learned = turn.role == 'assistant'
-      trunk += conversations.turn(turn.role, Piece(turn.text, learned))
-    return [Sample(record.id, tuple(trunk), images=record.images)]
+    first = rng.randrange(max(count - self.images, 0) + 1)
+    last = min(first + self.images, count)
+    spans = []
+    for number in range(first, last):
+      spans += [_learned(record.texts[number]), _IMAGE]
+    spans.append(_learned(record.texts[last] + (END if last == count else '')))
+    spans = tuple(x for x in spans if x.text)
+    images = record.images[first:last]
+    return [Sample(record.id, spans, images=images, divisible=True)]
 
 
-def _asked(prompt: str, answer: str) -> tuple[Piece, Piece]:
-  return Piece(prompt), Piece(answer + END, loss=True)
+def _learned(text: str) -> TextSpan:
+  return TextSpan(text, loss=True)
+
+
+def _asked(prompt: str, answer: str) -> tuple[TextSpan, TextSpan]:
+  return TextSpan(prompt), _learned(answer + END)
 
 
 def _about_picture(record: Record, asked, branches: int) -> Sample:
-  trunk, images = (_IMAGE,), record.images[:1]
+  images = record.images[:1]
   if not branches:
-    return Sample(record.id, (*trunk, *asked[0]), images=images)
-  return Sample(record.id, trunk, tuple(asked), images)
+    return Sample(record.id, (_IMAGE, *asked[0]), images=images)
+  return Sample(record.id, (_IMAGE,), tuple(asked), images)
 
 
 def _ref(phrase: str) -> str:

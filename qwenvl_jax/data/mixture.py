@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwenvl_jax.data import catalogue, formats, sources, storage
-from qwenvl_jax.data.pipeline import Stream
+from qwenvl_jax.data.pipeline import Stream, is_weight
 from qwenvl_jax.errors import ConfigError, DataError
 
 # Group, name of the data set, what to make of its records, weight.
@@ -96,7 +96,11 @@ def _command(name: str, task: Any, data_dir) -> str:
     return f'qwenvl-data make-ocr --kind {kind} --n N {folder}'
   command = f'qwenvl-data prepare {name} --manual_dir FOLDER'
   if name not in catalogue.DATA_SETS:
-    written = {formats.Text: 'text', formats.Conversations: 'conversations'}
+    written = {
+      formats.Text: 'text',
+      formats.Conversations: 'conversations',
+      formats.Interleaved: 'interleaved',
+    }
     command += f' --format {written.get(type(task), "FORMAT")}'
   return command if data_dir is None else f'{command} --data_dir {data_dir}'
 
@@ -122,18 +126,23 @@ def _check(table, totals, temperature, missing) -> None:
     raise ConfigError(
       f"mixture.streams.missing={missing!r} is none of 'error', 'skip', 'allow'"
     )
-  if not temperature > 0:
+  if not is_weight(temperature):
     raise ConfigError(
       f'mixture.streams.temperature={temperature} must be above 0'
     )
   groups = set()
   for entry in table:
-    if len(entry) != 4 or not (callable(entry[2]) and entry[3] > 0):
+    if len(entry) != 4 or not (callable(entry[2]) and is_weight(entry[3])):
       raise ConfigError(
         f'mixture.streams.table: {entry!r} is not (group, data set, format, '
         'weight above 0)'
       )
     groups.add(entry[0])
+  for group, total in (totals or {}).items():
+    if not is_weight(total):
+      raise ConfigError(
+        f'mixture.streams.totals: {total!r} of {group!r} is no number above 0'
+      )
   unnamed = groups - set(totals) if totals is not None else ()
   if unnamed:
     raise ConfigError(

@@ -1,39 +1,211 @@
-"""Rows of fixed shape: several samples, several images, padding.
+"""From a record to a row of fixed shape: items that samples make, and packing.
 
-The arrays of a row are the fields of `qwenvl_jax.batch.Batch` without B.
+A record becomes a `PackItem` (`ToPackItem`), items that fit together are chosen
+(`choose`), and a `Row` is laid out (`lay_out`). The arrays of a row are the
+fields of `qwenvl_jax.batch.Batch` without B. `pipeline` decides which records
+come when.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
 from qwenvl_jax import image
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data.examples import EncodedSample
-from qwenvl_jax.errors import BadRecordError
+from qwenvl_jax.data.bad import Counts
+from qwenvl_jax.data.examples import EncodedSample, encode_sample
+from qwenvl_jax.errors import BadRecordError, ConfigError
+from qwenvl_jax.text.tokenizer import Tokenizer
 
-# (picture, R, name of the record) -> [R,R,3] uint8, as `image.pixels`.
-Decode = Callable[[object, int, str], np.ndarray]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packer:
+  """How samples fill rows.
+
+  Attributes:
+    shards: V, streams of rows that the run is divided into; a multiple of
+      processes times worker processes.
+    pool: items of a group that each stream chooses from; more fill rows better
+      and take more memory. 1 gives each item a row of its own.
+    threads: that decode pictures in each process; 0 decodes where rows are
+      planned.
+    filler: group whose items without images also fill what is left of the rows
+      of the others; '' for none. Samples do not see each other, so that it
+      matters to nothing but the number of rows.
+  """
+
+  shards: int = 64
+  pool: int = 32
+  threads: int = 0
+  filler: str = ''
+
+  def __post_init__(self):
+    if self.shards < 1 or self.pool < 1 or self.threads < 0:
+      raise ConfigError(
+        f'{self}: shards and pool must be at least 1, threads at least 0'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-  """A row and what did not go into it.
+class RowShape:
+  """The shape of a row.
 
   Attributes:
-    arrays: `Batch`'s fields, without B.
-    truncated: tokens cut off the end.
+    length: T, tokens.
+    image_slots: I, images.
+    image_size: R, side of the square that images are squashed to.
+    image_tokens: Q, ids in an image span.
   """
 
+  length: int
+  image_slots: int
+  image_size: int
+  image_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PackItem:
+  """What a record gives a row: samples that stay together.
+
+  Attributes:
+    source: label of the stream.
+    samples: empty if the record was dropped.
+    error: why it was dropped.
+    repaired: keys of `bad.REPAIRED`.
+  """
+
+  source: str
+  samples: tuple[EncodedSample, ...] = ()
+  error: BadRecordError | None = None
+  repaired: tuple[str, ...] = ()
+
+  @property
+  def tokens(self) -> int:
+    return sum(map(len, self.samples))
+
+  @property
+  def images(self) -> int:
+    return sum(len(x.images) for x in self.samples)
+
+  @property
+  def examples(self) -> int:
+    return sum(x.examples for x in self.samples)
+
+
+@dataclasses.dataclass
+class RowStats:
+  """What happened while a row was made, and where its stream stands after it.
+
+  Attributes:
+    group: of the items that the row was made for.
+    counts: of records, as `bad.Counts.as_dict`.
+    dropped: for each source and reason, the message of one dropped record.
+    records: names of the row's records.
+    stream: number of the stream that made the row.
+    streams: how many there are.
+    position: where the stream goes on; None where `stream` rows and the row's
+      number say it.
+  """
+
+  group: str = ''
+  counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  dropped: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+  records: tuple[str, ...] = ()
+  stream: int = 0
+  streams: int = 1
+  position: list | None = None
+
+  def drop(self, counts: Counts, source: str, error: BadRecordError) -> None:
+    """Counts a dropped record and keeps its message if it is the first."""
+    counts.dropped(source, error.reason)
+    self.dropped.setdefault((source, error.reason), str(error))
+
+
+class Row(NamedTuple):
+  """A row: `Batch`'s fields without B, and how it was made."""
+
   arrays: dict[str, np.ndarray]
-  truncated: int
+  stats: RowStats
+
+
+@dataclasses.dataclass(frozen=True)
+class ToPackItem(grain.transforms.RandomMap):
+  """Makes the item of a record; a function of the record and the generator.
+
+  Attributes:
+    shape: of the rows.
+    tokenizer: their vocabulary.
+    source: the open source; elements that cannot be read are errors.
+    tasks: makes the samples of a record.
+    label: names the source in counts.
+    length_alpha: see `examples.encode_sample`.
+    decode: whether pictures are decoded here, so that one that cannot be read
+      leaves no row empty; a pool of decoded pictures would take much memory.
+  """
+
+  shape: RowShape
+  tokenizer: Tokenizer
+  source: Sequence[Any]
+  tasks: Any
+  label: str
+  length_alpha: float = 0.0
+  decode: bool = False
+
+  def __repr__(self) -> str:
+    # Grain asks for it with every record: it must not list the mixture.
+    return self.label
+
+  def random_map(self, element, rng: np.random.Generator) -> PackItem:
+    # Python's generator chooses from short lists many times faster.
+    choose = random.Random(int(rng.integers(1 << 62)))
+    try:
+      return self._item(_raised(element), choose)
+    except BadRecordError as error:
+      return PackItem(self.label, error=error)
+
+  def _item(self, record, rng) -> PackItem:
+    def another():
+      return _raised(self.source[rng.randrange(len(self.source))])
+
+    samples = self.tasks(record, rng, another)
+    if not samples:
+      raise BadRecordError(
+        'no_question',
+        f'{record.id} allows none of the questions of {self.tasks}',
+      )
+    shape, encoded, repaired = self.shape, [], []
+    for sample in samples:
+      whole = encode_sample(
+        sample,
+        self.tokenizer,
+        shape.image_tokens,
+        length_alpha=self.length_alpha,
+        max_length=shape.length,
+      )
+      kept = cut(whole, shape.length, shape.image_slots)
+      if len(kept) < len(whole):
+        repaired.append('cut_text')
+      encoded.append(kept)
+    encoded = fill(encoded, shape.length, shape.image_slots)
+    if self.decode:
+      encoded = [decoded(x, shape.image_size, repaired) for x in encoded]
+    return PackItem(self.label, tuple(encoded), repaired=tuple(repaired))
+
+
+def _raised(element):
+  if isinstance(element, BadRecordError):
+    raise element
+  return element
 
 
 def fill(
   samples: Sequence[EncodedSample], length: int, image_slots: int
 ) -> list[EncodedSample]:
-  """The first sample and every later one for which there is still room."""
+  """Returns the first sample and every later one for which there is room."""
   kept = list(samples[:1])
   tokens = sum(map(len, kept))
   images = sum(len(x.images) for x in kept)
@@ -47,23 +219,35 @@ def fill(
 
 
 def cut(sample: EncodedSample, length: int, image_slots: int) -> EncodedSample:
-  """The sample, its text cut off at its end if it is longer than a row.
+  """Returns the sample, its end cut off if it is longer than a row.
 
   Raises:
-    BadRecordError: an image would be cut, or there are more than slots.
+    BadRecordError: an image would be cut, or there are more than slots, and the
+      sample is not divisible.
   """
-  last = max(sample.image_starts, default=-1)
-  if last >= 0 and last + sample.image_tokens >= length:
+  # The closing tag belongs to the span.
+  ends = [start + sample.image_tokens + 1 for start in sample.image_starts]
+  images = sum(end <= length for end in ends[:image_slots])
+  if images < len(ends):
+    if sample.divisible:
+      length = min(length, sample.image_starts[images] - 1)
+    elif len(ends) > image_slots:
+      raise BadRecordError(
+        'too_long',
+        f'{sample.record}: {len(ends)} images are more than a row has slots; '
+        f'raise image_slots ({image_slots})',
+      )
+    else:
+      raise BadRecordError(
+        'too_long',
+        f'{sample.record}: an image ends beyond token {length}; shorten the '
+        'text before it, or raise sequence_length',
+      )
+  if not length:
     raise BadRecordError(
       'too_long',
-      f'{sample.record}: an image ends beyond token {length}; shorten the text '
-      'before it, or raise sequence_length',
-    )
-  if len(sample.images) > image_slots:
-    raise BadRecordError(
-      'too_long',
-      f'{sample.record}: {len(sample.images)} images are more than a row has '
-      f'slots; raise image_slots ({image_slots})',
+      f'{sample.record}: not even its first image fits into a row; raise '
+      'sequence_length or image_slots',
     )
   if len(sample) <= length:
     return sample
@@ -73,15 +257,17 @@ def cut(sample: EncodedSample, length: int, image_slots: int) -> EncodedSample:
     weights=sample.weights[:length],
     positions=sample.positions[:length],
     branch_ids=sample.branch_ids[:length],
+    image_starts=sample.image_starts[:images],
+    images=sample.images[:images],
   )
 
 
 def choose(
   lengths: Sequence[int], images: Sequence[int], length: int, image_slots: int
 ) -> list[int]:
-  """Which of a pool of samples fill a row best: the first, and the best others.
+  """Chooses items of a pool that fill a row best: the first, and the best rest.
 
-  Exact: no other choice with the first sample has more tokens. The first is the
+  Exact: no other choice with the first item has more tokens. The first is the
   one that waits longest, so none waits for ever; among equals earlier ones are
   preferred.
 
@@ -91,7 +277,7 @@ def choose(
   [0, 3]
 
   Args:
-    lengths: tokens of each sample; the first fits.
+    lengths: tokens of each item; the first fits.
     images: images of each.
     length: tokens that fit.
     image_slots: images that fit.
@@ -99,7 +285,7 @@ def choose(
   Returns:
     Positions in the pool, in order.
   """
-  # Bit t of reach[k]: some of the samples so far have t tokens and k images.
+  # Bit t of reach[k]: some of the items so far have t tokens and k images.
   mask = (1 << (length + 1)) - 1
   reach = [0] * (image_slots + 1)
   reach[images[0]] = 1 << lengths[0]
@@ -120,85 +306,85 @@ def choose(
   return [0, *reversed(chosen)]
 
 
-def make_row(
-  samples: Sequence[EncodedSample],
-  length: int,
-  image_slots: int,
-  image_size: int,
-  pad_id: int = 0,
-  decode: Decode = image.pixels,
+def decoded(sample: EncodedSample, size: int, notes: list) -> EncodedSample:
+  """Returns the sample, its images decoded to [size,size,3] uint8.
+
+  Raises:
+    BadRecordError: a picture that cannot be read.
+  """
+  pixels = tuple(
+    image.pixels(x, size, sample.record, notes, image.MIN_SIDE)
+    for x in sample.images
+  )
+  return dataclasses.replace(sample, images=pixels)
+
+
+def lay_out(
+  items: Sequence[PackItem], stats: RowStats, shape: RowShape, pad_id: int
 ) -> Row:
+  """Decodes a row's pictures and lays its items out.
+
+  A record whose picture cannot be read is left out of the row and counted.
+  """
+  counts, samples = Counts(stats.counts), []
+  for item in items:
+    notes = []
+    try:
+      samples += [decoded(x, shape.image_size, notes) for x in item.samples]
+    except BadRecordError as error:
+      stats.drop(counts, item.source, error)
+    counts.repaired(item.source, set(notes))
+  stats.counts = counts.as_dict()
+  stats.records = tuple(dict.fromkeys(x.record for x in samples))
+  return Row(make_row(samples, shape, pad_id), stats)
+
+
+def make_row(
+  samples: Sequence[EncodedSample], shape: RowShape, pad_id: int = 0
+) -> dict[str, np.ndarray]:
   """Lays samples one after the other, each a segment of its own.
 
   Args:
-    samples: at most what fits; the last one's text may be longer than the row
-      and is cut at the end.
-    length: T, tokens of the row.
-    image_slots: I, images of the row.
-    image_size: R, side of the square that images are squashed to.
+    samples: that fit into a row together, their images decoded.
+    shape: T tokens, I images of side R.
     pad_id: fills the rest of `tokens`.
-    decode: how pictures are opened and resized.
 
   Returns:
-    The row: int32 [T] tokens, targets, positions, segment_ids, branch_ids,
-    float32 [T] loss_weights, uint8 [I,R,R,3] pixels, int32 [I] image_starts.
-
-  Raises:
-    BadRecordError: an image that would be cut or has no slot, or one that
-      cannot be read; the error names the record.
+    int32 [T] tokens, targets, positions, segment_ids, branch_ids, float32 [T]
+    loss_weights, uint8 [I,R,R,3] pixels, int32 [I] image_starts.
   """
+  length, side = shape.length, shape.image_size
   tokens = np.full(length, pad_id, np.int32)
   targets = np.zeros(length, np.int32)
   loss_weights = np.zeros(length, np.float32)
   positions = np.zeros(length, np.int32)
   segment_ids = np.zeros(length, np.int32)
   branch_ids = np.zeros(length, np.int32)
-  pixels = np.zeros((image_slots, image_size, image_size, 3), np.uint8)
-  image_starts = np.full(image_slots, NO_IMAGE, np.int32)
-  start, slot, truncated = 0, 0, 0
+  pixels = np.zeros((shape.image_slots, side, side, 3), np.uint8)
+  image_starts = np.full(shape.image_slots, NO_IMAGE, np.int32)
+  start, slot = 0, 0
   for segment, sample in enumerate(samples, start=1):
-    size = min(len(sample), length - start)
-    truncated += len(sample) - size
-    for image_start, source in zip(sample.image_starts, sample.images):
-      # The closing tag belongs to the span.
-      if image_start + sample.image_tokens >= size:
-        raise BadRecordError(
-          'too_long',
-          f'{sample.record}: token {size} is the last that fits, which cuts '
-          f'its image at tokens {image_start - 1} to '
-          f'{image_start + sample.image_tokens}; raise sequence_length '
-          f'({length}), or shorten the text before the image',
-        )
-      if slot == image_slots:
-        raise BadRecordError(
-          'too_long',
-          f'{sample.record}: more images than the row has slots; raise '
-          f'image_slots ({image_slots})',
-        )
-      pixels[slot] = decode(source, image_size, sample.record)
+    for image_start, picture in zip(sample.image_starts, sample.images):
+      pixels[slot] = picture
       image_starts[slot] = start + image_start
       slot += 1
-    end = start + size
-    tokens[start:end] = sample.tokens[:size]
-    positions[start:end] = sample.positions[:size]
-    branch_ids[start:end] = sample.branch_ids[:size]
+    end = start + len(sample)
+    tokens[start:end] = sample.tokens
+    positions[start:end] = sample.positions
+    branch_ids[start:end] = sample.branch_ids
     segment_ids[start:end] = segment
-    # A token is the target of the one before it. Where a branch begins that
-    # one belongs to another branch, but there the weight is 0.
-    if size > 1:
-      targets[start : end - 1] = sample.tokens[1:size]
-      loss_weights[start : end - 1] = sample.weights[1:size]
+    # A token is the target of the one before it. Where a continuation begins
+    # that one belongs to another, but there the weight is 0.
+    targets[start : end - 1] = sample.tokens[1:]
+    loss_weights[start : end - 1] = sample.weights[1:]
     start = end
-  return Row(
-    arrays={
-      'tokens': tokens,
-      'targets': targets,
-      'loss_weights': loss_weights,
-      'positions': positions,
-      'segment_ids': segment_ids,
-      'branch_ids': branch_ids,
-      'pixels': pixels,
-      'image_starts': image_starts,
-    },
-    truncated=truncated,
-  )
+  return {
+    'tokens': tokens,
+    'targets': targets,
+    'loss_weights': loss_weights,
+    'positions': positions,
+    'segment_ids': segment_ids,
+    'branch_ids': branch_ids,
+    'pixels': pixels,
+    'image_starts': image_starts,
+  }

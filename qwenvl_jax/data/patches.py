@@ -18,9 +18,9 @@ def patch_targets(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
     grid: patches on a side.
 
   Returns:
-    [grid,grid] int32: a thing's class id, or len(THINGS) + the colour's id
-    (see `things.patch_name`); and [grid,grid,4] float32: the thing's box as
-    shares of the side, 0 for the background.
+    [grid,grid] int32: a thing's class id, or len(THINGS) + the colour's id;
+    and [grid,grid,4] float32: the thing's box as shares of the side, 0 for the
+    background.
   """
   labels = np.full((grid, grid), len(things.THINGS) + scene.colour, np.int32)
   boxes = np.zeros((grid, grid, 4), np.float32)

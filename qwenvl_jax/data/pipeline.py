@@ -1,31 +1,42 @@
 """From sources to batches: shuffled, mixed, sliced by process, resumable.
 
-Everything random is a function of the seed and of how many rows came before,
-so an iterator set to a saved state goes on exactly as if it had never stopped.
+Everything random is a function of the seed and of what came before, so that an
+iterator set to a saved state goes on exactly as if it had never stopped.
 """
 
 import dataclasses
 import functools
-import json
-import logging
+import math
 import os
-import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 
 from qwenvl_jax import image
-from qwenvl_jax.data import packed, packing, patches
-from qwenvl_jax.data.bad import Counts, Limit
-from qwenvl_jax.data.batches import NOTE, Batches
-from qwenvl_jax.data.examples import Sample, encode_sample
+from qwenvl_jax.data import packing, patches
+from qwenvl_jax.data.bad import Limit
+from qwenvl_jax.data.batches import Batches, State
+from qwenvl_jax.data.packing import Row, RowStats
+from qwenvl_jax.data.packing_stream import Group, RowMaker
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
-# Records that are tried until one allows a question.
-_TRIES = 100
+# What a pipeline's numbers are at least.
+_LEAST = {
+  'batch_size': 1,
+  'sequence_length': 1,
+  'image_size': 1,
+  'image_tokens': 1,
+  'image_slots': 0,
+  'grid': 1,
+  'prefetch': 0,
+  'workers': 0,
+}
+
+# Where rows hold one sample each: streams for each row of a batch, so that most
+# numbers of workers divide them; and of batches beyond 1,024 rows.
+_STREAMS_A_ROW = 48, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +80,8 @@ class Pipeline:
     seed: of shuffling and of all choices.
     prefetch: rows made ahead by a thread.
     workers: processes that make rows; 0 makes them here.
-    packer: None gives every record a row of its own, padded; else rows are
-      filled by as many samples of a group as fit, and a row is several records.
+    packer: None gives every record a row of its own, padded, streams mixed by
+      rows; else rows are filled by as many samples of a group as fit.
     limit: share of bad records at which the run stops.
   """
 
@@ -85,7 +96,7 @@ class Pipeline:
   seed: int = 0
   prefetch: int = 32
   workers: int = 0
-  packer: packed.Packer | None = None
+  packer: packing.Packer | None = None
   limit: Limit = Limit()
 
   def iterator(self, process_index: int = 0, process_count: int = 1) -> Batches:
@@ -107,39 +118,61 @@ class Pipeline:
     start = self._starter(process_index, process_count)
     return Batches(start, self.batch_size, process_count, self.limit)
 
-  def rows(self):
-    """Endless rows, as batches are made of: the fields of `Batch` without B.
-
-    Each with a note (`batches.NOTE`) on how it was made, as JSON.
-    """
+  def rows(self) -> Iterator[Row]:
+    """Endless rows, as batches are made of."""
+    _check_split(self, 1)
     return self._starter(0, 1)({'row': 0, 'shards': {}})
 
   def _starter(self, process_index, process_count):
-    """A function from a state to the rows of a process."""
+    """Returns a function from a state to the rows of a process."""
     if not self.streams:
       raise ConfigError('Pipeline.streams is empty; name at least one Stream')
+    for stream in self.streams:
+      if not is_weight(stream.weight):
+        raise ConfigError(
+          f'Stream.weight={stream.weight!r} of {stream.label} is no number '
+          'above 0'
+        )
     tokenizer = Tokenizer(self.vocabulary)
-    made, weights = [], [float(stream.weight) for stream in self.streams]
-    sources = _opened(self.streams)
-    kind = packed.UnitMaker if self.packer else RowMaker
-    for number, stream in enumerate(self.streams):
-      source = _Careful(sources[number], stream.label)
-      maker = kind(self, tokenizer, source, stream.tasks, stream.label)
-      seed = self.seed * 1000 + number
-      made.append(_endless(source, seed).random_map(maker, seed=seed))
-    if self.packer:
-      return functools.partial(
-        packed.rows,
-        self,
-        _groups(self.streams, made, weights),
-        tokenizer.eod_id,
-        process_index,
-        process_count,
-      )
-    mixed = _mixed(made, weights)
-    return lambda state: _rows(
-      self, mixed, process_index, process_count, state['row']
+    items, sources = [], _opened(self.streams)
+    shape = packing.RowShape(
+      self.sequence_length,
+      self.image_slots,
+      self.image_size,
+      self.image_tokens,
     )
+    for number, stream in enumerate(self.streams):
+      source = _ErrorCatchingSource(sources[number], stream.label)
+      to_item = packing.ToPackItem(
+        shape,
+        tokenizer,
+        source,
+        stream.tasks,
+        stream.label,
+        self.length_alpha,
+        decode=self.packer is None,
+      )
+      seed = self.seed * 1000 + number
+      items.append(_endless(source, seed).random_map(to_item, seed=seed))
+    # Any number of processes that divides the batch will do.
+    alone = self.batch_size * _STREAMS_A_ROW[self.batch_size > 1024]
+    maker = RowMaker(
+      groups=_groups(self.streams, items, self.packer),
+      shape=shape,
+      packer=self.packer or packing.Packer(shards=alone, pool=1),
+      single=self.packer is None,
+      seed=self.seed,
+      limit=self.limit,
+      prefetch=self.prefetch,
+      workers=self.workers,
+      pad_id=tokenizer.eod_id,
+    )
+    return functools.partial(maker.rows, process_index, process_count)
+
+
+def is_weight(value: Any) -> bool:
+  """Returns whether a value is a finite number above 0."""
+  return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def _opened(streams) -> list[Sequence[Any]]:
@@ -156,29 +189,24 @@ def _opened(streams) -> list[Sequence[Any]]:
   return found
 
 
-def _groups(streams, made, weights) -> list[packed.Group]:
-  numbers = {}
+def _groups(streams, items, packer) -> list[Group]:
+  """Returns the groups of a mixture; all are one if rows hold one item each."""
+  members = {}
   for number, stream in enumerate(streams):
-    numbers.setdefault(stream.group, []).append(number)
-  return [
-    packed.Group(
-      name,
-      sum(weights[n] for n in members),
-      _mixed([made[n] for n in members], [weights[n] for n in members]),
-    )
-    for name, members in numbers.items()
-  ]
-
-
-def _mixed(datasets, weights):
-  if len(datasets) == 1:
-    return datasets[0]
-  return grain.MapDataset.mix(datasets, weights)
+    members.setdefault(stream.group if packer else '', []).append(number)
+  groups = []
+  for name, numbers in members.items():
+    weights = [float(streams[n].weight) for n in numbers]
+    mixed = items[numbers[0]]
+    if len(numbers) > 1:
+      mixed = grain.MapDataset.mix([items[n] for n in numbers], weights)
+    groups.append(Group(name, sum(weights), mixed))
+  return groups
 
 
 @dataclasses.dataclass(frozen=True)
-class _Careful:
-  """A source whose bad records are errors to look at, not to stumble over."""
+class _ErrorCatchingSource:
+  """A source whose bad records are errors in the place of records."""
 
   source: Sequence[Any]
   label: str
@@ -194,96 +222,6 @@ class _Careful:
 
   def __repr__(self) -> str:
     return self.label
-
-
-@dataclasses.dataclass(frozen=True)
-class RowMaker(grain.transforms.RandomMap):
-  """Makes the row of a record; a function of the record and the generator."""
-
-  pipeline: Pipeline
-  tokenizer: Tokenizer
-  source: Sequence[Any]
-  tasks: Any
-  label: str = ''
-
-  def __repr__(self) -> str:
-    # Grain asks for it with every record: it must not list the mixture.
-    return self.label
-
-  def random_map(self, element, rng: np.random.Generator):
-    # Python's generator chooses from short lists many times faster.
-    choose = random.Random(int(rng.integers(1 << 62)))
-    counts = Counts()
-    error = None
-    for _ in range(_TRIES):
-      counts.seen(self.label)
-      try:
-        if isinstance(element, BadRecordError):
-          raise element
-        arrays = self.row(element, choose).arrays
-        return {**arrays, NOTE: json.dumps({'counts': counts.as_dict()})}
-      except BadRecordError as bad:
-        error = bad
-        counts.dropped(self.label, bad.reason)
-        element = self.source[choose.randrange(len(self.source))]
-    raise DataError(
-      f'{_TRIES} records of {self.label} in turn had to be dropped, the last '
-      f'because: {error}'
-    ) from error
-
-  def samples(self, record, rng: random.Random) -> list[Sample]:
-    """The samples of a record, or of another if it allows no question."""
-
-    def another():
-      found = self.source[rng.randrange(len(self.source))]
-      if isinstance(found, BadRecordError):
-        raise found
-      return found
-
-    for _ in range(_TRIES):
-      samples = self.tasks(record, rng, another)
-      if samples:
-        return samples
-      first, record = record.id, another()
-    raise ConfigError(
-      f'none of {_TRIES} records (the last was {first}) allows any of the '
-      f'questions of {self.tasks}; name kinds that fit the data'
-    )
-
-  def row(self, record, rng: random.Random) -> packing.Row:
-    """The row of a record."""
-    config = self.pipeline
-    samples = self.samples(record, rng)
-    encoded = [
-      encode_sample(
-        sample,
-        self.tokenizer,
-        config.image_tokens,
-        length_alpha=config.length_alpha,
-        max_length=config.sequence_length,
-      )
-      for sample in samples
-    ]
-    row = packing.make_row(
-      packing.fill(encoded, config.sequence_length, config.image_slots),
-      config.sequence_length,
-      config.image_slots,
-      config.image_size,
-      self.tokenizer.eod_id,
-    )
-    if row.truncated:
-      _warn_truncated(config.sequence_length)
-    return row
-
-
-@functools.lru_cache(maxsize=8)
-def _warn_truncated(length: int) -> None:
-  """Once for each length: rows are many."""
-  logging.warning(
-    'text longer than sequence_length=%d is cut at its end; raise it if '
-    'answers should be learned whole',
-    length,
-  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,23 +253,32 @@ class VisionPipeline:
     [B,G,G,4] float32}, see `patches.patch_targets`.
     """
     _check_split(self, process_count)
-    scenes = _endless(self.source.open(), self.seed).map(self.example)
-    return Batches(
-      lambda state: _rows(
-        self, scenes, process_index, process_count, state['row']
-      ),
-      self.batch_size,
-      process_count,
-    )
+    scenes = _endless(self.source.open(), self.seed).map(self._row)
 
-  def example(self, scene) -> dict[str, np.ndarray]:
-    """One picture and its labels."""
+    def rows(state: State) -> Iterator[Row]:
+      first = state['row'] + process_index
+      mine = scenes[first::process_count].to_iter_dataset(
+        # One thread: decoding holds Python's lock nearly all the time.
+        grain.ReadOptions(
+          num_threads=min(self.prefetch, 1), prefetch_buffer_size=self.prefetch
+        )
+      )
+      if self.workers:
+        # Rows, not batches: those would depend on the number of workers.
+        options = grain.MultiprocessingOptions(num_workers=self.workers)
+        mine = mine.mp_prefetch(options)
+      return iter(mine)
+
+    return Batches(rows, self.batch_size, process_count)
+
+  def _row(self, scene) -> Row:
     labels, boxes = patches.patch_targets(scene, self.grid)
-    return {
+    arrays = {
       'pixels': image.pixels(scene.image, self.image_size, scene.id),
       'patch_labels': labels,
       'patch_boxes': boxes,
     }
+    return Row(arrays, RowStats())
 
 
 def _endless(source, seed: int) -> grain.MapDataset:
@@ -341,9 +288,16 @@ def _endless(source, seed: int) -> grain.MapDataset:
 
 
 def _check_split(config, process_count) -> None:
+  name = type(config).__name__
+  for key, least in _LEAST.items():
+    value = getattr(config, key, least)
+    if not isinstance(value, int) or value < least:
+      raise ConfigError(
+        f'{name}.{key}={value!r} must be a whole number, at least {least}'
+      )
   if config.batch_size % process_count:
     raise ConfigError(
-      f'{type(config).__name__}.batch_size={config.batch_size} cannot be '
+      f'{name}.batch_size={config.batch_size} cannot be '
       f'split over {process_count} processes; choose a multiple'
     )
   if config.workers:
@@ -352,19 +306,3 @@ def _check_split(config, process_count) -> None:
     # Worker processes read absl's flags, which a library cannot expect parsed.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
-
-
-def _rows(config, rows, process_index, process_count, first):
-  """A process's share of rows from row `first` of the run on."""
-  # One thread: decoding and packing hold Python's lock nearly all the time.
-  reading = grain.ReadOptions(
-    num_threads=1, prefetch_buffer_size=config.prefetch
-  )
-  if not config.prefetch:
-    reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  mine = rows[first + process_index :: process_count].to_iter_dataset(reading)
-  if config.workers:
-    # Rows, not batches: those would depend on the number of workers.
-    options = grain.MultiprocessingOptions(num_workers=config.workers)
-    mine = mine.mp_prefetch(options)
-  return iter(mine)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from qwenvl_jax import buckets
 from qwenvl_jax.data import sources, vocabulary
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
@@ -76,10 +77,11 @@ def _write_object_counts(folder, counts):
   """So that filtering by the number of objects need not read every scene."""
   for split, numbers in counts.items():
     if numbers:
-      file = folder / f'objects-{split}.npy'
-      partial = file.with_name(f'{file.stem}.partial.npy')
-      np.save(partial, np.array(numbers, np.int32))
-      os.replace(partial, file)
+      with (
+        buckets.atomic_write(folder / f'objects-{split}.npy') as local,
+        local.open('wb') as file,
+      ):
+        np.save(file, np.array(numbers, np.int32))
 
 
 def _write_vocabulary(base, classes, vocabulary_file, progress):

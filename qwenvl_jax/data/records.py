@@ -126,7 +126,12 @@ class GroundedCaption:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """A turn of a conversation; `role` is 'user' or 'assistant'."""
+  """A turn of a conversation.
+
+  Attributes:
+    role: 'user', 'assistant', or of the first 'system'.
+    text: what is said.
+  """
 
   role: str
   text: str
@@ -150,6 +155,9 @@ class Record:
     words: of the picture, in reading order, with their corners in pixels.
     turns: a conversation; `<img>..</img>` spans stand for `images`.
     text: a document without pictures.
+    texts: a document with pictures: what stands before the first, between each
+      two, and after the last.
+    notes: keys of `bad.REPAIRED`: what its reader left out; not stored.
   """
 
   id: str
@@ -163,6 +171,8 @@ class Record:
   words: tuple[Word, ...] = ()
   turns: tuple[Turn, ...] = ()
   text: str = ''
+  texts: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
 
 
 def scene(id_, image, side, objects, colour, texture='plain', words=()):

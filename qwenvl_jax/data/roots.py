@@ -4,7 +4,11 @@ import os
 import pathlib
 import re
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import BadRecordError
+
+# Bytes of the largest file that is taken for a picture.
+MAX_PICTURE = 256 << 20
 
 _URL = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*:')
 
@@ -46,11 +50,22 @@ def inside(root: str | os.PathLike, name: str, record: str) -> pathlib.Path:
 
 
 def read(root: str | os.PathLike, name: str, record: str) -> bytes:
-  """The bytes of a file that a record names; see `inside`."""
+  """The bytes of a file that a record names.
+
+  Raises:
+    BadRecordError: as `inside`, or the file is missing, too large, or none that
+      can be read to an end.
+  """
   path = inside(root, name, record)
   try:
-    return path.read_bytes()
+    with buckets.open_regular(path) as file:
+      data = file.read(MAX_PICTURE + 1)
   except OSError as error:
     raise BadRecordError(
       'missing_image', f'{record}: {path} cannot be read ({error.strerror})'
     ) from error
+  if len(data) > MAX_PICTURE:
+    raise BadRecordError(
+      'too_large', f'{record}: {path} has more than {MAX_PICTURE:,} bytes'
+    )
+  return data

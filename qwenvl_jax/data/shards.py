@@ -1,28 +1,25 @@
-"""Prepares public data sets: reads what was downloaded, writes shards.
+"""Prepares public data sets: reads what was downloaded, writes shards."""
 
-A shard is written whole or not at all, with its report beside it, so that a
-preparation that was interrupted goes on with the first shard that is missing.
-"""
-
-import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
-import multiprocessing
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qwenvl_jax.data import roots, storage
+from qwenvl_jax.data import roots, sharded_job, storage
 from qwenvl_jax.data.bad import Counts, Limit
-from qwenvl_jax.data.mend import mend
 from qwenvl_jax.data.records import Record
+from qwenvl_jax.data.sanitize import sanitize
+from qwenvl_jax.data.sharded_job import ShardedJob
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 # Of data that does not come in parts: about 100 MB of photographs.
 RECORDS_PER_SHARD = 1024
+
+# Dropped records that a report describes.
+_EXAMPLES = 20
 
 _LIMIT = Limit()
 
@@ -52,10 +49,12 @@ def prepare(
   *,
   workers: int = 1,
   limit: Limit = _LIMIT,
+  again: bool = False,
   progress: Progress = lambda what, done, total: None,
+  say: Callable[[str], None] = lambda line: None,
   **about: str,
 ) -> Report:
-  """Writes the shards of a data set that are not there yet.
+  """Writes the shards of a data set that are not there, or out of date.
 
   Args:
     name: of the data set.
@@ -64,7 +63,9 @@ def prepare(
     data_dir: where to.
     workers: processes that write shards.
     limit: how many records may be dropped.
+    again: writes the others, too.
     progress: called with what is being done, how far it is, and of how much.
+    say: called with lines about what is left out or made again.
     **about: `description`, `homepage` and `license`, kept with the data.
 
   Raises:
@@ -78,26 +79,23 @@ def prepare(
     )
   folder = storage.folder(data_dir, name)
   present = _present(name, readers, root)
+  for split in readers.keys() - present.keys():
+    say(f'{name}: split {split!r} is left out, {root} lacks its files')
   counts, lengths = Counts(), {}
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for split, reader in present.items():
-      # Only when it is complete: what was there says the old lengths.
-      (folder / storage.INFO).unlink(missing_ok=True)
-      reports = _write_split(
-        name, split, reader, root, folder, workers, progress
-      )
-      lengths[split] = [report['length'] for report in reports]
-      for report in reports:
-        counts.add(report['counts'])
-      limit.check(counts)
-      if not sum(lengths[split]):
-        raise DataError(
-          f'{root}: no record of {name}, split {split!r}, can be used '
-          f'({counts.of(split) or "none was found"}); see the instructions of '
-          f'`qwenvl-data list --name {name}`'
-        )
-    storage.write_info(folder, name, lengths, **about)
+      origins, sources = _shards(name, reader, root)
+      job = ShardedJob(folder, name, split, origins)
+      for line in job.begin(again):
+        say(line)
+      _write_split(job, sources, workers, limit, progress, about)
+      lengths[split], found = job.totals()
+      _check(job, root, sum(lengths[split]), found, limit)
+      counts.add(found.as_dict())
+    others = storage.split_lengths(folder)
+    if {**others, **lengths} != others:
+      storage.write_info(folder, name, {**others, **lengths}, **about)
   except OSError as error:
     raise DataError(
       f'cannot write to {folder} ({error}); free some space, or name another '
@@ -122,52 +120,41 @@ def _present(name, readers, root) -> dict[str, Any]:
   )
 
 
-def _write_split(name, split, reader, root, folder, workers, progress):
-  jobs = [
-    functools.partial(
-      _write_shard, records=records, folder=folder, split=split, file=file
-    )
-    for file, records in _jobs(name, split, reader, root)
-  ]
-  what = f'{name}, {split}'
-  progress(what, 0, len(jobs))
-  if workers <= 1:
-    reports = []
-    for number, job in enumerate(jobs, start=1):
-      reports.append(job())
-      progress(what, number, len(jobs))
-    return reports
-  with concurrent.futures.ProcessPoolExecutor(
-    workers, multiprocessing.get_context('spawn')
-  ) as pool:
-    futures = [pool.submit(job) for job in jobs]
-    for number, _ in enumerate(
-      concurrent.futures.as_completed(futures), start=1
-    ):
-      progress(what, number, len(jobs))
-    return [future.result() for future in futures]
-
-
-def _jobs(name, split, reader, root):
-  """(file name, what yields its records) of each shard."""
+def _shards(name, reader, root) -> tuple[tuple[str, ...], list[Callable]]:
+  """What each shard is made from, and what yields its records."""
+  base = reader.images_in(root) if hasattr(reader, 'images_in') else None
   if hasattr(reader, 'parts'):
-    sources = [functools.partial(reader.read, x) for x in reader.parts(root)]
-  else:
-    base = reader.images_in(root)
-    try:
-      everything = list(reader.records(root))
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
-      raise DataError(
-        f'{root}: the annotations of {name} are not in the format that they '
-        f'are published in ({error!r}); download them again'
-      ) from error
-    count = max(1, math.ceil(len(everything) / RECORDS_PER_SHARD))
-    sources = [
-      functools.partial(_with_pictures, everything[i::count], base)
-      for i in range(count)
+    parts = reader.parts(root)
+    origins = [
+      f'{reader!r} of {x.relative_to(root).parent}/{sharded_job.origin_of(x)}'
+      for x in parts
     ]
-  for index, source in enumerate(sources):
-    yield storage.shard_name(name, split, index, len(sources)), source
+    return tuple(origins), [functools.partial(reader.read, x) for x in parts]
+  try:
+    everything = list(reader.records(root))
+  except (AttributeError, TypeError, KeyError, ValueError) as error:
+    raise DataError(
+      f'{root}: the annotations of {name} are not in the format that they '
+      f'are published in ({error!r}); download them again'
+    ) from error
+  count = max(1, math.ceil(len(everything) / RECORDS_PER_SHARD))
+  slices = [everything[i::count] for i in range(count)]
+  origins = [f'{reader!r} of records {_digest(x, base)}' for x in slices]
+  return tuple(origins), [
+    functools.partial(_with_pictures, x, base) for x in slices
+  ]
+
+
+def _digest(records: Sequence, base: pathlib.Path) -> str:
+  """Of all that records say, and of the files of their pictures."""
+
+  def parts():
+    for record in records:
+      yield repr(record)
+      for image in getattr(record, 'images', ()):
+        yield sharded_job.origin_of(pathlib.Path(base, image))
+
+  return sharded_job.digest(parts())
 
 
 def _with_pictures(records: Iterable, base: pathlib.Path) -> Iterator:
@@ -184,27 +171,69 @@ def _with_pictures(records: Iterable, base: pathlib.Path) -> Iterator:
       yield dataclasses.replace(record, images=tuple(images))
 
 
-def _write_shard(records, folder, split, file) -> dict[str, Any]:
-  """Writes a shard unless it is there; returns its report."""
-  report_file = folder / f'{file}.report.json'
-  if (folder / file).exists():
-    try:
-      return json.loads(report_file.read_text())
-    except (OSError, ValueError):  # Interrupted between the two.
-      (folder / file).unlink()
+def _write_split(job, sources, workers, limit, progress, about) -> None:
+  """Writes what is missing; stops as soon as too much of it is bad."""
+  left = job.unfinished()
+  if not left:
+    return
+  # What says how much there is goes before it changes.
+  others = storage.split_lengths(job.folder)
+  if others.pop(job.split, None) is not None:
+    if not others:
+      (job.folder / storage.INFO).unlink()
+    else:
+      storage.write_info(job.folder, job.name, others, **about)
+  counts = Counts()
+
+  def judge(shard):
+    counts.add(job.report(shard)['counts'])
+    _judge(job, limit, counts, at_end=False)
+
+  sharded_job.run(
+    {x: functools.partial(_write_shard, job, x, sources[x]) for x in left},
+    workers,
+    functools.partial(progress, f'{job.name}, {job.split}'),
+    judge,
+  )
+
+
+def _write_shard(job: ShardedJob, shard: int, source: Callable) -> None:
   counts, examples = Counts(), []
   length = storage.write_shard(
-    folder / file, _usable(records(), split, counts, examples)
+    job.path(shard), _usable(source(), job.split, counts, examples)
   )
-  report = {
-    'length': length,
-    'counts': counts.as_dict(),
-    'examples': examples,
-  }
-  partial = report_file.with_name(f'{report_file.name}.partial')
-  partial.write_text(json.dumps(report, indent=2), encoding='utf-8')
-  os.replace(partial, report_file)
-  return report
+  job.finish(
+    shard,
+    {'length': length, 'counts': counts.as_dict(), 'examples': examples},
+  )
+
+
+def _check(job, root, length: int, counts: Counts, limit) -> None:
+  """Raises DataError if too much of a split had to be dropped."""
+  if not length:
+    raise DataError(
+      f'{root}: no record of {job.name}, split {job.split!r}, can be used '
+      f'({counts.of(job.split) or "none was found"}){_example(job)}'
+    )
+  _judge(job, limit, counts, at_end=True)
+
+
+def _judge(job, limit, counts, at_end: bool) -> None:
+  try:
+    limit.check(counts, at_end, 'raise --max_bad')
+  except DataError as error:
+    raise DataError(f'{error}{_example(job)}') from error
+
+
+def _example(job) -> str:
+  """The first dropped record, and where the others are told."""
+  for shard in job.shards:
+    if job.is_finished(shard) and job.report(shard)['examples']:
+      return (
+        f'. The first: {job.report(shard)["examples"][0]}; more in '
+        f'{job.report_path(shard)}'
+      )
+  return ''
 
 
 def _usable(found, split, counts, examples) -> Iterator[Record]:
@@ -213,11 +242,11 @@ def _usable(found, split, counts, examples) -> Iterator[Record]:
     try:
       if isinstance(record, BadRecordError):
         raise record
-      mended, notes = mend(record)
+      mended, notes = sanitize(record)
     except BadRecordError as error:
       counts.dropped(split, error.reason)
-      if len(examples) < 20:
-        examples.append(f'{error.reason}: {error}'[:500])
+      if len(examples) < _EXAMPLES:
+        examples.append(' '.join(f'{error.reason}: {error}'.split())[:500])
       continue
     counts.repaired(split, set(notes))
     yield mended

@@ -4,38 +4,36 @@ Text and colours come from the row's arrays, not from the samples, so that what
 the page shows is what is learned.
 """
 
-import base64
 import collections
 import html
-import io
 import itertools
-import json
-import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data import pipeline, sources, tasks
+from qwenvl_jax.data import html_page, pipeline, sources, tasks
 from qwenvl_jax.data.bad import DROPPED, Counts
-from qwenvl_jax.data.batches import NOTE
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text import drawing
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _STYLE = """
-body { font: 15px/1.5 sans-serif; margin: 2em; max-width: 76em; }
 section { display: flex; gap: 1.5em; border-top: 1px solid #ccc; padding: 1em; }
 .pictures { flex: none; width: 230px; }
 .pictures img { width: 224px; image-rendering: pixelated; }
-td, th { padding: 0 1em 0 0; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
 .text { font-family: monospace; white-space: pre-wrap; }
 .branch { border-left: 3px solid #aac; padding-left: .7em; margin: .4em 0; }
 .loss { background: #c9f2c9; }
-.tag { color: #888; }
-small { color: #666; }
 """
+
+_HOW_TO_READ = (
+  '<p>Green: learned. A bar on the left: a continuation, which sees the prefix '
+  'above it and itself. Boxes: those of the text. A line across: the next '
+  'sample, which sees nothing of the one before.</p>'
+)
 
 # Row lengths that hold all branches of the default tasks.
 _LENGTH = 512
@@ -66,22 +64,15 @@ def page(
     DataError: data that is not prepared.
   """
   source, asked, vocabulary = _choose(name, data_dir, config, split, kind)
-  stream = pipeline.Stream(source, asked)
-  maker = pipeline.RowMaker(
-    pipeline.Pipeline(
-      streams=(stream,), sequence_length=_LENGTH, image_slots=2
-    ),
-    Tokenizer(vocabulary),
-    source.open(),
-    asked,
+  made = pipeline.Pipeline(
+    streams=(pipeline.Stream(source, asked),),
+    vocabulary=vocabulary,
+    sequence_length=_LENGTH,
+    image_slots=2,
+    seed=seed,
+    prefetch=0,
   )
-  rng = random.Random(seed)
-  sections = []
-  for _ in range(rows):
-    record = maker.source[rng.randrange(len(maker.source))]
-    arrays = maker.row(record, rng).arrays
-    sections.append(section(record.id, arrays, maker.tokenizer))
-  return _page(f'{name}, {split}: {kind}', sections)
+  return stage_page(made, f'{name}, {split}: {kind}', rows)
 
 
 def stage_page(config: pipeline.Pipeline, title: str, rows: int = 20) -> str:
@@ -97,64 +88,80 @@ def stage_page(config: pipeline.Pipeline, title: str, rows: int = 20) -> str:
     DataError: data that is not prepared, or too many bad records.
   """
   tokenizer = Tokenizer(config.vocabulary)
-  sections, counts = [], Counts()
-  numbers = collections.defaultdict(lambda: np.zeros(6, np.int64))
-  for index, row in enumerate(itertools.islice(config.rows(), rows)):
-    note = json.loads(row.pop(NOTE, None) or '{}')
-    group = note.get('group') or 'all'
-    counts.add(note.get('counts', {}))
+  sections, counts, dropped = [], Counts(), {}
+  used = collections.defaultdict(list)
+  for index, (arrays, stats) in enumerate(
+    itertools.islice(config.rows(), rows)
+  ):
+    group = stats.group or 'all'
+    counts.add(stats.counts)
+    dropped = stats.dropped | dropped
     config.limit.check(counts)
-    sections.append(section(f'row {index}: {group}', row, tokenizer))
-    numbers[group] += np.array(
-      [
-        1,
-        row['segment_ids'].max(),
-        np.count_nonzero(row['segment_ids']),
-        np.count_nonzero(row['loss_weights']),
-        np.count_nonzero(row['image_starts'] != NO_IMAGE),
-        len(row['image_starts']),
-      ]
+    name = f'row {index}: {group}, {", ".join(stats.records)}'
+    sections.append(section(name, arrays, tokenizer))
+    used[group].append(Use.of(arrays))
+  summary = _utilization(used) + _dropped(counts, dropped)
+  body = summary + _HOW_TO_READ + ''.join(sections)
+  return html_page.page(title, body, _STYLE)
+
+
+class Use(NamedTuple):
+  """How full rows are: sums over rows."""
+
+  rows: int
+  samples: int
+  length: int
+  tokens: int
+  learned: int
+  slots: int
+  images: int
+
+  @classmethod
+  def of(cls, arrays: dict[str, np.ndarray]) -> 'Use':
+    """Counts one row."""
+    segments, starts = arrays['segment_ids'], arrays['image_starts']
+    return cls(
+      1,
+      int(segments.max()),
+      len(segments),
+      np.count_nonzero(segments),
+      np.count_nonzero(arrays['loss_weights']),
+      len(starts),
+      np.count_nonzero(starts != NO_IMAGE),
     )
-  summary = _utilization(numbers, config.sequence_length) + _dropped(counts)
-  return _page(title, sections, summary)
+
+  @classmethod
+  def total(cls, some: Iterable['Use']) -> 'Use':
+    return cls(*map(sum, zip(*some)))
 
 
-def _page(title: str, sections: list[str], summary: str = '') -> str:
-  title = html.escape(title)
-  return (
-    '<!doctype html><html lang="en"><meta charset="utf-8">'
-    f'<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{summary}'
-    '<p>Green: learned. A bar on the left: a branch, '
-    'which sees the trunk above it and itself. Boxes: those of the text. A '
-    'line across: the next sample, which sees nothing of the one before.</p>'
-    + ''.join(sections)
-    + '</html>\n'
-  )
-
-
-def _utilization(numbers, length: int) -> str:
-  """A table: how full the rows of each task are."""
+def _utilization(used: Mapping[str, Sequence[Use]]) -> str:
+  """Returns a table: how full the rows of each task are."""
   titles = (
     'task', 'rows', 'samples', 'tokens used', 'one sample a row would use',
     'tokens learned', 'image slots used',
   )  # fmt: skip
-  lines = [''.join(f'<th>{x}</th>' for x in titles)]
-  for name, found in [*sorted(numbers.items()), ('all', sum(numbers.values()))]:
-    rows, samples, used, learned, images, slots = found.tolist()
-    cells = (
-      html.escape(name), rows, samples, f'{used / rows / length:.1%}',
-      f'{used / samples / length:.1%}', f'{learned / rows / length:.1%}',
-      f'{images} of {slots}',
-    )  # fmt: skip
-    lines.append(''.join(f'<td>{x}</td>' for x in cells))
-  return f'<table>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
+  lines = []
+  everything = itertools.chain.from_iterable(used.values())
+  for name, some in [*sorted(used.items()), ('all', everything)]:
+    total = Use.total(some)
+    cells = [
+      html.escape(name), total.rows, total.samples,
+      f'{total.tokens / total.length:.1%}',
+      f'{total.tokens / total.samples / total.length * total.rows:.1%}',
+      f'{total.learned / total.length:.1%}',
+      f'{total.images} of {total.slots}',
+    ]  # fmt: skip
+    lines.append(cells)
+  return html_page.table(titles, lines)
 
 
-def _dropped(counts: Counts) -> str:
-  """A list: what was dropped on the way, and by which rule."""
+def _dropped(counts: Counts, examples: Mapping) -> str:
+  """Returns a list: what was dropped, by which rule, and an example of each."""
   lines = [
     f'<li>{html.escape(source)}: {count} of {counts.seen_of(source)} records '
-    f'dropped, {reason}: {html.escape(DROPPED[reason])}</li>'
+    f'dropped, {reason}: {html.escape(DROPPED[reason])}; e.g. '
+    f'{html.escape(examples.get((source, reason), ""))}</li>'
     for source in counts.sources()
     for reason, count in counts.of(source).items()
   ]
@@ -216,7 +223,7 @@ def _text(arrays, tokenizer) -> str:
 
 
 def _runs(arrays):
-  """Indices of each trunk and branch, in order."""
+  """Yields the indices of each prefix and continuation, in order."""
   keys = np.stack([arrays['segment_ids'], arrays['branch_ids']], axis=1)
   edges = np.flatnonzero(np.any(np.diff(keys, axis=0), axis=1)) + 1
   for indices in np.split(np.arange(len(keys)), edges):
@@ -240,7 +247,4 @@ def _spans(tokens, weights, tokenizer) -> str:
 
 def _picture(pixels: np.ndarray, text: str) -> str:
   drawn, _ = drawing.draw(Image.fromarray(pixels), text)
-  encoded = io.BytesIO()
-  drawn.save(encoded, 'PNG')
-  data = base64.b64encode(encoded.getvalue()).decode()
-  return f'<img alt="" src="data:image/png;base64,{data}">'
+  return html_page.picture(drawn)

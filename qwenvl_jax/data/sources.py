@@ -216,17 +216,7 @@ def prepared_configs(data_dir) -> list[str]:
 
 def split_sizes(folder: pathlib.Path) -> dict[str, int]:
   """Number of records of each split of a prepared folder."""
-  try:
-    info = json.loads((folder / 'dataset_info.json').read_text())
-    return {
-      split['name']: sum(map(int, split['shardLengths']))
-      for split in info['splits']
-    }
-  except (OSError, ValueError, KeyError) as error:
-    raise DataError(
-      f'{folder}/dataset_info.json cannot be read ({error}); delete the folder '
-      'and run `qwenvl-data prepare scenes`'
-    ) from error
+  return {k: sum(v) for k, v in storage.split_lengths(folder).items()}
 
 
 def small_vocabulary(data_dir: str | os.PathLike | None = None) -> str:

@@ -10,12 +10,12 @@ import functools
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from etils import epath
-
 from qwenvl_jax import buckets
+from qwenvl_jax.data import shard_files
 from qwenvl_jax.data.records import (
   GroundedCaption,
   Qa,
@@ -29,10 +29,6 @@ from qwenvl_jax.errors import BadRecordError, DataError
 
 VERSION = '1.0.0'
 INFO = 'dataset_info.json'
-
-# One picture a chunk, so that one is read without its neighbours; they are
-# compressed already.
-_OPTIONS = 'group_size:1,uncompressed'
 
 
 def serialize(record: Record) -> bytes:
@@ -79,6 +75,7 @@ def parse(data: bytes) -> Record:
       ),
       turns=tuple(Turn(x['role'], x['text']) for x in found.get('turns', ())),
       text=found.get('text', ''),
+      texts=tuple(found.get('texts', ())),
     )
   except (
     ValueError, KeyError, IndexError, TypeError, AttributeError,
@@ -148,19 +145,7 @@ def shard_name(name: str, split: str, index: int, count: int) -> str:
 
 def write_shard(path: pathlib.Path, records: Iterable[Record]) -> int:
   """Writes a shard, whole or not at all; returns the number of records."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  partial = path.with_name(f'{path.name}.partial')
-  writer = ArrayRecordWriter(str(partial), _OPTIONS)
-  count = 0
-  try:
-    for record in records:
-      writer.write(serialize(record))
-      count += 1
-  finally:
-    writer.close()
-  os.replace(partial, path)
-  return count
+  return shard_files.write_records(path, map(serialize, records))
 
 
 def write_info(
@@ -185,22 +170,31 @@ def write_info(
       name=split,
       shard_lengths=list(counts),
       num_bytes=sum(
-        _size(directory / shard_name(name, split, i, len(counts)))
+        buckets.size(directory / shard_name(name, split, i, len(counts)))
         for i in range(len(counts))
       ),
       filename_template=template.replace(split=split),
     )
     for split, counts in lengths.items()
   ]
-  tfds.folder_dataset.write_metadata(
-    data_dir=directory,
+  info = tfds.core.DatasetInfo(
+    builder=tfds.core.dataset_info.DatasetIdentity(
+      name=name,
+      version=tfds.core.Version(VERSION),
+      data_dir=os.fspath(directory),
+      module_name='',
+    ),
     features=features(),
-    split_infos=splits,
-    version=VERSION,
-    filename_template=template,
-    check_data=False,
     **about,
   )
+  info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+  info.set_splits(tfds.core.splits.SplitDict(splits))
+  with tempfile.TemporaryDirectory() as folder:
+    info.write_to_directory(folder)
+    # Without `INFO`, the rest does not count.
+    made = sorted(pathlib.Path(folder).iterdir(), key=lambda x: x.name == INFO)
+    for file in made:
+      buckets.copy(file, directory / file.name)
 
 
 def features():
@@ -214,11 +208,6 @@ def features():
   return tfds.features.FeaturesDict(
     {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
   )
-
-
-def _size(path) -> int:
-  # In a bucket, too.
-  return epath.Path(path).stat().length
 
 
 def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:

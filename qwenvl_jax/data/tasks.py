@@ -11,9 +11,10 @@ import random
 from collections.abc import Callable, Mapping
 
 from qwenvl_jax.data import conversations, questions, things, wording
-from qwenvl_jax.data.examples import Piece, Question, Sample, plain
+from qwenvl_jax.data.examples import Question, Sample, plain
 from qwenvl_jax.data.records import Asked, Scene
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.text.chatml import TextSpan
 
 # Relative frequency of the kinds of questions in stage 2; coordinates and
 # names need the most practice.
@@ -67,11 +68,11 @@ class SceneTasks:
     if not self.kinds:
       raise ConfigError(f'{type(self).__name__}.kinds is empty; name a kind')
 
-  def _span(self, scene: Scene, number: int, rng) -> Piece:
+  def _span(self, scene: Scene, number: int, rng) -> TextSpan:
     if not self.in_words:
-      return Piece(f'<img>{number}</img>')
+      return TextSpan(f'<img>{number}</img>')
     language = rng.choice(things.LANGUAGES)
-    return Piece(wording.inventory(scene, language, rng, self.places))
+    return TextSpan(wording.inventory(scene, language, rng, self.places))
 
   def _images(self, *scenes: Scene) -> tuple[object, ...]:
     return () if self.in_words else tuple(x.image for x in scenes)
@@ -108,19 +109,19 @@ class Questions(SceneTasks):
         for x in asked
       ]
     samples = []
-    seen = [x.pieces() for x in asked if x.image]
+    seen = [x.spans() for x in asked if x.image]
     if seen:
       samples.append(
         Sample(
           record=record.id,
-          trunk=(self._span(record, 0, rng),),
-          branches=tuple(seen),
+          prefix=(self._span(record, 0, rng),),
+          continuations=tuple(seen),
           images=self._images(record),
         )
       )
     for question in asked:
       if not question.image:
-        samples.append(Sample(record.id, question.pieces()))
+        samples.append(Sample(record.id, question.spans()))
     return samples if self.branches else [plain(x) for x in samples]
 
 
@@ -216,8 +217,8 @@ class AskedTasks:
     chosen = rng.sample(range(len(record.questions)), count)
     sample = Sample(
       record=record.id,
-      trunk=(Piece('<img>0</img>'),),
-      branches=tuple(vqa(record, i).pieces() for i in chosen),
+      prefix=(TextSpan('<img>0</img>'),),
+      continuations=tuple(vqa(record, i).spans() for i in chosen),
       images=(record.image,),
     )
     return [sample] if self.branches else [plain(sample)]

@@ -113,13 +113,6 @@ TEXTURES = ('plain', 'gradient', 'stripes', 'checks', 'noise')
 PATCH_CLASSES = len(THINGS) + len(COLOURS)
 
 
-def patch_name(label: int, language: str) -> str:
-  """Name of what a patch label stands for: 'apple', 'red'."""
-  if label < len(THINGS):
-    return THINGS[label].name(language)
-  return COLOURS[label - len(THINGS)].name(language)
-
-
 def held_out(thing: int, colour: int) -> bool:
   """Whether a class never stands on this colour outside the 'combos' split."""
   return (3 * thing + 5) % len(COLOURS) == colour

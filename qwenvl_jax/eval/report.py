@@ -3,12 +3,11 @@
 One file without external parts: curves and pictures are embedded.
 """
 
-import base64
 import dataclasses
-import html
 import io
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import matplotlib
@@ -18,17 +17,12 @@ matplotlib.use('Agg')  # No display.
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from qwenvl_jax import buckets
+from qwenvl_jax.data import html_page
 from qwenvl_jax.eval.scenes import Answered, Score
 from qwenvl_jax.text import drawing, grounding
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem;
-       margin: 2rem auto; padding: 0 1rem; color: #1c2330; }
-h1 { font-size: 1.7rem; } h2 { margin-top: 2.5rem; font-size: 1.25rem; }
-table { border-collapse: collapse; }
-td, th { padding: .3rem .8rem; border-bottom: 1px solid #d8dde6;
-         text-align: right; }
-td:first-child, th:first-child { text-align: left; }
 .short { background: #fdecea; } .good { background: #eaf6ec; }
 .gallery { display: grid; gap: 1.2rem;
            grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
@@ -108,20 +102,17 @@ def write(
     for score in table.scores
     if score.name in floors and score.accuracy < floors[score.name].least
   ]
+  below = '<p class="good">Every score reaches its floor.</p>'
+  if short:
+    lines = ''.join(f'<li>{line}</li>' for line in short)
+    below = f'<div class="short">Below their floor:<ul>{lines}</ul></div>'
   body = [
-    f'<h1>{html.escape(title)}</h1>',
-    _facts(facts),
+    html_page.table((), ([escape(k), escape(v)] for k, v in facts.items())),
     '<h2>Scores on held-out scenes</h2>',
     '<p>Share of right answers. <b>blank</b> is the same model shown a grey '
     'picture, <b>majority</b> always gives the most frequent answer: what lies '
     'above both was read from pixels.</p>',
-    (
-      '<div class="short">Below their floor:<ul>'
-      + ''.join(f'<li>{line}</li>' for line in short)
-      + '</ul></div>'
-      if short
-      else '<p class="good">Every score reaches its floor.</p>'
-    ),
+    below,
     *(_table(table, floors) for table in tables),
     '<h2>Loss</h2>',
     _curves(runs),
@@ -131,26 +122,13 @@ def write(
     '<h2>A conversation</h2>',
     _transcript(transcript),
   ]
-  path.write_text(
-    '<!doctype html><html lang="en"><meta charset="utf-8">'
-    f'<title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    f'<body>{"".join(body)}</body></html>\n',
-    encoding='utf-8',
-  )
-
-
-def _facts(facts: dict[str, str]) -> str:
-  rows = ''.join(
-    f'<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>'
-    for name, value in facts.items()
-  )
-  return f'<table>{rows}</table>'
+  buckets.write(path, html_page.page(title, ''.join(body), _STYLE))
 
 
 def _table(table: Table, floors: dict[str, Floor]) -> str:
-  head = '<tr><th>' + '<th>'.join(
-    ('question', 'language', 'n', 'right', 'blank', 'majority', 'floor', 'aim')
-  )
+  head = (
+    'question', 'language', 'n', 'right', 'blank', 'majority', 'floor', 'aim',
+  )  # fmt: skip
   rows = []
   for score in table.scores:
     floor = floors.get(score.name)
@@ -158,7 +136,7 @@ def _table(table: Table, floors: dict[str, Floor]) -> str:
     if floor:
       kind = 'good' if score.accuracy >= floor.least else 'short'
     cells = [
-      html.escape(score.name),
+      escape(score.name),
       score.language,
       str(score.count),
       f'<b>{score.accuracy:.3f}</b>',
@@ -167,10 +145,8 @@ def _table(table: Table, floors: dict[str, Floor]) -> str:
       f'{floor.least:.2f}' if floor else '',
       f'{floor.aim:.2f}' if floor else '',
     ]
-    rows.append(f'<tr class="{kind}"><td>' + '<td>'.join(cells))
-  return (
-    f'<h3>{html.escape(table.title)}</h3><table>{head}{"".join(rows)}</table>'
-  )
+    rows.append((kind, cells))
+  return f'<h3>{escape(table.title)}</h3>{html_page.table(head, rows)}'
 
 
 def _curves(runs: dict[str, Path]) -> str:
@@ -207,9 +183,9 @@ def _gallery(examples: Sequence[tuple[Image.Image, Answered]]) -> str:
     verdict = '' if answered.correct else ' class="wrong"'
     overlap = '' if answered.iou is None else f' IoU {answered.iou:.2f}'
     figures.append(
-      f'<figure><img src="{_embed(drawn)}" alt="">'
-      f'<figcaption{verdict}>{html.escape(question.prompt)}<br>'
-      f'{html.escape(answer.text or answered.answer)}{overlap}'
+      f'<figure>{html_page.picture(drawn)}'
+      f'<figcaption{verdict}>{escape(question.prompt)}<br>'
+      f'{escape(answer.text or answered.answer)}{overlap}'
       '</figcaption></figure>'
     )
   return f'<div class="gallery">{"".join(figures)}</div>'
@@ -218,19 +194,12 @@ def _gallery(examples: Sequence[tuple[Image.Image, Answered]]) -> str:
 def _transcript(turns: Sequence[Turn]) -> str:
   parts = []
   for turn in turns:
-    shown = ''.join(f'<img src="{_embed(x)}" alt=""> ' for x in turn.pictures)
+    shown = ' '.join(map(html_page.picture, turn.pictures))
     parts.append(f'<p>{shown}{"<br>" * bool(shown)}')
-    parts.append(f'{html.escape(turn.question)}</p>')
+    parts.append(f'{escape(turn.question)}</p>')
     drawn = ''
     if turn.drawn is not None:
-      drawn = f'<br><img src="{_embed(turn.drawn)}" alt="">'
-    answer = html.escape(turn.answer)
+      drawn = f'<br>{html_page.picture(turn.drawn)}'
+    answer = escape(turn.answer)
     parts.append(f'<p class="model">{answer}{drawn}</p>')
   return f'<div class="chat">{"".join(parts)}</div>'
-
-
-def _embed(picture: Image.Image) -> str:
-  buffer = io.BytesIO()
-  picture.save(buffer, 'PNG')
-  encoded = base64.b64encode(buffer.getvalue()).decode()
-  return f'data:image/png;base64,{encoded}'

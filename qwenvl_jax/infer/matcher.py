@@ -14,7 +14,8 @@ import numpy as np
 
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.infer.request import GenerationError
-from qwenvl_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from qwenvl_jax.text.special_tokens import SPECIAL_TOKENS
+from qwenvl_jax.text.tokenizer import Tokenizer
 
 # llguidance's own limits: with them each mask takes a bounded time, and a
 # grammar a bounded memory (1 to 2 kB a state).

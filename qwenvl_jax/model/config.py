@@ -109,6 +109,8 @@ class DecoderConfig:
       rows get dynamic NTK frequencies and LogN query scaling.
     int4_group: not None if the kernels of the blocks are held at 4 bits, for
       inference: so many of their inputs share a scale (128 in the release).
+    int4_zero_offset: what is added to the zero points that such kernels store:
+      1 as released (GPTQ), 0 in the format gptq_v2.
     int8: whether the kernels of blocks and head are held at 8 bits, for
       inference (`model.int8`).
   """
@@ -126,6 +128,7 @@ class DecoderConfig:
   dynamic_ntk: bool = True
   logn: bool = True
   int4_group: int | None = None
+  int4_zero_offset: int = 1
   int8: bool = False
 
   def __post_init__(self):
@@ -133,6 +136,11 @@ class DecoderConfig:
     if self.int8 and group is not None:
       raise ConfigError(
         'DecoderConfig.int8 and int4_group: kernels are held at 8 or at 4 bits'
+      )
+    if self.int4_zero_offset not in (0, 1):
+      raise ConfigError(
+        f'DecoderConfig.int4_zero_offset={self.int4_zero_offset} is neither 1 '
+        '(gptq) nor 0 (gptq_v2)'
       )
     if group is None:
       return

@@ -84,6 +84,7 @@ class SelfAttention(nn.Module):
       'dtype': self.dtype,
       'param_dtype': self.param_dtype,
       'int4_group': c.int4_group,
+      'int4_zero_offset': c.int4_zero_offset,
       'outputs_first': self.outputs_first,
       'int8': c.int8,
     }
@@ -148,6 +149,7 @@ class Mlp(nn.Module):
       'dtype': self.dtype,
       'param_dtype': self.param_dtype,
       'int4_group': c.int4_group,
+      'int4_zero_offset': c.int4_zero_offset,
       'outputs_first': self.outputs_first,
       'int8': c.int8,
     }

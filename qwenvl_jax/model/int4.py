@@ -3,7 +3,8 @@
 A kernel [in,*out] is three arrays, all as released:
 
   words   [in/8,*out] int32       8 values along `in`, the lowest bits first
-  zeros   [groups,*out/8] int32   zero points less one, 8 along the last axis
+  zeros   [groups,*out/8] int32   zero points less an offset (1 in the release),
+                                  8 along the last axis
   scales  [groups,*out]           of `group` inputs each
 
 and stands for scales[g] * (value - zero[g]). Integers of 32 bits are stored
@@ -36,6 +37,7 @@ class Int4Kernel(nn.Module):
       which is split over the mesh like the first of them.
     group: how many inputs share a scale and a zero point.
     dtype: of the product.
+    zero_offset: what is added to stored zero points.
   """
 
   shape: tuple[int, ...]
@@ -43,6 +45,7 @@ class Int4Kernel(nn.Module):
   contracted: int
   group: int
   dtype: Any
+  zero_offset: int = 1
 
   @nn.compact
   def __call__(self, x):
@@ -64,7 +67,8 @@ class Int4Kernel(nn.Module):
     # drops a barrier before it schedules, but keeps what depends on the input:
     # this is 0, or all of the product is not a number.
     words += jnp.isnan(x.ravel()[0]).astype(words.dtype)
-    values = dequantized(words, zeros, scales).astype(self.dtype)
+    values = dequantized(words, zeros, scales, self.zero_offset)
+    values = values.astype(self.dtype)
     lead = x.shape[: x.ndim - self.contracted]
     x = x.astype(self.dtype).reshape(*lead, -1, PER_WORD)
     # Two axes contracted, not one: joining them would move split inputs.
@@ -72,20 +76,21 @@ class Int4Kernel(nn.Module):
     return jax.lax.dot_general(x, values, (contract, ((), ())))
 
 
-def dequantized(words, zeros, scales) -> jax.Array:
+def dequantized(words, zeros, scales, zero_offset: int = 1) -> jax.Array:
   """The values of a kernel.
 
   Args:
     words: [in/8,*out] int32.
     zeros: [groups,*out/8] int32.
     scales: [groups,*out] float.
+    zero_offset: what is added to stored zero points.
 
   Returns:
     [8,in/8,*out] float32: input 8 * i + j is at [j,i].
   """
   outputs = scales.shape[1:]
   grouped = (PER_WORD, len(scales), len(words) // len(scales), *outputs)
-  zeros = _nibbles(zeros, zeros.ndim).reshape(scales.shape) + 1
+  zeros = _nibbles(zeros, zeros.ndim).reshape(scales.shape) + zero_offset
   shifted = _nibbles(words, 0).reshape(grouped) - zeros[:, None]
   values = shifted.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]
   return values.reshape(PER_WORD, *words.shape)

@@ -79,6 +79,7 @@ class Projection(nn.Module):
     bias_axes: how many trailing axes of the output carry a bias; 0 for none.
     kernel_init: None for a normal distribution scaled by the inputs' number.
     int4_group: not None if the kernel is packed, see `Int4Kernel`.
+    int4_zero_offset: of a packed kernel, see there.
     outputs_first: whether the kernel is stored with its outputs first, as
       released, for inference.
     int8: whether a kernel with its outputs first is held at 8 bits, see
@@ -93,6 +94,7 @@ class Projection(nn.Module):
   param_dtype: Any = jnp.float32
   kernel_init: Callable | None = None
   int4_group: int | None = None
+  int4_zero_offset: int = 1
   outputs_first: bool = False
   int8: bool = False
 
@@ -109,6 +111,7 @@ class Projection(nn.Module):
         contracted,
         self.int4_group,
         self.dtype,
+        self.int4_zero_offset,
         name='kernel',
       )(x)
     if self.bias_axes:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from qwenvl_jax import buckets
 from qwenvl_jax.plan import jobs
 from qwenvl_jax.plan.plan import Plan, make_plan
 from qwenvl_jax.plan.topology import Topology
@@ -38,9 +39,7 @@ def kept_plan(
     return Plan(**json.loads(path.read_text()))
   plan = make_plan(jobs.make('train', config, devices), topology)
   folder.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  partial.write_text(json.dumps(dataclasses.asdict(plan)))
-  partial.replace(path)
+  buckets.write(path, json.dumps(dataclasses.asdict(plan)))
   return plan
 
 

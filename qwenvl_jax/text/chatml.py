@@ -7,16 +7,16 @@ through a conversation: `Picture N: <img>PATH</img>\n`.
 
 import dataclasses
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text import grounding
+from qwenvl_jax.text.special_tokens import VISUAL_TOKENS
 from qwenvl_jax.text.tokenizer import (
   IMAGE_TOKENS,
-  VISUAL_TOKENS,
   Tokenizer,
   image_paths,
+  normalize,
 )
 
 DEFAULT_SYSTEM = 'You are a helpful assistant.'
@@ -26,8 +26,16 @@ NO_LOSS = -100
 # made with `Tokenizer.subset` for chats should cover these too.
 SCAFFOLD = ('system', 'user', 'assistant', '\n', DEFAULT_SYSTEM)
 
-_CLOSED_SPAN = re.compile(r'<(img|ref|box|quad)>(.*?)</\1>', re.DOTALL)
+_OPENING = re.compile('<(img|ref|box|quad)>')
 _LIST_KEYS = {'img': 'image'}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSpan:
+  """Text that is encoded by itself; `loss`: whether it is to be learned."""
+
+  text: str
+  loss: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +147,45 @@ def chat_context(
   )
 
 
+def open_turn(role: str) -> tuple[TextSpan, ...]:
+  """Returns what stands before a turn's content; the role is not learned."""
+  return TextSpan('<|im_start|>', loss=True), TextSpan(role), TextSpan('\n')
+
+
+# What stands after a turn's content.
+CLOSE_TURN = (TextSpan('<|im_end|>', loss=True), TextSpan('\n', loss=True))
+
+
+def turn_spans(role: str, content: str) -> tuple[TextSpan, ...]:
+  """Returns a turn as it is trained on: of contents, the assistant's only."""
+  learned = TextSpan(content, loss=role == 'assistant')
+  return *open_turn(role), learned, *CLOSE_TURN
+
+
+def conversation_spans(
+  turns: Sequence[tuple[str, str]], system: str = DEFAULT_SYSTEM
+) -> tuple[TextSpan, ...]:
+  """Returns a conversation as it is trained on, () if no turn is left.
+
+  Trained on are `<|im_start|>`, `<|im_end|>` and the newline after it of every
+  turn, and the assistant's words, but never the role and its newline. A leading
+  turn of the assistant is dropped, as the release does.
+
+  Args:
+    turns: (role, content) each; a first turn of the role 'system' takes the
+      place of `system`.
+    system: the system turn's content.
+  """
+  if turns and turns[0][0] == 'system':
+    system, turns = turns[0][1], turns[1:]
+  if turns and turns[0][0] != 'user':
+    turns = turns[1:]
+  if not turns:
+    return ()
+  both = (('system', system), *turns)
+  return tuple(span for turn in both for span in turn_spans(*turn))
+
+
 def conversation(
   tokenizer: Tokenizer,
   turns: Sequence[Mapping[str, str]],
@@ -146,11 +193,7 @@ def conversation(
   image_tokens: int = IMAGE_TOKENS,
   record: str = 'the conversation',
 ) -> Conversation:
-  """Ids of a conversation and which of them are trained on.
-
-  Trained on are `<|im_start|>`, `<|im_end|>` and the newline after it of every
-  turn, and the assistant's words, but never the role and its newline. A leading
-  turn that is not the user's is dropped. All special tokens are parsed.
+  """Encodes `conversation_spans`. All special tokens are parsed.
 
   Args:
     tokenizer: the vocabulary.
@@ -163,27 +206,21 @@ def conversation(
     DataError: a turn that is not such a mapping, tags that do not pair up, or
       no turn at all.
   """
-  newline = tokenizer.encode_ordinary('\n')
   turns = [_checked(turn, i, record) for i, turn in enumerate(turns, start=1)]
-  if turns and turns[0][0] != 'user':
-    turns = turns[1:]
-  if not turns:
+  spans = conversation_spans(turns, system)
+  if not spans:
     raise DataError(
       f"{record}: no turn left; it needs a turn with 'from': 'user'"
     )
   tokens, loss = [], []
-  for role, content in [('system', system), *turns]:
-    words = tokenizer.encode(content, image_tokens)
-    head = [*tokenizer.encode_ordinary(role), *newline]
-    tokens += [tokenizer.im_start_id, *head, *words]
-    tokens += [tokenizer.im_end_id, *newline]
-    loss += [True] + [False] * len(head)
-    loss += [role == 'assistant'] * len(words) + [True] * (1 + len(newline))
-  paths = [path for _, content in turns for path in image_paths(content)]
+  for span in spans:
+    ids = tokenizer.encode(span.text, image_tokens)
+    tokens += ids
+    loss += [span.loss] * len(ids)
   return Conversation(
     tokens=tokens,
     loss=loss,
-    image_paths=image_paths(system) + paths,
+    image_paths=[path for span in spans for path in image_paths(span.text)],
     image_starts=tokenizer.image_starts(tokens, image_tokens, record),
   )
 
@@ -271,15 +308,21 @@ def to_list_format(text: str) -> list[dict[str, str]]:
   >>> to_list_format('a <ref>dog</ref><box>(1,2),(3,4)</box>')
   [{'text': 'a '}, {'ref': 'dog'}, {'box': '(1,2),(3,4)'}]
   """
-  text = unicodedata.normalize('NFC', text)
-  items = []
-  at = 0
-  for match in _CLOSED_SPAN.finditer(text):
+  text = normalize(text)
+  items, at, unclosed = [], 0, set()
+  for match in _OPENING.finditer(text):
+    tag = match[1]
+    # Each tag is looked for once beyond its last closing one.
+    if match.start() < at or tag in unclosed:
+      continue
+    end = text.find(f'</{tag}>', match.end())
+    if end < 0:
+      unclosed.add(tag)
+      continue
     if match.start() > at:
       items.append({'text': text[at : match.start()]})
-    tag, inside = match.groups()
-    items.append({_LIST_KEYS.get(tag, tag): inside})
-    at = match.end()
+    items.append({_LIST_KEYS.get(tag, tag): text[match.end() : end]})
+    at = end + len(f'</{tag}>')
   if at < len(text):
     items.append({'text': text[at:]})
   return items

@@ -5,8 +5,8 @@ draws a box for a missing glyph without saying so.
 """
 
 import functools
+import logging
 import pathlib
-import struct
 import unicodedata
 
 from PIL import ImageFont
@@ -63,7 +63,7 @@ def find_font(
     held = characters(path)
     missing = ''.join(c for c in wanted if ord(c) not in held)
     if held and (best is None or len(missing) < len(best_missing)):
-      font = _open(path, size)
+      font = open_font(path, size)
       if font is not None:
         best, best_missing = font, missing
     if best is not None and not best_missing:
@@ -85,8 +85,9 @@ def printable(text: str, missing: str = '') -> str:
   return ''.join(shown).strip()
 
 
-@functools.lru_cache(maxsize=64)
-def _open(path: str, size: int) -> ImageFont.FreeTypeFont | None:
+@functools.lru_cache(maxsize=512)
+def open_font(path: str, size: int) -> ImageFont.FreeTypeFont | None:
+  """Returns the font of a file, `size` pixels high; None if it is unusable."""
   try:
     # The basic layout is everywhere; the better one depends on a library.
     basic = ImageFont.Layout.BASIC
@@ -105,68 +106,12 @@ def _pillow_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 @functools.lru_cache(maxsize=64)
 def characters(path: str) -> frozenset[int]:
   """Code points that the first face of a font file holds; empty if unusable."""
+  # Imported here: it takes a tenth of a second, and only drawing needs it.
+  from fontTools import ttLib
+
+  logging.getLogger('fontTools').setLevel(logging.ERROR)
   try:
-    with open(path, 'rb') as file:
-      return frozenset(_read_cmap(file))
-  except (OSError, struct.error, StopIteration, ValueError, IndexError):
+    with ttLib.TTFont(path, fontNumber=0, lazy=True) as font:
+      return frozenset(font.getBestCmap() or ())
+  except Exception:  # Damaged fonts raise whatever they run into.
     return frozenset()
-
-
-def _read_cmap(file) -> set[int]:
-  """Parses the OpenType `cmap` table, formats 4 and 12."""
-  start = 0
-  if file.read(4) == b'ttcf':
-    file.seek(12)
-    (start,) = struct.unpack('>I', file.read(4))
-  file.seek(start + 4)
-  (tables,) = struct.unpack('>H', file.read(2))
-  file.seek(start + 12)
-  records = (struct.unpack('>4sIII', file.read(16)) for _ in range(tables))
-  _, _, offset, length = next(r for r in records if r[0] == b'cmap')
-  file.seek(offset)
-  table = file.read(length)
-  (subtables,) = struct.unpack_from('>H', table, 2)
-  held = set()
-  for i in range(subtables):
-    platform, encoding, at = struct.unpack_from('>HHI', table, 4 + 8 * i)
-    (layout,) = struct.unpack_from('>H', table, at)
-    # Unicode subtables only: the others count in other character sets.
-    unicode = platform == 0 or (platform == 3 and encoding in (1, 10))
-    if unicode and layout == 12:
-      (groups,) = struct.unpack_from('>I', table, at + 12)
-      for first, last, _ in struct.iter_unpack(
-        '>III', table[at + 16 : at + 16 + 12 * groups]
-      ):
-        held.update(range(first, min(last, 0x10FFFF) + 1))
-    elif unicode and layout == 4:
-      held.update(_read_segments(table, at))
-  return held
-
-
-def _read_segments(table: bytes, at: int) -> set[int]:
-  """Characters of a format 4 subtable that map to a glyph."""
-  (doubled,) = struct.unpack_from('>H', table, at + 6)
-  count = doubled // 2
-
-  def column(index: int, kind: str) -> tuple[int, ...]:
-    # A reserved word stands between the first column and the others.
-    offset = at + 14 + index * doubled + (2 if index else 0)
-    return struct.unpack_from(f'>{count}{kind}', table, offset)
-
-  held = set()
-  rows = zip(
-    column(0, 'H'), column(1, 'H'), column(2, 'h'), column(3, 'H'), strict=True
-  )
-  for i, (last, first, delta, shift) in enumerate(rows):
-    if last == 0xFFFF:
-      last -= 1  # the obligatory end marker, no character
-    for code in range(first, last + 1):
-      glyph = code
-      if shift:
-        # `shift` counts bytes from its own place in the fourth column.
-        place = at + 16 + 3 * doubled + 2 * i + shift + 2 * (code - first)
-        (glyph,) = struct.unpack_from('>H', table, place)
-      absent = shift and glyph == 0
-      if not absent and (glyph + delta) & 0xFFFF:
-        held.add(code)
-  return held

@@ -8,7 +8,7 @@ as far as it makes sense (`parse`), never refused.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from qwenvl_jax.errors import DataError
 
@@ -136,6 +136,47 @@ def check_tags(
     f'{record}: <{opened}> at character {start} is not closed '
     f'({_excerpt(text, start)}); write </{opened}> where it ends or remove it'
   )
+
+
+def has_places(text: str) -> bool:
+  """Returns whether there is a box or a quad in the text."""
+  return '<box>' in text or '<quad>' in text
+
+
+def map_places(
+  text: str, turn: Callable[[tuple[int, ...]], Sequence[float]], record: str
+) -> str:
+  """Replaces the numbers of every box and quad of a text.
+
+  Args:
+    text: its tags pair up (`check_tags`).
+    turn: takes x, y, x, y, .. in thousandths and returns as many, which are
+      put within [0,1000).
+    record: what an error names.
+
+  Raises:
+    DataError: a box or quad whose numbers are not in thousandths.
+  """
+
+  def replaced(match: re.Match) -> str:
+    tag, inside = match['tag'], match['inside']
+    if tag not in _POINTS:
+      return match[0]
+    found = _POINTS[tag].fullmatch(inside)
+    values = tuple(map(int, found.groups())) if found else ()
+    if not values or max(values) > SCALE:
+      raise DataError(
+        f'{record}: {match[0]!r:.80} is not in thousandths of the picture; '
+        'write <box>(x1,y1),(x2,y2)</box> with whole numbers from 0 to 999, '
+        'whatever its size in pixels'
+      )
+    mapped = from_pixels(turn(values), (SCALE, SCALE))
+    # As it was written, white space and all, where nothing changes.
+    if mapped == values:
+      return match[0]
+    return f'<{tag}>{_points(mapped, len(mapped), tag)}</{tag}>'
+
+  return _SPAN.sub(replaced, text)
 
 
 def parse(text: str) -> Answer:

@@ -19,14 +19,16 @@ import itertools
 import os
 import pathlib
 import re
+import sys
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import tiktoken
 
 from qwenvl_jax import buckets
 from qwenvl_jax.errors import DataError
+from qwenvl_jax.text.special_tokens import SPECIAL_TOKENS
 
 IMAGE_TOKENS = 256  # ids between `<img>` and `</img>` in the release
 
@@ -37,27 +39,16 @@ _PATTERN = (
   r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 
-# The tokens of images and boxes: the only special ones in chat content.
-VISUAL_TOKENS = (
-  '<ref>',
-  '</ref>',
-  '<box>',
-  '</box>',
-  '<quad>',
-  '</quad>',
-  '<img>',
-  '</img>',
-  '<imgpad>',
-)
-SPECIAL_TOKENS = (
-  '<|endoftext|>',
-  '<|im_start|>',
-  '<|im_end|>',
-  *(f'<|extra_{i}|>' for i in range(205)),
-  *VISUAL_TOKENS,
-)
+# The released vocabulary has 2.6 MB and 151,643 ranks.
+_MAX_BYTES, _MAX_RANKS = 2**26, 2**22
+_RANK = re.compile(rb'\d{1,7}')
 
-_IMAGE = re.compile('<img>(.*?)</img>', re.DOTALL)
+# Whatever may be a special token: none has a '<' or '>' inside.
+_TAG = re.compile('<[^<> ]+>')
+
+# Combining marks in a row; normalizing takes the square of their number.
+_MOST_MARKS = 256
+
 _UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
@@ -214,28 +205,46 @@ class Tokenizer:
     """
     if image_tokens is None:
       image_tokens = self.image_tokens
-    everything = allowed_special == 'all'
-    allowed = set(SPECIAL_TOKENS if everything else allowed_special)
-    text = unicodedata.normalize('NFC', text)
-    encode = functools.partial(
-      self._bpe.encoding.encode, allowed_special=allowed, disallowed_special=()
-    )
+    allowed = self._bpe.special
+    if allowed_special != 'all':
+      allowed = {x: allowed[x] for x in allowed_special if x in allowed}
+    text = normalize(text)
+    encode = functools.partial(self._encode_parts, allowed=allowed)
     if '<img>' not in allowed:
       return encode(text)
-    ids = []
-    while True:
-      before, opened, rest = text.partition('<img>')
-      ids += encode(before)
-      if not opened:
-        return ids
-      path, closed, text = rest.partition('</img>')
-      if not closed or '<img>' in path:
+    ids, at = [], 0
+    while (start := text.find('<img>', at)) >= 0:
+      path = start + len('<img>')
+      end = text.find('</img>', path)
+      if end < 0 or text.find('<img>', path, end) >= 0:
         raise DataError(
-          f'unclosed <img> before {rest[:40]!r}: write <img>PATH</img>, or '
-          'remove the tag'
+          f'unclosed <img> before {text[path : path + 40]!r}: write '
+          '<img>PATH</img>, or remove the tag'
         )
-      ids += [self.img_start_id, *self._path_ids(path, image_tokens)]
-      ids.append(self.img_end_id)
+      ids += encode(text[at:start])
+      ids += [
+        self.img_start_id,
+        *self._path_ids(text[path:end], image_tokens),
+        self.img_end_id,
+      ]
+      at = end + len('</img>')
+    return ids + encode(text[at:])
+
+  def _encode_parts(self, text: str, allowed: Mapping[str, int]) -> list[int]:
+    # tiktoken would be given all special tokens with each call, which takes
+    # several times as long on text full of boxes.
+    encode = self._bpe.encoding.encode_ordinary
+    if not allowed or '<' not in text:
+      return encode(text)
+    ids, at = [], 0
+    for match in _TAG.finditer(text):
+      token = allowed.get(match[0])
+      if token is not None:
+        if at < match.start():
+          ids += encode(text[at : match.start()])
+        ids.append(token)
+        at = match.end()
+    return ids + encode(text[at:]) if at < len(text) else ids
 
   def encode_ordinary(self, text: str) -> list[int]:
     """Token ids of `text` where no special token is parsed."""
@@ -378,9 +387,33 @@ class Tokenizer:
     return _UNKNOWN.encode()
 
 
+def normalize(text: str) -> str:
+  """Returns the text in NFC, without what follows 256 combining marks.
+
+  No language has as many, and sorting a million of them takes hours.
+  """
+  if len(text) > _MOST_MARKS and not text.isascii():
+    text = _marks().sub(r'\1', text)
+  return unicodedata.normalize('NFC', text)
+
+
+@functools.cache
+def _marks() -> re.Pattern:
+  points = map(chr, range(sys.maxunicode + 1))
+  marks = ''.join(x for x in points if unicodedata.combining(x))
+  return re.compile(f'([{marks}]{{{_MOST_MARKS}}})[{marks}]+')
+
+
 def image_paths(text: str) -> list[str]:
-  """The paths of all `<img>PATH</img>` spans of `text`, in reading order."""
-  return _IMAGE.findall(text)
+  """Returns the paths of all `<img>PATH</img>` spans, in reading order."""
+  paths, at = [], 0
+  while (start := text.find('<img>', at)) >= 0:
+    end = text.find('</img>', start)
+    if end < 0:
+      break
+    paths.append(text[start + len('<img>') : end])
+    at = end + len('</img>')
+  return paths
 
 
 class _Bpe:
@@ -414,35 +447,55 @@ def _default_path() -> pathlib.Path:
 @functools.lru_cache(maxsize=4)
 def _load(path: pathlib.Path, version: tuple) -> _Bpe:
   del version  # part of the key: a rewritten file is read again
-  vocabulary = []
   try:
-    for line in path.read_bytes().splitlines():
-      token, rank = line.split()
-      if int(rank) != len(vocabulary):
-        raise ValueError('ranks do not count up from 0')
-      vocabulary.append(base64.b64decode(token, validate=True))
+    text = buckets.read(path, _MAX_BYTES)
   except OSError as error:
     raise DataError(
       f'cannot read the vocabulary {path} ({error.strerror or error}); name a '
       '.tiktoken file'
     ) from error
-  except (ValueError, binascii.Error) as error:
-    raise DataError(
-      f'{path}, line {len(vocabulary) + 1}: {error}; expected a .tiktoken '
-      'file, `base64 rank` a line with ranks from 0; copy it again'
-    ) from error
+  vocabulary, problem = [], None
+  for number, line in enumerate(text.splitlines(), start=1):
+    token, _, rank = line.partition(b' ')
+    if len(vocabulary) == _MAX_RANKS:
+      problem = f'more than {_MAX_RANKS:,} ranks'
+    elif not _RANK.fullmatch(rank):
+      problem = 'no rank stands after a space'
+    elif rank != b'%d' % len(vocabulary):
+      problem = (
+        f'ranks do not count up from 0 (this one is {rank.decode()}, expected '
+        f'was {len(vocabulary)}): a line is double, missing or damaged'
+      )
+    else:
+      try:
+        vocabulary.append(base64.b64decode(token, validate=True))
+        if base64.b64encode(vocabulary[-1]) != token:
+          problem = 'no base64 as an encoder writes it'
+      except binascii.Error as error:
+        problem = f'no base64 ({error})'
+    if problem:
+      raise DataError(
+        f'{path}, line {number}: {problem}; expected a .tiktoken '
+        'file, `base64 rank` a line with ranks from 0; copy it again'
+      )
   return _build(vocabulary, str(path))
 
 
 def _build(vocabulary: Sequence[bytes], name: str) -> _Bpe:
   vocabulary = tuple(vocabulary)
-  distinct = set(vocabulary)
-  missing = [byte for byte in range(256) if bytes([byte]) not in distinct]
+  lines = {}
+  for line, token in enumerate(vocabulary, start=1):
+    if not token:
+      raise DataError(f'{name}, line {line}: an empty token; copy it again')
+    if lines.setdefault(token, line) != line:
+      raise DataError(
+        f'{name}, line {line}: the token of line {lines[token]} stands there '
+        'twice; copy the file again'
+      )
+  missing = [byte for byte in range(256) if bytes([byte]) not in lines]
   if missing:
     raise DataError(
       f'{name} lacks {len(missing)} of the 256 single bytes (the first is '
       f'{missing[0]:#04x}), so it cannot encode every text; copy the file again'
     )
-  if len(distinct) != len(vocabulary):
-    raise DataError(f'{name} holds a token twice; copy the file again')
   return _Bpe(vocabulary)

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion.folder import CHECKPOINTS, COMPLETE
+from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS, COMPLETE
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import manifest
 from qwenvl_jax.train.data_state import (

@@ -41,6 +41,8 @@ class Guard:
       raise ConfigError(
         f'{self}: window must be at least 2, steps 1 and limit 0'
       )
+    if not self.sigmas > 0 or not self.rise >= 0:
+      raise ConfigError(f'{self}: sigmas must be positive, rise not negative')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion.folder import read_config, read_params
+from qwenvl_jax.conversion.checkpoint_io import read_config, read_params
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.train.objective import Objective
 from qwenvl_jax.train.optimizer import flatten, unflatten

@@ -5,8 +5,9 @@ import dataclasses
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,19 +15,21 @@ import jax
 from jax.sharding import Mesh
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion.folder import (
-  CHECKPOINTS,
+from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS
+from qwenvl_jax.conversion.families.qwen_vl.assets import (
   VOCABULARY,
-  write_side_files,
+  write_assets,
 )
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
 from qwenvl_jax.text.tokenizer import Tokenizer
+from qwenvl_jax.train import saved_config
 from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from qwenvl_jax.train.guard import Guard, Spike, Watch
 from qwenvl_jax.train.hosts import compare, remark, times
 from qwenvl_jax.train.init import InitFrom, initial_params
+from qwenvl_jax.train.lock import locked
 from qwenvl_jax.train.objective import NextToken, Objective
 from qwenvl_jax.train.optimizer import OptimizerConfig
 from qwenvl_jax.train.peers import Peers
@@ -42,9 +45,6 @@ from qwenvl_jax.train.state import (
   create_state,
 )
 from qwenvl_jax.train.step import check_batch, compile_loss, compile_step
-
-# The resolved configuration, beside the checkpoints.
-CONFIG = 'config.gin'
 
 # Of the notice before a machine is taken away, what waiting for a step may use.
 _SHARE_OF_NOTICE = 1 / 3
@@ -96,7 +96,7 @@ class TrainConfig:
     objective: model and loss.
     data: batches.
     optimizer: what is trained, and how fast; its `steps` end the run.
-    init: where the first parameters come from.
+    init: where the first parameters come from; None is at random.
     mesh: how the devices are used.
     checkpoint: when to save.
     accumulation: microbatches a step.
@@ -115,7 +115,7 @@ class TrainConfig:
   objective: Objective
   data: Data
   optimizer: OptimizerConfig
-  init: InitFrom = InitFrom()
+  init: InitFrom | None = InitFrom()
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   accumulation: int = 1
@@ -133,6 +133,11 @@ class TrainConfig:
     if not self.notice > 0:
       raise ConfigError(
         f'TrainConfig.notice={self.notice} must be more than 0 seconds'
+      )
+    if not 0 <= self.seed < 2**32:
+      raise ConfigError(
+        f'TrainConfig.seed={self.seed} is not from 0 to 2**32 - 1: JAX would '
+        'use its last 32 bits, those of another seed'
       )
     for name in ('accumulation', 'log_every', 'max_skipped'):
       if getattr(self, name) < 1:
@@ -184,10 +189,31 @@ def train(
   stop = stop if stop_at is None else min(stop_at, stop)
   first = peers.index == 0
   reader = find_reader(mesh, config.data.batch_size)
-  with _writing(workdir):
-    buckets.make_folder(workdir)
-    # Orbax clears away in one thread what it lists in another.
-    buckets.hold(workdir / CHECKPOINTS)
+  with contextlib.ExitStack() as held:
+    check_lock = None
+    with _writing(workdir):
+      buckets.make_folder(workdir)
+      if first:
+        check_lock = held.enter_context(locked(workdir, _warn))
+      # Orbax clears away in one thread what it lists in another.
+      buckets.hold(workdir / CHECKPOINTS)
+    return _train(
+      config, workdir, stop, resolved, mesh, peers, reader, check_lock
+    )
+
+
+def _train(
+  config: TrainConfig,
+  workdir: Path,
+  stop: int,
+  resolved: str | None,
+  mesh: Mesh,
+  peers: Peers,
+  reader: Reader,
+  check_lock: Callable[[], None] | None,
+) -> TrainState:
+  """As `train`, while this process holds the folder's lock."""
+  first = peers.index == 0
   iterator = config.data.iterator(reader.index, reader.count)
   # Opening data may take one host long, and collectives know no time-outs.
   peers.gather('the data being open')
@@ -195,16 +221,19 @@ def train(
   watch = Watch(config.guard) if config.guard else None
   with caught_signals() as caught, contextlib.closing(checkpoints):
     state = _start(config, mesh, checkpoints, iterator, watch, first)
+    changed = []
     if first:
       # Not before: a configuration that does not fit the run that is there
       # must leave its files alone.
       with _writing(workdir):
-        _write_files(config, workdir, resolved)
+        changed = _write_files(config, workdir, resolved)
     start = int(state.step)
     reporter = Reporter(workdir, start, stop, quiet=not first)
     with contextlib.closing(reporter):
       if start:
         reporter.say(f'resumed from step {start} of {workdir}')
+      for line in changed:
+        reporter.say(f'changed since the last start: {line}')
       if start >= stop:
         reporter.say(f'nothing left to do: the run ends at step {stop}')
       profiler = Profiler(
@@ -220,9 +249,14 @@ def train(
         reporter=reporter,
         profiler=profiler,
         caught=caught,
+        check_lock=check_lock,
       )
       with contextlib.closing(profiler):
         return run(state, iterator, stop)
+
+
+def _warn(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -238,13 +272,16 @@ def _writing(workdir: Path) -> Iterator[None]:
     ) from error
 
 
-def _write_files(config: TrainConfig, workdir: Path, resolved) -> None:
-  """Writes what opens the run's checkpoints, and what made them."""
-  write_side_files(workdir, config.objective.config, None)
+def _write_files(config: TrainConfig, workdir: Path, resolved) -> list[str]:
+  """Writes what opens the run's checkpoints, and what made them.
+
+  Returns:
+    What of the configuration differs from the last start's, a line each.
+  """
+  write_assets(workdir, config.objective.config)
   if isinstance(config.data, Pipeline):
     Tokenizer(config.data.vocabulary).save(workdir / VOCABULARY)
-  if resolved is not None:
-    buckets.write(workdir / CONFIG, resolved)
+  return [] if resolved is None else saved_config.save(workdir, resolved)
 
 
 def check_run(config: TrainConfig, mesh: Mesh) -> None:
@@ -298,7 +335,9 @@ def _start(config, mesh, checkpoints, iterator, watch, first) -> TrainState:
   state = checkpoints.restore(abstract, iterator, warn, watch)
   if state is not None:
     return state
-  params = initial_params(config.objective, target, config.init, config.seed)
+  params = initial_params(
+    config.objective, target, config.init or InitFrom(), config.seed
+  )
   return create_state(params, config.optimizer, mesh)
 
 
@@ -321,6 +360,7 @@ class _Run:
   reporter: Reporter
   profiler: Profiler
   caught: Caught
+  check_lock: Callable[[], None] | None
 
   def __call__(self, state: TrainState, iterator, stop: int) -> TrainState:
     config = self.config
@@ -389,6 +429,8 @@ class _Run:
     return put_batch(batch, self.mesh)
 
   def _save(self, step_number: int, state: TrainState) -> None:
+    if self.check_lock is not None:
+      self.check_lock()
     # Whoever goes on from this step finds the records up to it.
     self.reporter.flush()
     self.checkpoints.save(step_number, state, self._iterator, self.watch)

@@ -75,6 +75,8 @@ def command(argv: Sequence[str]) -> int:
       'no --gin_file given: name the config file of a stage, e.g. '
       '--gin_file=stage1.gin'
     )
+  if not flags.workdir:
+    raise ConfigError("--workdir is empty: the current folder is '.'")
   place = find_place(os.environ, flags.distributed)
   with joined(place, flags.arrival_timeout) as peers:
     configuration.load(flags.gin_file, bindings)

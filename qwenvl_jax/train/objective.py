@@ -60,7 +60,7 @@ class NextToken:
   """
 
   config: QwenVLConfig
-  branches: bool = True
+  branches: bool | int = True
 
   def check(self, batch: dict[str, np.ndarray]) -> None:
     """Looks at a batch on the host, before it is sent to the devices.

@@ -58,7 +58,7 @@ class OptimizerConfig:
   weight_decay: float = 0.05
   clip: float = 1.0
   vision_layer_decay: float | None = None
-  trainable: tuple[str, ...] = ('.*',)
+  trainable: str | tuple[str, ...] = ('.*',)
   rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -71,11 +71,35 @@ class OptimizerConfig:
         raise ConfigError(
           f'OptimizerConfig: {pattern!r} is no regular expression: {e}'
         ) from e
-    for name in ('peak', 'clip'):
+    for name in ('peak', 'clip', 'eps'):
       if not getattr(self, name) > 0:
         raise ConfigError(
           f'OptimizerConfig.{name}={getattr(self, name)} must be positive'
         )
+    for name in ('end', 'weight_decay'):
+      if not getattr(self, name) >= 0:
+        raise ConfigError(
+          f'OptimizerConfig.{name}={getattr(self, name)} must not be negative'
+        )
+    for name in ('b1', 'b2'):
+      if not 0 <= getattr(self, name) < 1:
+        raise ConfigError(
+          f'OptimizerConfig.{name}={getattr(self, name)} is not in [0, 1)'
+        )
+    decay = self.vision_layer_decay
+    if decay is not None and not 0 < decay <= 1:
+      raise ConfigError(
+        f'OptimizerConfig.vision_layer_decay={decay} is not in (0, 1]'
+      )
+    for pattern, rate in self.rates.items():
+      if not rate >= 0:
+        raise ConfigError(
+          f'OptimizerConfig.rates: {rate} of {pattern!r} is negative'
+        )
+    if self.steps >= 2**31:
+      raise ConfigError(
+        f'OptimizerConfig.steps={self.steps}: steps are counted in int32'
+      )
     warmup_cosine(self.peak, self.end, self.warmup, self.steps)
 
   @property

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
 from qwenvl_jax import buckets
+from qwenvl_jax.errors import printable
 from qwenvl_jax.train.events import Events
 from qwenvl_jax.train.mirror import Mirror
 from qwenvl_jax.train.step import COUNTS
@@ -105,7 +106,7 @@ class Reporter:
     console = Console(stderr=True)
     if console.is_terminal:
       self._bar = Progress(
-        TextColumn(workdir.name or 'train'),
+        TextColumn(printable(workdir.name) or 'train'),
         BarColumn(),
         _Columns(),
         console=console,
@@ -208,7 +209,7 @@ class Reporter:
     if self._quiet:
       return
     if self._bar:
-      self._bar.console.print(message, markup=False, highlight=False)
+      self._bar.console.print(printable(message), markup=False, highlight=False)
     else:
       print(message, file=sys.stderr, flush=True)
 
@@ -275,6 +276,4 @@ def _drop_records_after(path: Path, step: int) -> None:
         kept.append(line + '\n')
     except (ValueError, KeyError, TypeError):
       continue
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(''.join(kept))
-  temporary.replace(path)
+  buckets.write(path, ''.join(kept))

@@ -18,8 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from qwenvl_jax.conversion import convert
-from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion import checkpoint_io, convert
 from qwenvl_jax.errors import CheckpointError
 
 
@@ -42,14 +41,14 @@ def status(pid) -> int:
 
 def opens(folder) -> bool:
   try:
-    folders.read_config(folder)
+    checkpoint_io.read_config(folder)
   except CheckpointError:
     return False
   return True
 
 
 def read(folder):
-  folders.read_params(folder, folders.read_config(folder))
+  checkpoint_io.read_params(folder, checkpoint_io.read_config(folder))
 
 
 def kill_at(moments, function, source, target):

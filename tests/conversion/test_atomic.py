@@ -101,3 +101,16 @@ def test_space_is_checked_before(tmp_path, monkeypatch):
   with pytest.raises(CheckpointError, match='needs 71.4 MB .* only 68.0 MB'):
     convert.from_hf(golden.FOLDER, tmp_path / 'ours')
   assert not any(tmp_path.iterdir())
+
+
+def test_a_link_planted_in_its_place_is_not_followed(tmp_path):
+  precious = tmp_path / 'precious'
+  precious.mkdir()
+  (precious / 'thesis.txt').write_text('years of work')
+  (tmp_path / 'ours.partial').symlink_to(precious)
+  with (
+    pytest.raises(CheckpointError, match='ours.partial cannot be made'),
+    new_folder(tmp_path / 'ours', 0),
+  ):
+    pass
+  assert (precious / 'thesis.txt').read_text() == 'years of work'

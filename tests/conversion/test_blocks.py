@@ -31,7 +31,7 @@ def test_there_and_back(limit):
       back[name][block.start : block.stop] = part
   for name, tensor in tensors.items():
     assert back[name].tobytes() == tensor.load().tobytes(), name
-  expected = dict(layout.to_released(table, layout.unflatten(params)))
+  expected = golden.released_tensors(table, layout.unflatten(params))
   for name, tensor in tensors.items():
     assert expected[name].tobytes() == tensor.load().tobytes(), name
 

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qwenvl_jax.conversion import convert, layout
-from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion import checkpoint_io, convert, layout
 from qwenvl_jax.conversion.blocks import plan
+from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.reader import open_released
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.errors import CheckpointError
@@ -57,7 +57,9 @@ def test_there_and_back_is_bit_exact(ours, tmp_path):
   for name, tensor in first.items():
     assert tensor.dtype == second[name].dtype
     assert tensor.load().tobytes() == second[name].load().tobytes(), name
-  assert folders.read_config(back) == folders.read_config(golden.FOLDER)
+  assert checkpoint_io.read_config(back) == checkpoint_io.read_config(
+    golden.FOLDER
+  )
   sizes = [path.stat().st_size for path in back.glob('*.safetensors')]
   assert len(sizes) > 3 and max(sizes) < 1_020_000
   index = json.loads((back / 'model.safetensors.index.json').read_text())
@@ -94,9 +96,9 @@ def small_plan(table):
 def test_a_training_run_converts(tmp_path):
   """Its newest step, packed as Orbax packs what is in memory."""
   run = tmp_path / 'run'
-  params = folders.read_params(golden.FOLDER, golden.config())
-  folders.write_side_files(run, golden.config(), None)
-  folders.write_params(run / 'checkpoints' / '7', params)
+  params = checkpoint_io.read_params(golden.FOLDER, golden.config())
+  assets.write_assets(run, golden.config())
+  golden.save_params(run / 'checkpoints' / '7', params)
   (run / 'checkpoints' / '9.orbax-checkpoint-tmp').mkdir()
   for source, target in ((run, 'a'), (run / 'checkpoints' / '7', 'b')):
     convert.to_hf(source, tmp_path / target)
@@ -142,7 +144,7 @@ def test_settings_and_files_travel(released, tmp_path):
   (folder / 'config.json').write_text(json.dumps(raw))
   texts = {
     'generation_config.json': '{"top_p": 0.5}',
-    'qwen.tiktoken': 'IQ== 0\n',
+    'qwen.tiktoken': golden.vocabulary(),
     'modeling_qwen.py': 'released = True\n',
     'LICENSE': 'terms\n',
   }
@@ -161,10 +163,10 @@ def test_init_stage1(tmp_path):
   out = tmp_path / 'start'
   made = convert.init_stage1(OPENCLIP, golden.FOLDER, out, seed=3)
   assert made.new_rows == 0
-  config = folders.read_config(out)
-  params = folders.read_params(out, config)
-  folders.check_against(config, params, 'start')
-  vision = folders.read_params(OPENCLIP, config)['vision']
+  config = checkpoint_io.read_config(out)
+  params = checkpoint_io.read_params(out, config)
+  checkpoint_io.check_against(config, params, 'start')
+  vision = checkpoint_io.read_params(OPENCLIP, config)['vision']
   for path, value in layout.flatten(vision):
     stored = dict(layout.flatten(params['vision']))[path]
     np.testing.assert_array_equal(stored, value)
@@ -177,7 +179,7 @@ def test_init_stage1(tmp_path):
   same = jax.tree.map(
     lambda a, b: np.array_equal(a, b),
     params['adapter'],
-    folders.read_params(again, config)['adapter'],
+    checkpoint_io.read_params(again, config)['adapter'],
   )
   assert all(jax.tree.leaves(same))
 
@@ -191,15 +193,17 @@ def test_init_stage1_grows_the_vocabulary(released, tmp_path):
   folder = write(visual | {n: tensors[n][:490].copy() for n in names})
   raw = json.loads((folder / 'config.json').read_text()) | {'vocab_size': 490}
   (folder / 'config.json').write_text(json.dumps(raw))
-  for name in ('modeling_qwen.py', 'qwen.tiktoken'):
-    (folder / name).write_text('')
+  (folder / 'modeling_qwen.py').write_text('')
+  (folder / 'qwen.tiktoken').write_text(golden.vocabulary())
   out = tmp_path / 'start'
   made = convert.init_stage1(OPENCLIP, folder, out, dtype='float32')
   # Qwen-7B's vocabulary serves a Qwen-VL, its code does not.
   assert (out / 'qwen.tiktoken').exists()
   assert not (out / 'modeling_qwen.py').exists()
   assert (made.new_rows, made.config.decoder.vocab_size) == (22, 512)
-  params = folders.read_params(out, folders.read_config(out))['decoder']
+  params = checkpoint_io.read_params(out, checkpoint_io.read_config(out))[
+    'decoder'
+  ]
   wanted = golden.params()['decoder']
   np.testing.assert_array_equal(params['embed'][:490], wanted['embed'][:490])
   head, stored = params['lm_head']['kernel'], wanted['lm_head']['kernel']
@@ -241,7 +245,7 @@ def test_mixed_dtypes_become_one(released, tmp_path):
   name = 'transformer.h.1.ln_1.weight'
   folder = write({name: np.full(256, 1.5, np.float32)})
   convert.from_hf(folder, tmp_path / 'ours', dtype='bfloat16')
-  params = folders.read_params(tmp_path / 'ours', golden.config())
+  params = checkpoint_io.read_params(tmp_path / 'ours', golden.config())
   scale = params['decoder']['blocks']['ln_1']['scale']
   assert scale.dtype == 'bfloat16'
   assert (np.asarray(scale[1], np.float32) == 1.5).all()
@@ -295,7 +299,7 @@ def test_damaged_orbax_parameters(ours, tmp_path, damage):
   else:
     chunk.write_bytes(chunk.read_bytes()[:1000])
   with pytest.raises(CheckpointError, match='damaged/params cannot be'):
-    folders.read_params(folder, golden.config())
+    checkpoint_io.read_params(folder, golden.config())
   with pytest.raises(CheckpointError, match='mlp/up/kernel cannot be read'):
     convert.to_hf(folder, tmp_path / 'back')
   assert not (tmp_path / 'back').exists()
@@ -309,3 +313,12 @@ def test_progress_counts_bytes(tmp_path):
   assert told[0] == (0, 4_309_344)
   assert told[-1] == (4_309_344, 4_309_344)
   assert told == sorted(told)
+
+
+def test_parameters_that_are_no_floats(tmp_path):
+  params = golden.params()
+  decoder = params['decoder'] | {'ln_f': {'scale': np.ones(256, np.int32)}}
+  golden.save_params(tmp_path, params | {'decoder': decoder})
+  assets.write_assets(tmp_path, golden.config())
+  with pytest.raises(CheckpointError, match='ln_f/scale has dtype int32'):
+    convert.to_hf(tmp_path, tmp_path / 'back')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qwenvl_jax.conversion import convert, folder
+from qwenvl_jax.conversion import checkpoint_io, convert
 from qwenvl_jax.conversion.inspection import inspect
 from qwenvl_jax.conversion.reader import Tensor
 from qwenvl_jax.errors import CheckpointError
@@ -27,7 +27,7 @@ def nothing_is_loaded(monkeypatch):
     return load(self)
 
   monkeypatch.setattr(Tensor, 'load', guarded)
-  monkeypatch.setattr(folder, 'read_params', None)
+  monkeypatch.setattr(checkpoint_io, 'read_params', None)
 
 
 def test_released():

@@ -10,8 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qwenvl_jax
-from qwenvl_jax.conversion import cli, convert, inspection
-from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion import checkpoint_io, cli, convert, inspection
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.errors import CheckpointError
 
@@ -83,7 +82,7 @@ def test_only_the_packed_kernels_keep_their_dtypes(kept):
     'zeros': 'int32',
     'scales': 'float16',
   }
-  stored = folders.read_params(kept, folders.read_config(kept))
+  stored = checkpoint_io.read_params(kept, checkpoint_io.read_config(kept))
   assert stored['decoder']['embed'].dtype == np.float16
 
 

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import qwenvl_jax
-from qwenvl_jax.conversion import convert, layout, loader
-from qwenvl_jax.conversion import folder as folders
+from qwenvl_jax.conversion import checkpoint_io, convert, layout, loader
 from qwenvl_jax.conversion.blocks import plan
+from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.source import Source
 from qwenvl_jax.model.stacking import unstack_layers
 
@@ -25,9 +25,9 @@ def kinds(tmp_path_factory):
   root = tmp_path_factory.mktemp('kinds')
   convert.from_hf(golden.FOLDER, root / 'converted')
   convert.from_hf(INT4, root / 'int4', keep_int4=True)
-  params = folders.read_params(golden.FOLDER, golden.config())
-  folders.write_side_files(root / 'run', golden.config(), None)
-  folders.write_params(root / 'run' / 'checkpoints' / '7', params)
+  params = checkpoint_io.read_params(golden.FOLDER, golden.config())
+  assets.write_assets(root / 'run', golden.config())
+  golden.save_params(root / 'run' / 'checkpoints' / '7', params)
   return {
     'released': (golden.FOLDER, False),
     'converted': (root / 'converted', False),
@@ -62,15 +62,15 @@ def same(found, wanted):
 @pytest.mark.parametrize('kind', KINDS)
 def test_apart_is_what_stacked_is(kinds, kind, dtype, limit, monkeypatch):
   folder, keep_int4 = kinds[kind]
-  config = folders.read_config(folder, keep_int4)
-  wanted = unstack_layers(folders.read_params(folder, config, dtype))
+  config = checkpoint_io.read_config(folder, keep_int4)
+  wanted = unstack_layers(checkpoint_io.read_params(folder, config, dtype))
   if limit:
     # Arrays of many blocks, as at full size.
-    monkeypatch.setattr(folders, 'plan', lambda table: plan(table, limit))
+    monkeypatch.setattr(checkpoint_io, 'plan', lambda table: plan(table, limit))
   apart = config.replace(scan_layers=False)
-  params = folders.read_params(folder, apart, dtype)
+  params = checkpoint_io.read_params(folder, apart, dtype)
   same(params, wanted)
-  folders.check_against(apart, params, str(folder))
+  checkpoint_io.check_against(apart, params, str(folder))
 
 
 def test_torch_files(tmp_path):
@@ -97,7 +97,9 @@ def test_a_part_alone(kinds):
   folder, _ = kinds['converted']
   config = golden.config().replace(scan_layers=False)
   kept = 'decoder/blocks_1/mlp/up/kernel'
-  params = folders.read_params(folder, config, keep=lambda path: path == kept)
+  params = checkpoint_io.read_params(
+    folder, config, keep=lambda path: path == kept
+  )
   assert list(dict(layout.flatten(params))) == [kept]
 
 

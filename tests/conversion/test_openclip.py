@@ -6,8 +6,8 @@ import golden
 import numpy as np
 import pytest
 
-from qwenvl_jax.conversion import folder as folders
-from qwenvl_jax.conversion import openclip
+from qwenvl_jax.conversion import checkpoint_io
+from qwenvl_jax.conversion.families import openclip
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import VisionConfig
 from qwenvl_jax.model.vision import VisionTransformer
@@ -18,7 +18,7 @@ OPENCLIP = Path(__file__).parents[1] / 'goldens' / 'openclip'
 def test_matches_the_released_implementation():
   vision = openclip.read_config(OPENCLIP)
   config = golden.config().replace(vision=vision)
-  params = folders.read_params(OPENCLIP, config, 'float32')
+  params = checkpoint_io.read_params(OPENCLIP, config, 'float32')
   assert params.keys() == {'vision'}
   with np.load(OPENCLIP / 'expected.npz') as arrays:
     expected = dict(arrays)

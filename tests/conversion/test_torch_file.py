@@ -1,6 +1,8 @@
 """PyTorch files: read in place, and never run."""
 
 import json
+import os
+import zipfile
 
 import golden
 import numpy as np
@@ -89,4 +91,56 @@ def test_the_format_before_torch_1_6(tmp_path):
   content = {'a': torch.ones(2)}
   torch.save(content, path, _use_new_zipfile_serialization=False)
   with pytest.raises(CheckpointError, match='cannot be read in place'):
+    open_released(tmp_path)
+
+
+def rewritten(path, change, compression=zipfile.ZIP_STORED):
+  """Writes the archive again, each record through `change(name, content)`."""
+  with zipfile.ZipFile(path) as old:
+    records = [(name, old.read(name)) for name in old.namelist()]
+  with zipfile.ZipFile(path, 'w', compression) as new:
+    for name, content in records:
+      new.writestr(name, change(name, content))
+
+
+def test_a_small_file_that_is_large_inside(tmp_path):
+  path = tmp_path / 'pytorch_model.bin'
+  torch.save({'a': torch.ones(2)}, path)
+  rewritten(
+    path,
+    lambda n, x: x + bytes(300_000_000) if n.endswith('.pkl') else x,
+    zipfile.ZIP_DEFLATED,
+  )
+  assert path.stat().st_size < 1_000_000
+  with pytest.raises(CheckpointError, match=r"'\S+data.pkl' is compressed"):
+    open_released(tmp_path)
+
+
+def test_a_pickle_without_end(tmp_path):
+  path = tmp_path / 'pytorch_model.bin'
+  torch.save({'a': torch.ones(2)}, path)
+  rewritten(path, lambda n, x: x + bytes(2**24) if 'pkl' in n else x)
+  with pytest.raises(CheckpointError, match=r'its pickle has 16,777,'):
+    open_released(tmp_path)
+
+
+def test_a_tensor_that_is_larger_than_its_record(tmp_path):
+  path = tmp_path / 'pytorch_model.bin'
+  torch.save({'a': torch.ones(200), 'b': torch.zeros(200)}, path)
+  rewritten(path, lambda n, x: x[:8] if n.endswith('data/0') else x)
+  with pytest.raises(
+    CheckpointError, match='a goes beyond its record|cannot be'
+  ):
+    open_released(tmp_path)
+
+
+def test_names_that_are_no_names(tmp_path):
+  torch.save({'a\x1b[2J': torch.ones(2)}, tmp_path / 'pytorch_model.bin')
+  with pytest.raises(CheckpointError, match=r"called 'a\\x1b\[2J'"):
+    open_released(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / 'pytorch_model.bin')
+  with pytest.raises(CheckpointError, match='not a regular file'):
     open_released(tmp_path)

@@ -1,14 +1,11 @@
 import json
-import pickle
 
 import downloads
 import pytest
 import tensorflow_datasets as tfds
 
 from qwenvl_jax.data import catalogue, shards, sources, storage
-from qwenvl_jax.data.builders.public import PublicBuilder
 from qwenvl_jax.data.records import Qa, Region
-from qwenvl_jax.errors import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -62,6 +59,8 @@ EXPECTED = {
   },
   'refcoco': {'regions': (Region('lady in blue', ((4, 3, 14, 23),)),)},
   'refcocog': {'regions': (Region('lady in blue', ((4, 3, 14, 23),)),)},
+  'mmc4': {'texts': ('One.', 'Two.')},
+  'obelics': {'texts': ('One.', 'Two.')},
   'visual_genome': {'regions': (Region('the clock', ((5, 6, 15, 18),)),)},
 }  # fmt: skip
 
@@ -116,7 +115,6 @@ def test_tfds_reads_what_was_prepared(name, prepared_all):
     tfds.builder_from_directory(reports[name].folder),
     # Without the version, TFDS takes its own coco_captions.
     tfds.builder(f'{name}:{storage.VERSION}', data_dir=data_dir),
-    PublicBuilder(name, data_dir),
   ):
     assert builder.info.name == name
     assert str(builder.info.file_format) == 'FileFormat.ARRAY_RECORD'
@@ -138,30 +136,9 @@ def test_tfds_reads_what_was_prepared(name, prepared_all):
       assert tuple(annotation.get('captions', ())) == record.captions
 
 
-def test_a_builder_prepares_what_is_missing_and_nothing_else(tmp_path):
-  manual = downloads.download('coco_captions', tmp_path / 'manual')
-  config = tfds.download.DownloadConfig(manual_dir=manual)
-  builder = PublicBuilder('coco_captions', tmp_path / 'data')
-  assert 'annotations/captions' in builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-  with pytest.raises(ConfigError, match='coco_captions has to be downloaded'):
-    builder.download_and_prepare()
-  builder.download_and_prepare(download_config=config)
-  assert 'flickr' in builder.info.redistribution_info.license.lower()
-
-  # As after an interruption in the second of its shards.
-  folder = tmp_path / 'data' / 'coco_captions' / storage.VERSION
-  first, second = sorted(folder.glob('*.array_record-*-of-00001'))
-  (folder / storage.INFO).unlink()
-  second.unlink()
-  written = first.stat().st_mtime_ns
-  again = pickle.loads(pickle.dumps(builder))
-  again.download_and_prepare(download_config=config)
-  assert first.stat().st_mtime_ns == written and second.exists()
-  (example,) = again.as_data_source('val')
-  assert json.loads(example['annotation'])['captions'][0] == 'A meal.'
-
-
 def test_every_entry_tells_where_and_under_which_licence():
   for entry in catalogue.DATA_SETS.values():
     assert entry.url.startswith('https://') and entry.licence and entry.put
-    assert entry.task in ('caption', 'vqa', 'referring', 'grounding')
+    assert entry.task in (
+      'caption', 'vqa', 'referring', 'grounding', 'interleaved',
+    )  # fmt: skip

@@ -3,8 +3,9 @@ import random
 import numpy as np
 
 from qwenvl_jax.data import conversations, questions, records, tasks
-from qwenvl_jax.data.examples import Piece, encode_sample, plain
+from qwenvl_jax.data.examples import encode_sample, plain
 from qwenvl_jax.text import chatml
+from qwenvl_jax.text.chatml import TextSpan
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _TOKENIZER = Tokenizer()
@@ -34,7 +35,7 @@ def _assert_same(sample, turns):
 def test_conversations_are_what_fine_tuning_sees(two_apples_and_a_cat):
   scene = two_apples_and_a_cat
   asked = list(questions.enumerate_all(scene, 3, chat=True))
-  span = [Piece('<img>0</img>')]
+  span = [TextSpan('<img>0</img>')]
   for i in range(len(asked) - 1):
     turns = asked[i : i + 2]
     sample = conversations.sample('x', span, [turns], [b''])
@@ -43,7 +44,7 @@ def test_conversations_are_what_fine_tuning_sees(two_apples_and_a_cat):
 
 def test_two_pictures_and_none(two_apples_and_a_cat):
   scene = two_apples_and_a_cat
-  spans = [Piece('<img>0</img>'), Piece('<img>1</img>')]
+  spans = [TextSpan('<img>0</img>'), TextSpan('<img>1</img>')]
   for question in conversations.enumerate_pair(scene, scene):
     sample = conversations.sample('x', spans, [[question]], [b'', b''])
     _assert_same(sample, _turns([question], pictures=2))
@@ -92,7 +93,7 @@ def test_rows_of_chats_have_one_or_two_pictures_or_words(two_apples_and_a_cat):
   (sample,) = tasks.Chats(in_words=True, two=1, text=0)(
     scene, random.Random(0), lambda: scene
   )
-  text = ''.join(piece.text for piece in sample.trunk)
+  text = ''.join(piece.text for piece in sample.prefix)
   assert text.count('<box>') == 2 * len(scene.objects)
   assert 'Picture 2: <ref>' in text
   assert not sample.images

@@ -2,18 +2,19 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.data import questions
-from qwenvl_jax.data.examples import Piece, Sample, encode_sample, plain
+from qwenvl_jax.data.examples import Sample, encode_sample, plain
 from qwenvl_jax.errors import DataError
+from qwenvl_jax.text.chatml import TextSpan
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _TOKENIZER = Tokenizer()
 
 
 def _branch(prompt, answer):
-  return Piece(prompt), Piece(answer, loss=True)
+  return TextSpan(prompt), TextSpan(answer, loss=True)
 
 
-_IMAGE = (Piece('<img>0</img>'),)
+_IMAGE = (TextSpan('<img>0</img>'),)
 
 
 def _sample(*branches, trunk=_IMAGE, images=(b'',)):
@@ -38,10 +39,10 @@ def test_pieces_are_split_as_the_whole_text_is(two_apples_and_a_cat):
   # In use the prompt alone is encoded, and the answer follows token by token:
   # a merge across the border would make training and use differ.
   for question in questions.enumerate_all(two_apples_and_a_cat, 16):
-    whole = _TOKENIZER.encode(''.join(x.text for x in question.pieces()))
-    parts = [_TOKENIZER.encode(x.text) for x in question.pieces()]
+    whole = _TOKENIZER.encode(''.join(x.text for x in question.spans()))
+    parts = [_TOKENIZER.encode(x.text) for x in question.spans()]
     assert sum(parts, []) == whole, question
-    sample = Sample('a/record', question.pieces())
+    sample = Sample('a/record', question.spans())
     assert encode_sample(sample, _TOKENIZER, 4).tokens.tolist() == whole
 
 
@@ -75,10 +76,10 @@ def test_plain_writes_the_first_branch_on():
   ('sample', 'says'),
   [
     (_sample(_branch('<ref>a', ' b')), '<ref> at character 0 is not closed'),
-    (_sample(trunk=(Piece('<img>0'),)), 'is not closed'),
+    (_sample(trunk=(TextSpan('<img>0'),)), 'is not closed'),
     (_sample(_branch('a', '</box>')), 'closes nothing'),
-    (_sample((Piece('a', loss=True),)), 'begins with loss'),
-    (_sample(trunk=(Piece('no image'),)), '0 <img> spans for 1 images'),
+    (_sample((TextSpan('a', loss=True),)), 'begins with loss'),
+    (_sample(trunk=(TextSpan('no image'),)), '0 <img> spans for 1 images'),
     (_sample(images=(b'', b'')), '1 <img> spans for 2 images'),
   ],
 )

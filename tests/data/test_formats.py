@@ -30,7 +30,10 @@ def _made(task, record, seed=0):
 def _marked(task, record, seed=0):
   """The text with its loss spans in [[ ]]."""
   (sample,) = _made(task, record, seed)
-  pieces = [*sample.trunk, *(p for branch in sample.branches for p in branch)]
+  pieces = [
+    *sample.prefix,
+    *(p for branch in sample.continuations for p in branch),
+  ]
   return ''.join(f'[[{p.text}]]' if p.loss else p.text for p in pieces)
 
 
@@ -143,11 +146,11 @@ def test_several_questions_share_a_picture():
   regions = tuple(Region(f'p{i}', ((i, i, 9, 9),)) for i in range(6))
   record = Record('r', _PICTURE, (10, 10), regions=regions)
   (sample,) = _made(formats.Referring(branches=4), record)
-  assert len(sample.branches) == len(set(sample.branches)) == 4
+  assert len(sample.continuations) == len(set(sample.continuations)) == 4
   (other,) = _made(formats.Referring(branches=4), record, seed=1)
-  assert other.branches != sample.branches
+  assert other.continuations != sample.continuations
   (alone,) = _made(formats.Referring(), record)
-  assert not alone.branches and len(alone.trunk) == 3
+  assert not alone.continuations and len(alone.prefix) == 3
 
 
 def test_nested_phrases_keep_the_most():
@@ -211,3 +214,24 @@ def test_conversations_as_the_release_labels_them(number):
   assert labels.tolist() == golden['labels'][:size]
   assert set(golden['labels'][size:]) <= {-100}
   assert len(encoded.image_starts) == len(paths)
+
+
+def test_documents_of_texts_and_pictures():
+  record = Record('r', ('a', 'b', 'c'), texts=('One.', 'Two.', '', 'Three.'))
+  assert _marked(formats.Interleaved(), record) == (
+    '[[One.]]<img>0</img>[[Two.]]<img>0</img><img>0</img>'
+    '[[Three.<|endoftext|>]]'
+  )
+  # Parts of a longer one, wherever they begin.
+  parts = {
+    (_marked(formats.Interleaved(images=2), record, seed), images)
+    for seed in range(20)
+    for images in [_made(formats.Interleaved(images=2), record, seed)[0].images]
+  }
+  assert parts == {
+    ('[[One.]]<img>0</img>[[Two.]]<img>0</img>', ('a', 'b')),
+    ('[[Two.]]<img>0</img><img>0</img>[[Three.<|endoftext|>]]', ('b', 'c')),
+  }
+  (sample,) = _made(formats.Interleaved(), record)
+  assert sample.divisible
+  assert _made(formats.Interleaved(), Record('r', ('a',), text='x')) == []

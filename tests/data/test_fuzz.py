@@ -12,10 +12,11 @@ import pytest
 
 from qwenvl_jax.data import formats, shards, sources
 from qwenvl_jax.data.bad import Limit
-from qwenvl_jax.data.packed import Packer
+from qwenvl_jax.data.packing import Packer
 from qwenvl_jax.data.pipeline import Pipeline, Stream
+from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
-from qwenvl_jax.data.readers.release import Conversations, EvaluationLines
+from qwenvl_jax.data.readers.release import EvaluationLines
 
 _NASTY = (
   '', ' ', '\0', '\ud800', '<img>', '</box>', '<|endoftext|>', '<|im_start|>',

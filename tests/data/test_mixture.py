@@ -69,7 +69,11 @@ def test_all_that_is_missing_is_said_once_with_its_command(tmp_path, caplog):
   ('settings', 'says'),
   [
     ({'temperature': 0}, 'temperature=0'),
+    ({'temperature': float('nan')}, 'temperature=nan'),
     ({'missing': 'no'}, "missing='no'"),
+    ({'totals': {'caption': 0}}, "totals: 0 of 'caption' is no number above 0"),
+    ({'totals': {'caption': '1'}}, "totals: '1' of 'caption'"),
+    ({'table': [('caption', 'cc3m', len, '3')]}, 'is not .group'),
     ({'totals': {'vqa': 1}}, 'totals lacks caption'),
     ({'table': [('caption', 'cc3m', 3.0)]}, 'is not .group'),
     ({'table': [('caption', 'cc3m', 'Captions', 3.0)]}, 'is not .group'),

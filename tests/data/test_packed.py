@@ -11,8 +11,8 @@ import pytest
 from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data import formats, packing
 from qwenvl_jax.data.bad import Limit
-from qwenvl_jax.data.batches import NOTE, Batches
-from qwenvl_jax.data.packed import Packer
+from qwenvl_jax.data.batches import Batches
+from qwenvl_jax.data.packing import Packer
 from qwenvl_jax.data.pipeline import Pipeline, Stream
 from qwenvl_jax.data.records import Record, Turn
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
@@ -97,7 +97,7 @@ def test_choose_is_exact():
 
 
 def test_segments_restart_and_images_are_whole():
-  for row in _take(_pipeline().rows(), 40):
+  for row, _ in _take(_pipeline().rows(), 40):
     segments, positions = row['segment_ids'], row['positions']
     used = segments > 0
     assert used.sum() == np.flatnonzero(used).size == used[: used.sum()].sum()
@@ -116,12 +116,12 @@ def test_segments_restart_and_images_are_whole():
 
 def test_a_row_is_of_one_task():
   seen = set()
-  for row in _take(_pipeline().rows(), 60):
+  for row, stats in _take(_pipeline().rows(), 60):
     (kind,) = {
       'vqa' if 'Answer:' in text else 'caption' if 'caption' in text else 'text'
       for text in _texts(row)
     }
-    assert json.loads(row[NOTE])['group'] == kind
+    assert stats.group == kind
     seen.add(kind)
   assert seen == {'caption', 'vqa', 'text'}
 
@@ -129,7 +129,7 @@ def test_a_row_is_of_one_task():
 def test_documents_fill_what_is_left():
   def fill(**changes):
     packer = Packer(shards=8, pool=8, **changes)
-    rows = _take(_pipeline(packer=packer).rows(), 80)
+    rows = [x for x, _ in _take(_pipeline(packer=packer).rows(), 80)]
     return np.mean([x['segment_ids'] > 0 for x in rows]), rows
 
   without, _ = fill()
@@ -141,8 +141,8 @@ def test_documents_fill_what_is_left():
 
 def test_examples_are_mixed_by_weight():
   counts = collections.Counter()
-  for row in _take(_pipeline(image_size=14).rows(), 500):
-    group = json.loads(row[NOTE])['group']
+  for row, stats in _take(_pipeline(image_size=14).rows(), 500):
+    group = stats.group
     for segment in range(1, row['segment_ids'].max() + 1):
       branches = row['branch_ids'][row['segment_ids'] == segment].max()
       counts[group] += int(branches) or 1
@@ -155,7 +155,7 @@ def test_every_sample_comes_once_a_round():
   stream = Stream(listed.Listed('c', listed.captions(48)), formats.Captions())
   made = _pipeline(streams=(stream,), packer=Packer(shards=4, pool=4))
   numbers = []
-  for row in made.rows():
+  for row, _ in made.rows():
     numbers += [x.split(':')[1].split()[0] for x in _texts(row)]
     if len(numbers) > 48 * 6:
       break
@@ -315,3 +315,117 @@ def test_impossible_divisions_say_what_to_change():
     next(fewer)
   with pytest.raises(DataError, match='InitFrom'):
     fewer.set_state({'next_index': 3})
+
+
+def _single(**changes):
+  bad = tuple(BadRecordError('unreadable_record', 'x') for _ in range(5))
+  cut = dataclasses.replace(
+    listed.captions(1)[0], images=(listed.captions(1)[0].images[0][:90],)
+  )
+  source = listed.Listed('some', (*listed.captions(20), *bad, cut))
+  stream = Stream(source, formats.Captions())
+  settings = {'packer': None, 'limit': Limit(share=1), 'streams': (stream,)}
+  return _pipeline(**settings | changes)
+
+
+def test_a_row_of_one_sample_is_never_empty_and_goes_on_exactly():
+  whole = _take(_single().iterator(), 12)
+  for batch in whole:
+    assert (batch['segment_ids'].max(axis=1) == 1).all()
+  iterator = _single(prefetch=0).iterator()
+  assert _equal(whole[:5], _take(iterator, 5))
+  assert iterator.counts.of('some').keys() == {
+    'unreadable_record', 'unreadable_image',
+  }  # fmt: skip
+  state = json.loads(json.dumps(iterator.get_state()))
+  # Only streams that left something out have a position of their own.
+  assert 0 < len(state['shards']) < 40
+  parts = [_single().iterator(process, 2) for process in range(2)]
+  for process, part in enumerate(parts):
+    part.set_state(Batches.merge([state], process))
+    for batch, expected in zip(_take(part, 7), whole[5:], strict=True):
+      np.testing.assert_array_equal(
+        batch['tokens'], expected['tokens'][process::2]
+      )
+
+
+@pytest.mark.parametrize('workers', [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
+@pytest.mark.parametrize('processes', [1, 2, 8])
+def test_rows_of_one_sample_divide_among_workers(workers, processes):
+  made = _pipeline(packer=None)
+  maker = made._starter(0, 1).func.__self__
+  assert maker.streams % (workers * processes) == 0
+
+
+def test_states_of_older_runs_go_on():
+  """They hold the number of rows alone where a row is one sample."""
+  stream = Stream(listed.Listed('c', listed.captions(30)), formats.Captions())
+  made = _pipeline(packer=None, streams=(stream,))
+  whole = _take(made.iterator(), 9)
+  other = made.iterator()
+  other.set_state({'row': 48, 'shards': {}, 'counts': {}, 'tokens': [0, 0]})
+  assert _equal(whole[6:], _take(other, 3))
+  # Of packed rows, the number of shards was not kept.
+  packed = _pipeline().iterator()
+  whole = _take(packed, 3)
+  state = packed.get_state()
+  del state['of']
+  again = _pipeline().iterator()
+  again.set_state(state)
+  assert _equal(_take(packed, 2), _take(again, 2))
+
+
+def test_another_number_of_shards_is_refused():
+  iterator = _pipeline().iterator()
+  next(iterator)
+  other = _pipeline(packer=Packer(shards=16, pool=8)).iterator()
+  other.set_state(iterator.get_state())
+  with pytest.raises(ConfigError, match='8 shards.* 16; keep Packer.shards'):
+    next(other)
+
+
+def test_an_error_shows_a_record():
+  made = _single(limit=Limit(share=0.1, after=40))
+  with pytest.raises(DataError, match='source some.*For example: x'):
+    _take(made.iterator(), 20)
+
+
+@pytest.mark.parametrize('packer', [None, Packer(shards=2, pool=2)])
+def test_a_bad_record_has_one_fate(packer):
+  """Dropped and counted, whatever the rows; never an error of the run."""
+  picture = listed.captions(1)[0].images
+
+  def talk(name, text, images=picture):
+    turns = (Turn('user', text), Turn('assistant', 'x'))
+    return Record(name, images, turns=turns)
+
+  good = talk('good', '<img>0</img>a')
+  records = (
+    good, good, good,
+    talk('tag', 'Use <img> with src.'),
+    talk('blind', 'What is this?'),
+    talk('more', '<img>0</img><img>1</img>'),
+    talk('invented', '<img>0</img>', ()),
+    talk('unreadable', '<img>0</img>', (picture[0][:90],)),
+    Record('silent', picture),
+    BadRecordError('unreadable_record', 'cut'),
+  )  # fmt: skip
+  stream = Stream(listed.Listed('talk', records), formats.Conversations())
+  made = _pipeline(
+    packer=packer, streams=(stream,), prefetch=0, limit=Limit(share=1)
+  )
+  iterator = made.iterator()
+  for batch in _take(iterator, 8):
+    # Of packed rows, one may hold nothing but a picture that cannot be read.
+    shown = (batch['image_starts'] != NO_IMAGE).any(axis=1)
+    assert shown.all() or packer
+  assert iterator.counts.of('talk').keys() == {
+    'unpaired_tag', 'image_mismatch', 'unreadable_image', 'no_question',
+    'unreadable_record',
+  }  # fmt: skip
+  rows = _take(made.rows(), 12)
+  assert {x for _, stats in rows for x in stats.records} == {'good'}
+  for row, stats in rows:
+    assert (row['segment_ids'].max() > 0) == bool(stats.records)
+  told = {key: text for _, x in rows for key, text in x.dropped.items()}
+  assert 'tag: ' in told['talk', 'unpaired_tag']

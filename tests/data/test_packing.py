@@ -6,8 +6,9 @@ from PIL import Image
 
 from qwenvl_jax import batch
 from qwenvl_jax.data import packing
-from qwenvl_jax.data.examples import Piece, Sample, encode_sample
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.data.examples import Sample, encode_sample
+from qwenvl_jax.errors import BadRecordError, DataError
+from qwenvl_jax.text.chatml import TextSpan
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _TOKENIZER = Tokenizer()
@@ -24,18 +25,22 @@ _RED = (_picture('red'),)
 
 
 def _encoded(*branches, images=_RED, record='a/record'):
-  trunk = [Piece(f'<img>{i}</img>') for i in range(len(images))]
-  asked = [(Piece(p), Piece(a, loss=True)) for p, a in branches]
+  trunk = [TextSpan(f'<img>{i}</img>') for i in range(len(images))]
+  asked = [(TextSpan(p), TextSpan(a, loss=True)) for p, a in branches]
   sample = Sample(record, tuple(trunk), tuple(asked), images)
   return encode_sample(sample, _TOKENIZER, _Q)
 
 
 def _row(samples, length=32, slots=2):
-  return packing.make_row(samples, length, slots, 8, pad_id=7)
+  """A row of samples, each cut to it."""
+  shape = packing.RowShape(length, slots, 8, _Q)
+  cut = [packing.cut(x, length, slots) for x in samples]
+  cut = [packing.decoded(x, 8, []) for x in cut]
+  return packing.make_row(cut, shape, pad_id=7)
 
 
 def test_arrays_are_the_fields_of_a_batch():
-  arrays = _row([_encoded(('a', ' b'))]).arrays
+  arrays = _row([_encoded(('a', ' b'))])
   stacked = {name: array[None] for name, array in arrays.items()}
   row = batch.Batch(**stacked)
   assert row.pixels.shape == (1, 2, 8, 8, 3) and row.pixels.dtype == np.uint8
@@ -52,7 +57,7 @@ def test_every_learned_token_is_predicted_from_its_own_context():
     _encoded(('d?', ' so'), images=(), record='y'),
   ]
   # Trunks need no loss here; a text's trunk may carry it.
-  arrays = _row(samples).arrays
+  arrays = _row(samples)
   learned = np.flatnonzero(arrays['loss_weights'])
   for at in learned:
     assert arrays['targets'][at] == arrays['tokens'][at + 1]
@@ -66,7 +71,7 @@ def test_every_learned_token_is_predicted_from_its_own_context():
 def test_images_are_where_their_slots_say():
   both = (_picture('red'), _picture('blue'))
   samples = [_encoded(('a', ' b')), _encoded(('c', ' d'), images=both)]
-  arrays = _row(samples, slots=4).arrays
+  arrays = _row(samples, slots=4)
   starts = arrays['image_starts']
   assert starts.tolist() == [1, 9, 9 + _Q + 2, batch.NO_IMAGE]
   for start in starts[:3]:
@@ -79,24 +84,44 @@ def test_images_are_where_their_slots_say():
   ]
 
 
-def test_long_text_is_cut_at_its_end_and_counted():
+def test_long_text_is_cut_at_its_end():
   row = _row([_encoded(('a', ' b c d e f g h i'))], length=10)
-  assert row.truncated == 5
-  assert row.arrays['loss_weights'].sum() == 3
+  assert row['segment_ids'].all() and row['loss_weights'].sum() == 3
 
 
 def test_an_image_is_never_cut():
   for length in (1, 5):
     with pytest.raises(DataError, match='a/record.*sequence_length'):
       _row([_encoded(('a', ' b'))], length=length)
-  assert (
-    not _row([_encoded(('a', ' b'))], length=6).arrays['loss_weights'].any()
-  )
+  row = _row([_encoded(('a', ' b'))], length=6)
+  assert not row['loss_weights'].any()
 
 
 def test_no_slot_left():
   with pytest.raises(DataError, match='a/record.*image_slots'):
-    _row([_encoded(('a', ' b'))] * 3)
+    _row([_encoded(('a', ' b'), images=_RED * 3)])
+
+
+def test_a_document_ends_before_what_does_not_fit():
+  text = [TextSpan(f' {x}', loss=True) for x in 'abc']
+  image = TextSpan('<img>0</img>')
+  spans = (text[0], image, text[1], image, text[2])
+  sample = Sample('doc', spans, images=_RED * 2, divisible=True)
+  encoded = encode_sample(sample, _TOKENIZER, _Q)
+  size = _Q + 2
+  for length, slots, tokens, images in (
+    (32, 2, 3 + 2 * size, 2), (32, 1, 2 + size, 1), (32, 0, 1, 0),
+    (2 + 2 * size, 2, 2 + 2 * size, 2), (1 + 2 * size, 2, 2 + size, 1),
+    (1 + size, 2, 1 + size, 1), (size, 2, 1, 0),
+  ):  # fmt: skip
+    kept = packing.cut(encoded, length, slots)
+    assert (len(kept), len(kept.images)) == (tokens, images), (length, slots)
+    assert len(kept.image_starts) == images
+  first = encode_sample(
+    Sample('doc', (image, text[0]), images=_RED, divisible=True), _TOKENIZER, _Q
+  )
+  with pytest.raises(BadRecordError, match='doc: not even its first image'):
+    packing.cut(first, size - 1, 1)
 
 
 def test_fill_keeps_what_fits():
@@ -108,7 +133,7 @@ def test_fill_keeps_what_fits():
 
 
 def test_a_row_may_hold_no_image_and_have_no_slot():
-  arrays = _row([_encoded(('a', ' b'), images=())], slots=0).arrays
+  arrays = _row([_encoded(('a', ' b'), images=())], slots=0)
   assert arrays['pixels'].shape == (0, 8, 8, 3)
   assert arrays['image_starts'].shape == (0,)
 

@@ -12,7 +12,6 @@ def test_labels_follow_the_boxes(two_apples_and_a_cat):
   expected[4, 5:7] = 0
   expected[5:7, 4:7] = 0
   np.testing.assert_array_equal(labels, expected)
-  assert things.patch_name(red, 'zh') == '红色'
   side = two_apples_and_a_cat.side
   for thing in two_apples_and_a_cat.objects:
     shares = np.array(thing.box, np.float32) / side

@@ -179,6 +179,14 @@ def test_impossible_settings_say_what_to_change(settings, small_scenes):
     pipeline.Pipeline(**settings).iterator(0, 3)
   with pytest.raises(ConfigError, match='streams'):
     pipeline.Pipeline(**settings | {'streams': ()}).iterator()
+  for key in ('batch_size', 'sequence_length', 'image_tokens', 'prefetch'):
+    for value in (-1, 2.5, '8'):
+      with pytest.raises(ConfigError, match=f'Pipeline.{key}=.*whole number'):
+        pipeline.Pipeline(**settings | {key: value}).iterator()
+  for weight in (0, -1, float('nan'), '1'):
+    stream = pipeline.Stream(small_scenes, tasks.Questions(), weight=weight)
+    with pytest.raises(ConfigError, match='weight=.*Scenes.*above 0'):
+      pipeline.Pipeline(**settings | {'streams': (stream,)}).iterator()
   with pytest.raises(ConfigError, match="'captoin'"):
     tasks.Questions(kinds={'captoin': 1})
   alone = sources.Scenes(small_scenes.data_dir, config='small', max_objects=1)

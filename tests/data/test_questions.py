@@ -209,7 +209,7 @@ def test_a_share_of_the_answers_lacks_the_space(two_apples_and_a_cat):
     )
     for seed in range(40):
       (sample,) = made(two_apples_and_a_cat, random.Random(seed), None)
-      yield ''.join(x.text for x in sample.branches[0]).split('Answer:')[1]
+      yield ''.join(x.text for x in sample.continuations[0]).split('Answer:')[1]
 
   def spaced(spaceless):
     return sum(answer.startswith(' ') for answer in answers(spaceless))

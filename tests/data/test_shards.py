@@ -6,8 +6,9 @@ import pytest
 from qwenvl_jax.data import cli, shards, sources, storage
 from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.readers.captions import CocoCaptions
+from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
-from qwenvl_jax.data.readers.release import Conversations, EvaluationLines
+from qwenvl_jax.data.readers.release import EvaluationLines
 from qwenvl_jax.errors import DataError
 
 
@@ -150,6 +151,31 @@ def test_command_prepares_and_lists(tmp_path, capsys, monkeypatch):
     (['prepare', 'vqav2', '--manual_dir', 'nowhere'], 'nowhere is no folder'),
     (['prepare', 'gqa', '--manual_dir', '.'], 'lacks files of gqa'),
     (['prepare', 'A-b', '--format', 'text', '--manual_dir', '.'], 'letters'),
+    (
+      [
+        'prepare',
+        'x',
+        '--format',
+        'text',
+        '--manual_dir',
+        '.',
+        '--split',
+        '../x',
+      ],
+      "'../x' cannot name a split",
+    ),
+    (
+      [
+        'prepare',
+        'x',
+        '--format',
+        'text',
+        '--manual_dir',
+        '.',
+        '--max_bad=nan',
+      ],
+      'nan is no share',
+    ),
     (['list', '--name', 'captions'], 'coco_captions'),
   ],
 )

@@ -4,7 +4,6 @@ import pytest
 
 from qwenvl_jax.data import (
   conversations,
-  pipeline,
   questions,
   sources,
   tasks,
@@ -55,11 +54,9 @@ def test_it_covers_scenes_as_they_are(tokenizers, small_scenes):
 )
 def test_it_covers_rows(tokenizers, small_scenes, asked):
   scenes = small_scenes.open()
-  maker = pipeline.RowMaker(
-    pipeline.Pipeline(streams=()), tokenizers[1], scenes, asked
-  )
   for index in range(100):
-    for sample in maker.samples(scenes[index], random.Random(index)):
+    rng = random.Random(index)
+    for sample in asked(scenes[index], rng, lambda: scenes[0]):
       whole, small = (encode_sample(sample, x, 64) for x in tokenizers)
       assert len(whole) == len(small)
       assert tokenizers[0].decode(whole.tokens) == (

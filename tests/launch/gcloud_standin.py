@@ -18,6 +18,7 @@ script.json:
                    error    create fails and says this
                    states   what describe tells, one after the other
                    failed   the reason told with a state FAILED
+  tpu            the state that describe tells of the TPU, once it is there
   blind          so many descriptions fail at first, and
   says           what then
 """
@@ -145,7 +146,7 @@ class Cloud:
   def describe_tpu(self):
     if not self.state['tpu']:
       return fail('NOT_FOUND: Resource was not found')
-    print(self.state['tpu'])
+    print(self.script.get('tpu', self.state['tpu']))
     return 0
 
   def delete_tpu(self):

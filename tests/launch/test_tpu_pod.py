@@ -648,10 +648,191 @@ def test_wrong_usage_is_told_apart(pod, arguments, said):
   assert not pod.calls()
 
 
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    (['--zone=us-a\ntype=v4-8'], r'--zone us-a\ntype=v4-8: '),
+    (['--project=p q'], '--project p q'),
+    (['--tpu='], '--tpu is missing its value'),
+    (['--backoff=8s'], 'not a whole number'),
+    (['--backoff=٣'], 'not a whole number'),
+    (['--max-restarts=' + '9' * 30], 'not a whole number'),
+    (['--budget=1e9'], 'number of hours'),
+    (['--workdir=gs://b/r\x1b[31m'], 'control characters'),
+    (['--runtime-version=$(touch ran)'], '--runtime-version'),
+    (['--worker=0;touch ran'], '--worker'),
+    (['--ssh=external -x'], '--ssh'),
+  ],
+)
+def test_hostile_options_are_refused(pod, arguments, said, tmp_path):
+  done = pod.stage(*arguments, status=2)
+  assert said in done.err and '\x1b' not in done.err
+  assert not pod.calls()
+
+
+HOSTILE = [
+  '$(touch ran)',
+  '`touch ran`',
+  "a';touch ran;'",
+  '"$HOME"',
+  '-x',
+  '\\',
+]
+
+
+def test_paths_reach_the_workers_as_they_are(pod):
+  for number, text in enumerate(HOSTILE):
+    pod.train(steps=1)
+    for checkpoint in pod.folder.glob('checkpoint *'):
+      checkpoint.unlink()
+    pod.run(
+      *('stage2', TYPE, f'--init={text}', f'--data={text}'),
+      *(f'--config={text}', f'--workdir=gs://b/{text}', '--', text),
+    )
+    argv = pod.starts(1)[number]['argv']
+    quoted = text.replace('\\', '\\\\').replace('"', '\\"')
+    assert f'--workdir=gs://b/{text}/stage2' in argv
+    assert f'--gin_file={text}' in argv and argv[-1] == text
+    assert f'--gin.INIT="{quoted}"' in argv and f'--gin.DATA="{quoted}"' in argv
+  assert not list(pod.folder.parent.rglob('ran'))
+  assert not (ROOT / 'ran').exists()
+
+
+def test_numbers_are_decimal(pod):
+  pod.play({'states': ['FAILED'], 'failed': 'no more capacity'})
+  done = pod.stage('--backoff=08', '--max-restarts=01', status=3)
+  assert 'trying again in 0:00:08 (restart 1 of at most 1' in done.err
+
+
+@pytest.mark.parametrize('text', ['', '\n', 'nan', '-5', '$(touch ran)', '1e9'])
+def test_a_damaged_file_of_spent_hours_ends_it_before_a_request(pod, text):
+  (pod.state / 'pod1').mkdir(parents=True)
+  spent = pod.state / 'pod1/spent-stage2'
+  spent.write_text(text)
+  done = pod.stage('--budget=1', status=1)
+  assert 'not the seconds that the TPU was used for stage2' in done.err
+  assert not pod.calls() and spent.read_text() == text
+  spent.write_text('3600\n')
+  assert 'is used up' in pod.stage('--budget=1', status=3).err
+  assert not pod.calls('create') and spent.read_text() == '3600\n'
+
+
+def test_hours_that_cannot_be_written_end_it_before_a_request(pod):
+  (pod.state / 'pod1/spent-stage2').mkdir(parents=True)
+  assert 'is no regular file' in pod.stage(status=1).err
+  assert not pod.calls()
+
+
+def test_a_tpu_under_repair_is_not_waited_for_without_end(pod):
+  pod.play({'states': ['ACTIVE']}, tpu='REPAIRING')
+  speed = {'QWENVL_POD_SPEEDUP': '20000'}
+  done = pod.stage('--max-restarts=1', status=3, **speed)
+  assert 'ACTIVE, TPU REPAIRING since ' in done.err
+  assert 'preempted again, after 1 restarts' in done.err
+  assert len(pod.calls('create')) == 2 and pod.calls('delete')
+  pod.play({'states': ['WAITING_FOR_RESOURCES']})
+  pod.run('down', '--yes')
+  done = pod.stage('--queue-hours=1', status=3, **speed)
+  assert '--queue-hours is used up; the request stays' in done.err
+
+
+def test_who_died_is_shown_and_taken_over_from(pod):
+  pod.train(steps=9, wait=3)
+  running = pod.popen('stage2', TYPE, '--workdir=gs://b/runs')
+  for line in running.stdout:
+    if line.startswith('step 3'):
+      break
+  who = f'stage2: process {running.pid} on '
+  assert f'looked after by {who}' in pod.run('status').out
+  assert 'would request it anew' in pod.run('down', '--yes', status=1).err
+  running.kill()
+  running.wait()
+  status = pod.run('status').out
+  assert (
+    f'nobody looks after it ({who}' in status and 'paid for until' in status
+  )
+  again = pod.popen('stage2', TYPE, '--workdir=gs://b/runs')
+  pod.wait_for(lambda: 'looked after by' in pod.run('status').out)
+  pod.run('stop')
+  assert again.wait(60) == 143
+  assert 'nobody looks after it: ' in pod.run('status').out
+  pod.run('down', '--yes')
+  assert 'nobody' not in pod.run('status').out
+
+
+def test_a_supervisor_that_fails_says_that_the_tpu_runs_on(pod):
+  pod.train(steps=9, exit={'1': [3, 7], '0': [3, 7]})
+  done = pod.stage(status=1)
+  assert 'nobody looks after TPU pod1 now. If it is there, it runs' in done.err
+
+
+def test_logs_of_workers_do_not_command_the_terminal(pod):
+  pod.train(steps=2, says='\x1b]0;title\x07 \x9b31m caf\xe9')
+  done = pod.stage()
+  shown = r'\x1b]0;title\x07 \x9b31m caf\xe9'.replace(r'\xe9', '\xe9')
+  assert shown in done.out and shown in pod.run('logs').out
+  assert '\x1b' not in done.out + done.err
+  # The copy has what the worker wrote.
+  (copy,) = pod.state.glob('pod1/stage2-*.log')
+  assert '\x1b]0;title' in copy.read_text()
+
+
+def test_nobody_who_reads_the_log_is_no_end(pod):
+  pod.train(steps=40)
+  running = pod.popen('stage2', TYPE, '--workdir=gs://b/runs')
+  running.stdout.close()
+  assert 'stage2 is finished' in running.communicate(timeout=120)[1]
+  (copy,) = pod.state.glob('pod1/stage2-*.log')
+  assert steps(copy.read_text()) == list(range(1, 41))
+
+
+def test_switches_of_the_environment_say_yes_or_no(pod):
+  pod.stage(QWENVL_POD_DELETE_AFTER='no')
+  assert not pod.calls('delete')
+  assert 'yes or no' in pod.stage(QWENVL_POD_DELETE_AFTER='off', status=2).err
+  pod.stage(QWENVL_POD_DELETE_AFTER='yes')
+  assert pod.calls('delete')
+
+
+def test_another_type_gets_its_own_software(pod):
+  pod.run('up', TYPE)
+  pod.run('down', '--yes')
+  printed = pod.run('up', '--type=v6e-8', '--dry-run').out
+  assert '--runtime-version=v2-alpha-tpuv6e' in printed
+
+
+def test_a_gcloud_that_hangs_is_given_up(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / 'launch')
+  from pod import cloud
+
+  # What it started holds its output open.
+  began = time.monotonic()
+  answer = cloud.run(['sh', '-c', 'echo said; sleep 30 & sleep 30'], 0.2)
+  assert time.monotonic() - began < 20
+  assert (answer.status, answer.out) == (124, 'said\n')
+  assert 'did not answer within 0.2 s' in answer.err
+
+
 def test_help(pod):
   for arguments in ('--help',), ('stage2', '-h'):
     out = pod.run(*arguments).out
     assert 'examples:' in out and '--dry-run' in out
+
+
+def test_local_uses_the_environment_that_is_there(pod, tmp_path):
+  pod.checkout = shutil.copytree(pod.checkout, tmp_path / 'with environment')
+  program = pod.checkout / '.venv/bin/qwenvl-train'
+  program.parent.mkdir(parents=True)
+  shutil.copy(pod.folder / 'remote bin/qwenvl-train', program)
+  executable(pod.checkout / 'launch/env.sh', '#!/bin/sh\nexit 1\n')
+  done = pod.run('stage1', '--local=2', '--config=c.gin', '--workdir=runs/x')
+  assert steps(done.out) == [1, 2, 3, 4]
+  assert pod.starts(1)[0]['argv'][0] == '--gin_file=c.gin'
+  program.unlink()
+  said = pod.run(
+    *local(pod, '--local=2')[0], status=1, PATH='/usr/bin:/bin'
+  ).err
+  assert 'there is no environment with qwenvl-train' in said
 
 
 def local(pod, *arguments):
@@ -726,6 +907,7 @@ def test_local_trains_for_real_and_survives(pod, tmp_path):
   arguments += [f'--config={config}', f'--workdir={tmp_path / "my runs"}']
   environment = {
     'QWENVL_POD_PYTHON': sys.executable,
+    'QWENVL_CONFIG_PACKAGES': 'standin',
     'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests/train"}',
   }
 

@@ -10,6 +10,7 @@ in $STANDIN/trainer.json:
              is a signal that kills it
   deaf       it does not end when told to
   wait       at this step it waits until it is told to end
+  says       a line that it prints first
 """
 
 import json
@@ -42,6 +43,8 @@ def main():
     record = {'argv': sys.argv[1:], 'cwd': os.getcwd()}
     record |= {k: v for k, v in os.environ.items() if k.startswith('QWENVL_')}
     starts.write(json.dumps(record) + '\n')
+  if 'says' in script:
+    say(script['says'])
   start = int(checkpoint.read_text()) if checkpoint.exists() else 0
   if start:
     say(f'resumed from step {start}')

@@ -129,6 +129,11 @@ def test_groups_that_do_not_fit(sizes, said):
     DecoderConfig(**sizes)
 
 
+def test_formats_that_are_none():
+  with pytest.raises(ConfigError, match='int4_zero_offset=2 is neither 1'):
+    DecoderConfig(int4_zero_offset=2)
+
+
 SHARDED = """
 import jax, numpy as np
 import qwenvl_jax

@@ -171,3 +171,23 @@ def test_to_list_format_takes_unfinished_text():
     {'text': '<box>(1,2'},
   ]
   assert chatml.to_boxes('<box>(1,2</box><box>(1,2),(3,4)') == []
+
+
+def test_lists_are_made_in_the_length_of_the_text():
+  text = '<ref>' * 200_000
+  assert chatml.to_list_format(text) == [{'text': text}]
+  assert chatml.to_list_format('<box>x</ref><ref>a<ref>b</ref>c</ref>') == [
+    {'text': '<box>x</ref>'}, {'ref': 'a<ref>b'}, {'text': 'c</ref>'},
+  ]  # fmt: skip
+
+
+def test_a_conversation_may_bring_its_system_turn():
+  talk = [('user', 'Hi'), ('assistant', 'Hello')]
+  brief = chatml.conversation_spans([('system', 'Be brief.'), *talk])
+  assert brief == chatml.conversation_spans(talk, 'Be brief.')
+  assert brief[3] == chatml.TextSpan('Be brief.')
+  learned = ''.join(x.text for x in brief if x.loss)
+  assert learned == (
+    '<|im_start|><|im_end|>\n' * 2 + '<|im_start|>Hello<|im_end|>\n'
+  )
+  assert chatml.conversation_spans([('assistant', 'x')]) == ()

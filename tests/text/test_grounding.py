@@ -130,3 +130,23 @@ def test_check_tags_lets_prompts_end_in_an_open_box():
     grounding.check_tags(prompt)
   with pytest.raises(DataError):
     grounding.check_tags('<img>a.png', unfinished=True)
+
+
+def test_places_are_mapped_and_the_rest_stays():
+  text = '<img>a(1,2)</img> <ref>(1,2)</ref><box>(1,2),(3,4)</box>(5,6)'
+
+  def plus(points):
+    return [x + 1 for x in points]
+
+  assert grounding.map_places(text, plus, 'r') == text.replace(
+    '<box>(1,2),(3,4)</box>', '<box>(2,3),(4,5)</box>'
+  )
+  quad = '<quad>(1,2),(3,4),(5,6),(999,1000)</quad>'
+  assert grounding.map_places(quad, plus, 'r') == (
+    '<quad>(2,3),(4,5),(6,7),(999,999)</quad>'
+  )
+  spaced = '<box> (1, 2),(3,4) </box>'
+  assert grounding.map_places(spaced, lambda x: x, 'r') == spaced
+  for wrong in ('(1,2)', '(1,2),(3,1001)', '(1.5,2),(3,4)', '[1,2,3,4]', ''):
+    with pytest.raises(DataError, match='r: .*from 0 to 999'):
+      grounding.map_places(f'<box>{wrong}</box>', plus, 'r')

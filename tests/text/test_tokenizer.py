@@ -6,12 +6,14 @@ import json
 import pathlib
 import pickle
 import random
+import unicodedata
 
 import numpy as np
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer, image_paths
+from qwenvl_jax.text.special_tokens import SPECIAL_TOKENS
+from qwenvl_jax.text.tokenizer import Tokenizer, image_paths, normalize
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'tokenizer.json'
 GOLDEN = json.loads(GOLDENS.read_text(encoding='utf-8'))
@@ -234,7 +236,19 @@ ALL_BYTES = b''.join(_line(bytes([b]), b) for b in range(256))
     (ALL_BYTES + b'!!!! 256\n', 'line 257'),
     (ALL_BYTES + _line(b'ab', 300), 'line 257: ranks do not count'),
     (ALL_BYTES[:900], 'line|lacks'),
-    (ALL_BYTES + _line(b'a', 256), 'twice'),
+    (ALL_BYTES + _line(b'a', 256), 'line 257: the token of line 98 .*twice'),
+    (
+      ALL_BYTES + _line(b'ab', 255),
+      'line 257: ranks do not .* a line is double',
+    ),
+    (ALL_BYTES + _line(b'ab', 257), 'line 257: ranks do not .*missing'),
+    (ALL_BYTES + b'YWI=\n', 'line 257: no rank'),
+    (ALL_BYTES + b'YWI= 2_56\n', 'line 257: no rank'),
+    (ALL_BYTES + b'YWI=  256\n', 'line 257: no rank'),
+    (ALL_BYTES + b'YWJ= 256\n', 'line 257: no base64'),
+    (ALL_BYTES + b'YW*= 256\n', 'line 257: no base64'),
+    (ALL_BYTES + b' 256\n', 'line 257: an empty token'),
+    (ALL_BYTES + b'\n' + _line(b'ab', 256), 'line 257: no rank'),
     (b'', 'lacks 256'),
   ],
 )
@@ -261,3 +275,40 @@ def test_a_tokenizer_knows_its_models_number_of_queries():
   ]
   assert spans == [38, 38, 258]
   assert len(tokenizer.encode('<img>a.jpg</img>', 64)) == 66
+
+
+def test_what_people_repeat_takes_no_more_than_its_length(tokenizer):
+  """Each of these took the square of it: minutes, or days."""
+  marks = 'e' + '\u0301\u0323' * 500_000
+  assert 256 < len(tokenizer.encode(marks)) < 1024
+  spans = '<img>a</img> word ' * 10_000
+  ids = np.array(tokenizer.encode(spans, 1))
+  assert (ids == tokenizer.img_start_id).sum() == 10_000
+  assert image_paths('<img>' * 200_000) == []
+  assert image_paths('<img>a</img>' * 100_000) == ['a'] * 100_000
+
+
+def test_normalization_is_nfc_but_for_endless_marks():
+  for text in ('', 'e\u0301', '\u1100\u1161', 'x' * 300 + 'e\u0323\u0301'):
+    assert normalize(text) == unicodedata.normalize('NFC', text)
+  zalgo = ''.join(c + '\u0301\u0323\u0334' * 20 for c in 'hello' * 60)
+  assert normalize(zalgo) == unicodedata.normalize('NFC', zalgo)
+  text = 'e' + '\u0323' * 1000 + 'f'
+  assert normalize(text) == unicodedata.normalize('NFC', text[:257] + 'f')
+
+
+def test_special_tokens_of_every_kind_are_parsed_as_tiktoken_does(tokenizer):
+  rng = random.Random(0)
+  known = list(tokenizer.special)
+  parts = [*known, ' a', 'b c', '<b>', '<', '>', '<|', '|>', '\n', 'é', '</']
+  for allowed in ('all', known[:3], known[-9:-3], ['<|extra_7|>'], []):
+    for _ in range(200):
+      text = ''.join(rng.choices(parts, k=8))
+      if '<img>' in text or '</img>' in text:
+        continue
+      expected = tokenizer._bpe.encoding.encode(
+        text,
+        allowed_special=set(known if allowed == 'all' else allowed),
+        disallowed_special=(),
+      )
+      assert tokenizer.encode(text, 4, allowed) == expected, text

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.data.batches import Batches
+from qwenvl_jax.data.packing import Row, RowStats
 from qwenvl_jax.model.config import (
   AdapterConfig,
   DecoderConfig,
@@ -186,7 +187,8 @@ class Numbered:
       if self.bad_from <= row < self.bad_until:
         y *= self.bad
       weight = np.float32(rng.integers(1, 4))
-      return {'x': x, 'y': y, 'weight': weight, 'row': np.int32(row)}
+      arrays = {'x': x, 'y': y, 'weight': weight, 'row': np.int32(row)}
+      return Row(arrays, RowStats())
 
     def start(state):
       first = state['row'] + process_index

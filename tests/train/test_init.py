@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import standin
 
-from qwenvl_jax.conversion import convert, layout, openclip
-from qwenvl_jax.conversion.folder import (
+from qwenvl_jax.conversion import convert, layout
+from qwenvl_jax.conversion.checkpoint_io import (
   read_config,
-  write_params,
-  write_side_files,
 )
+from qwenvl_jax.conversion.families import openclip
+from qwenvl_jax.conversion.families.qwen_vl.assets import write_assets
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.train.init import InitFrom, initial_params
@@ -41,8 +41,8 @@ def folder(tmp_path_factory):
   everything = OptimizerConfig(peak=1.0, end=0.1, warmup=0, steps=9)
   full = abstract_params(MODEL, everything, make_mesh())
   params = random_params(MODEL, full, 7, list(full))
-  write_side_files(path, MODEL.config, None)
-  write_params(path, params)
+  write_assets(path, MODEL.config)
+  golden.save_params(path, params)
   return path, jax.device_get(params)
 
 
@@ -112,8 +112,8 @@ def test_parts_from_folders_of_their_own(folder):
 
 def test_a_folder_without_the_part_is_named(folder, tmp_path):
   _, params = folder
-  write_side_files(tmp_path, MODEL.config, None)
-  write_params(tmp_path, {'vision': params['vision']})
+  write_assets(tmp_path, MODEL.config)
+  golden.save_params(tmp_path, {'vision': params['vision']})
   with pytest.raises(CheckpointError) as error:
     initial_params(MODEL, target(), InitFrom(decoder=str(tmp_path)), seed=0)
   assert str(tmp_path) in str(error.value)

@@ -1,17 +1,16 @@
 """`qwenvl-data clean`: from downloaded shards to clean ones, with a report."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import rich.console
 import rich.table
-from etils import epath
 
-from qwenvl_jax import configuration, entry
+from qwenvl_jax import buckets, configuration, entry
 from qwenvl_jax.data import storage
 from qwenvl_jax.data.cleaning import inputs, pipeline, report
 from qwenvl_jax.data.cleaning.tally import KEPT
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, did_you_mean
 from qwenvl_jax.progress import bars
 
 DESCRIPTION = """
@@ -21,7 +20,8 @@ Reads WebDataset tars, Parquet files (both as img2dataset writes them) or JSONL;
 writes array_record shards as `qwenvl-data prepare` does (a data set called NAME
 in DATA_DIR) and report.html: what each rule kept and dropped, with examples.
 The rules and their numbers are in the config file. Started again with the same
---output, it goes on where it stopped: finished shards are not done again.
+--output, it goes on where it stopped: finished shards are not done again, but
+for those whose files have changed.
 
 It runs on Apache Beam: here by default, on Flink, Spark or Dataflow by Beam's
 own options, which follow after `--`. Beam asks for other versions of some
@@ -61,6 +61,11 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
     metavar='N',
     help="processes of the local runner (Beam's --direct_num_workers)",
   )
+  parser.add_argument(
+    '--again',
+    action='store_true',
+    help='clean all shards again, with other settings if need be',
+  )
   argv, beam_options = _split(list(argv))
   flags, bindings = entry.parse(parser, argv)
   if flags.workers < 1:
@@ -89,6 +94,12 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
       "*.tar'"
     )
   job = cleaning.job()
+
+  def say(line):
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+  for line in _without_limit(cleaning):
+    say(line)
   # Now: while threads of Beam import TFDS, this one could not, as drawing does.
   storage.prepare_imports()
   with bars(console) as progress:
@@ -96,10 +107,26 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
       job,
       beam_options,
       lambda step, done, total: progress(f'{step} shards', done, total),
+      flags.again,
+      say,
     )
   console.print(_table(job, tally))
-  console.print(f'{epath.Path(job.output) / "report.html"}: open it in a '
+  console.print(f'{buckets.as_path(job.output) / "report.html"}: open it in a '
                 'browser')  # fmt: skip
+
+
+def _without_limit(cleaning) -> Iterator[str]:
+  """Lines about sources whose CLIP scores are not looked at."""
+  for rule in cleaning.rules:
+    for source in cleaning.sources:
+      known = getattr(rule, 'minimum', None)
+      # Of a rule that has limits by source.
+      if isinstance(known, Mapping) and source.name not in known:
+        yield (
+          f'source {source.name}: {rule.name} has no limit for it, so that all '
+          f'its scores pass (--gin.{type(rule).__name__}.minimum sets one)'
+          f'{did_you_mean(source.name, known)}'
+        )
 
 
 def _split(argv):

@@ -9,12 +9,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from etils import epath
-
-from qwenvl_jax.data import shard_files, storage
-from qwenvl_jax.data.cleaning import inputs, report, shards
+from qwenvl_jax import buckets
+from qwenvl_jax.data import sharded_job, storage
+from qwenvl_jax.data.cleaning import inputs, report
 from qwenvl_jax.data.cleaning.shards import Job
-from qwenvl_jax.data.cleaning.tally import KEPT, Tally
+from qwenvl_jax.data.cleaning.tally import Tally
 from qwenvl_jax.data.cleaning.unique import Fingerprints, default_rules
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -69,7 +68,7 @@ class Cleaning:
     if not found:
       raise ConfigError('Cleaning.sources is empty; name at least one source')
     return Job(
-      str(epath.Path(self.output).expanduser()),
+      str(buckets.as_path(self.output)),
       found,
       tuple(self.rules),
       tuple(self.unique),
@@ -81,6 +80,8 @@ def run(
   job: Job,
   beam_options: Sequence[str] = (),
   progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+  again: bool = False,
+  say: Callable[[str], None] = lambda line: None,
 ) -> Tally:
   """Cleans all shards and writes the report; goes on where a run stopped.
 
@@ -88,6 +89,8 @@ def run(
     job: what to clean.
     beam_options: of Beam's command line, e.g. '--runner=FlinkRunner'.
     progress: called with a step, how many shards are done, and of how many.
+    again: cleans everything again, with other settings if need be.
+    say: called with lines about what is cleaned again.
 
   Returns:
     The counts, with some examples.
@@ -96,7 +99,8 @@ def run(
     ConfigError: the folder was begun with other settings, or Beam is missing.
     DataError: a file cannot be read or written.
   """
-  begin(job)
+  for line in begin(job, again):
+    say(line)
   if not job.is_complete:
     # Imported here: it takes seconds, and a finished folder needs none of it.
     from qwenvl_jax.data.cleaning import beam
@@ -105,22 +109,47 @@ def run(
   return complete(job)
 
 
-def begin(job: Job) -> None:
-  """Makes the output's folder, or checks that it is of the same job.
+def begin(job: Job, again: bool = False) -> list[str]:
+  """Makes the output's folder, or removes what is out of date in it.
+
+  Args:
+    job: what to clean.
+    again: removes everything.
+
+  Returns:
+    Lines that tell a person what will be cleaned again.
 
   Raises:
     ConfigError: it was begun with other settings.
     DataError: it cannot be written.
   """
-  settings = epath.Path(job.output) / 'work' / 'settings.txt'
-  text = describe(job)
+  work = buckets.as_path(job.output) / 'work'
   try:
-    if settings.exists():
-      _same(settings.read_text(), text, job.output)
-      return
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    shard_files.write_text(settings, text)
+    if again:
+      buckets.remove(work)
+    sharded_job.check_settings(work / 'settings.txt', describe(job))
+    job.finished.begin(again)
+    said = job.candidates.begin()
+    if again:
+      said.append(f'{job.name}: everything is cleaned again')
+    missing = job.finished.unfinished()
+    if missing:
+      (job.folder / storage.INFO).unlink(missing_ok=True)
+    # Candidates are not kept once all shards are finished.
+    lost = [
+      shard
+      for shard in job.candidates.shards
+      if missing
+      and job.is_cleaned(shard)
+      and not job.candidates.path(shard).exists()
+    ]
+    for shard in lost:
+      job.candidates.forget(shard)
+    if lost:
+      said.append(
+        f'{job.name}: {len(lost)} further shards are read again, to be compared'
+      )
+    return said
   except OSError as error:
     raise DataError(
       f'cannot write to {job.output} ({error.strerror}); name another folder'
@@ -138,46 +167,28 @@ def describe(job: Job) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _same(before, now, folder):
-  if before == now:
-    return
-  old, new = before.splitlines(), now.splitlines()
-  gone = next((x for x in old if x not in new), None)
-  come = next((x for x in new if x not in old), None)
-  difference = f'{gone or "nothing"}, now {come or "nothing"}'
-  if gone is None and come is None:
-    difference = 'the same in another order'
-  raise ConfigError(
-    f'{folder} was begun with other settings ({difference}); name another '
-    'folder with --output, or delete this one'
-  )
-
-
 def complete(job: Job) -> Tally:
   """Writes the report and what makes the folder a data set.
 
   Raises:
     DataError: a shard is missing or damaged.
   """
-  numbers = range(len(job.shards))
-  missing = [i for i in numbers if not job.is_finished(i)]
+  missing = job.finished.unfinished()
   if missing:
     raise DataError(
       f'{job.output}: {len(missing)} of {len(job.shards)} shards are not '
       'finished; run the same command again'
     )
   total, lengths = Tally(), []
-  for shard in numbers:
-    cleaned = shards.read_tally(job.work('candidates', shard, 'json'))
-    finished = shards.read_tally(job.work('finished', shard, 'json'))
-    lengths.append(
-      sum(n for (_, reason), n in finished.outcomes.items() if reason == KEPT)
-    )
+  for shard in job.finished.shards:
+    cleaned, finished = job.candidates.tally(shard), job.finished.tally(shard)
+    counts = finished.counts
+    lengths.append(sum(map(counts.kept_of, counts.sources())))
     total = (total + cleaned + finished).thinned(_EXAMPLES)
   try:
-    folder = epath.Path(job.output)
-    shard_files.write_text(folder / 'report.html', report.page(job, total))
-    shard_files.write_text(folder / 'report.json', report.figures(job, total))
+    folder = buckets.as_path(job.output)
+    buckets.write(folder / 'report.html', report.page(job, total))
+    buckets.write(folder / 'report.json', report.figures(job, total))
     if not job.is_complete:
       storage.write_info(
         job.folder,
@@ -185,11 +196,11 @@ def complete(job: Job) -> Tally:
         {'train': lengths},
         description='Pictures with their texts, cleaned; see report.html.',
       )
-    for shard in numbers:
+    for shard in job.finished.shards:
       for suffix in ('array_record', 'npy'):
         job.work('candidates', shard, suffix).unlink(missing_ok=True)
     for place in (folder, folder / 'work', job.folder):
-      shard_files.remove_partial(place)
+      buckets.remove_partial(place)
   except OSError as error:
     raise DataError(
       f'cannot write to {job.output} ({error}); free some space and run the '

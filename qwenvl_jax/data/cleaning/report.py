@@ -1,25 +1,18 @@
 """What cleaning did, as a page for people and as figures for programs."""
 
-import collections
-import html
+import base64
 import json
+from html import escape
 
+from qwenvl_jax.data import html_page
+from qwenvl_jax.data.bad import DROPPED
 from qwenvl_jax.data.cleaning.shards import Job
 from qwenvl_jax.data.cleaning.tally import KEPT, Example, Tally
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem;
-       margin: 2rem auto; padding: 0 1rem; color: #1c2330; }
-h1 { font-size: 1.7rem; } h2 { margin-top: 2.5rem; font-size: 1.25rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-table { border-collapse: collapse; }
-td, th { padding: .25rem .8rem; border-bottom: 1px solid #d8dde6;
-         text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child { text-align: left; }
 tr.kept { background: #eaf6ec; font-weight: 600; }
 tr.total { border-top: 2px solid #1c2330; }
-small { color: #667; }
-.bar { display: inline-block; height: .7em; background: #7a9fd4; }
+td .bar { float: left; height: .7em; background: #7a9fd4; }
 .kept .bar { background: #5aa469; }
 .cards { display: grid; gap: .8rem;
          grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
@@ -30,16 +23,6 @@ small { color: #667; }
 .card div { min-width: 0; overflow-wrap: anywhere; }
 .detail { color: #b3261e; } del { color: #99a; } .settings { font-size: .8rem; }
 """
-
-# Reasons that no rule of the configuration has.
-_READING = {
-  'damaged_shard': 'the file ends or breaks off there; what follows is lost',
-  'no_image': 'the record has no picture',
-  'no_text': 'the record has no text',
-  'text_encoding': 'the text is not UTF-8',
-  'too_large': 'the picture file is too large to be one',
-  'unreadable_image': 'the picture does not decode',
-}
 
 
 def reasons(job: Job, tally: Tally) -> list[str]:
@@ -54,23 +37,21 @@ def reasons(job: Job, tally: Tally) -> list[str]:
 
 def figures(job: Job, tally: Tally) -> str:
   """The counts as JSON: by source, and of dropped and changed by rule."""
-  sources = {}
+  sources, changed = {}, tally.changed
   for source in dict.fromkeys(shard.source.name for shard in job.shards):
     outcomes = {r: n for (s, r), n in tally.outcomes.items() if s == source}
     sources[source] = {
       'records': sum(outcomes.values()),
       'kept': outcomes.get(KEPT, 0),
       'dropped': {r: outcomes.get(r, 0) for r in reasons(job, tally)},
-      'changed': {r: n for (s, r), n in tally.changed.items() if s == source},
+      'changed': {r: n for (s, r), n in changed.items() if s == source},
     }
   return json.dumps(sources, indent=2) + '\n'
 
 
 def page(job: Job, tally: Tally) -> str:
   """One HTML file without external parts."""
-  return (
-    '<!doctype html><html lang="en"><meta charset="utf-8">'
-    f'<title>Cleaning</title><style>{_STYLE}</style><h1>Cleaning</h1>'
+  body = (
     '<p>Every record is counted once: where it is kept, or at the first rule '
     'that drops it. Rules stand in the order in which they are applied.</p>'
     + _outcomes(job, tally)
@@ -79,51 +60,42 @@ def page(job: Job, tally: Tally) -> str:
     + _examples('Changed', tally.altered, [n for _, n in tally.changed])
     + _examples('Kept', tally.dropped, [KEPT])
     + _settings(job)
-    + '</html>\n'
   )
+  return html_page.page('Cleaning', body, _STYLE)
 
 
 def _outcomes(job, tally):
   sources = list(dict.fromkeys(shard.source.name for shard in job.shards))
-  totals = collections.Counter()
-  for (source, _), count in tally.outcomes.items():
-    totals[source] += count
-  everything = sum(totals.values())
-  head = ''.join(f'<th>{html.escape(x)}</th>' for x in sources)
-  rows = [f'<tr><th></th>{head}<th>all</th><th>share</th><th></th></tr>']
+  totals = [tally.counts.seen_of(source) for source in sources]
+  rules = {rule.name for rule in job.rules}
 
   def row(name, title, kind=''):
     counts = [tally.outcomes[source, name] for source in sources]
-    cells = ''.join(f'<td>{n:,}</td>' for n in counts)
-    share = sum(counts) / max(everything, 1)
-    return (
-      f'<tr class="{kind}"><td>{title}</td>{cells}<td>{sum(counts):,}</td>'
-      f'<td>{share:.2%}</td><td style="text-align:left">'
-      f'<span class="bar" style="width:{12 * share:.2f}em"></span></td></tr>'
-    )
+    share = sum(counts) / max(sum(totals), 1)
+    bar = f'<span class="bar" style="width:{12 * share:.2f}em"></span>'
+    cells = (*counts, sum(counts))
+    return kind, [title, *(f'{n:,}' for n in cells), f'{share:.2%}', bar]
 
+  rows = []
   for reason in reasons(job, tally):
-    note = f' <small>{_READING[reason]}</small>' if reason in _READING else ''
-    rows.append(row(reason, html.escape(reason) + note))
+    is_reading = reason in DROPPED and reason not in rules
+    note = f' <small>{escape(DROPPED[reason])}</small>' if is_reading else ''
+    rows.append(row(reason, escape(reason) + note))
   rows.append(row(KEPT, 'kept', 'kept'))
-  cells = ''.join(f'<td>{totals[source]:,}</td>' for source in sources)
-  rows.append(
-    f'<tr class="total"><td>records</td>{cells}<td>{everything:,}</td></tr>'
-  )
-  return f'<table>{"".join(rows)}</table>'
+  cells = (*totals, sum(totals))
+  rows.append(('total', ['records', *(f'{n:,}' for n in cells)]))
+  return html_page.table(['', *map(escape, sources), 'all', 'share', ''], rows)
 
 
 def _changed(tally):
   if not tally.changed:
     return ''
-  rows = ''.join(
-    f'<tr><td>{html.escape(name)}</td><td>{html.escape(source)}</td>'
-    f'<td>{count:,}</td></tr>'
+  rows = (
+    [escape(name), escape(source), f'{count:,}']
     for (source, name), count in sorted(tally.changed.items())
   )
-  return (
-    '<h2>Texts that rules changed</h2><table><tr><th>rule</th><th>source</th>'
-    f'<th>texts</th></tr>{rows}</table>'
+  return '<h2>Texts that rules changed</h2>' + html_page.table(
+    ['rule', 'source', 'texts'], rows
   )
 
 
@@ -132,7 +104,7 @@ def _examples(title, examples, names):
   for name in dict.fromkeys(names):
     cards = [_card(x) for x in examples if x.reason == name]
     if cards:
-      heading = f'<h3>{html.escape(name)}</h3>' if name != KEPT else ''
+      heading = f'<h3>{escape(name)}</h3>' if name != KEPT else ''
       parts.append(f'{heading}<div class="cards">{"".join(cards)}</div>')
   return f'<h2>{title}: examples</h2>{"".join(parts)}' if parts else ''
 
@@ -140,23 +112,21 @@ def _examples(title, examples, names):
 def _card(example: Example) -> str:
   picture = '<div class="none">no picture</div>'
   if example.thumbnail:
-    data = html.escape(example.thumbnail, quote=True)
-    picture = f'<img alt="" src="data:image/jpeg;base64,{data}">'
+    data = base64.b64decode(example.thumbnail)
+    picture = html_page.picture(data, 'jpeg')
   lines = []
   if example.detail:
-    lines.append(f'<span class="detail">{html.escape(example.detail)}</span>')
+    lines.append(f'<span class="detail">{escape(example.detail)}</span>')
   if example.before:
-    lines.append(f'<del>{html.escape(example.before)}</del>')
-  lines.append(html.escape(example.text))
-  lines.append(
-    f'<small>{html.escape(example.source)}: {html.escape(example.id)}</small>'
-  )
+    lines.append(f'<del>{escape(example.before)}</del>')
+  lines.append(escape(example.text))
+  lines.append(f'<small>{escape(f"{example.source}: {example.id}")}</small>')
   return f'<div class="card">{picture}<div>{"<br>".join(lines)}</div></div>'
 
 
 def _settings(job):
   lines = [job.fingerprints, *job.rules, *job.unique]
-  items = ''.join(f'<li><code>{html.escape(repr(x))}</code>' for x in lines)
+  items = ''.join(f'<li><code>{escape(repr(x))}</code>' for x in lines)
   return (
     f'<h2>Settings</h2><p>{len(job.shards):,} shards.</p>'
     f'<ul class="settings">{items}</ul>'

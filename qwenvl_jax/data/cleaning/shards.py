@@ -7,15 +7,16 @@ file that says that it is done; a shard with that file is not done again, and
 whatever a killed run leaves besides is overwritten.
 """
 
+import contextlib
 import dataclasses
-import os
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from qwenvl_jax.data import shard_files, storage
+from qwenvl_jax import buckets
+from qwenvl_jax.data import shard_files, sharded_job, storage
 from qwenvl_jax.data.cleaning import unique
 from qwenvl_jax.data.cleaning.inputs import Shard
 from qwenvl_jax.data.cleaning.pair import (
@@ -25,9 +26,44 @@ from qwenvl_jax.data.cleaning.pair import (
   clean,
 )
 from qwenvl_jax.data.cleaning.tally import KEPT, Tally
-from qwenvl_jax.data.cleaning.text_rules import is_chinese
+from qwenvl_jax.data.languages import language_of
 from qwenvl_jax.data.records import Record
 from qwenvl_jax.errors import BadRecordError, DataError
+
+
+class _Stage(sharded_job.ShardedJob):
+  """Shards whose reports hold a tally."""
+
+  def tally(self, shard: int) -> Tally:
+    """Returns what a report counts.
+
+    Raises:
+      DataError: it is damaged.
+    """
+    try:
+      return Tally.from_json(self.report(shard)['tally'])
+    except (ValueError, KeyError, TypeError) as error:
+      raise self._damage(shard, error) from error
+
+
+class Candidates(_Stage):
+  """What passed the rules of each shard; in the end only its reports stay."""
+
+  def path(self, shard: int) -> Path:
+    return self.folder / f'candidates-{shard:05d}.array_record'
+
+  def report_path(self, shard: int) -> Path:
+    return self.path(shard).with_suffix('.json')
+
+  def is_finished(self, shard: int) -> bool:
+    return self.report_path(shard).exists()
+
+
+class Finished(_Stage):
+  """The shards of the result."""
+
+  def report_path(self, shard: int) -> Path:
+    return self.folder.parent / 'work' / f'finished-{shard:05d}.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +76,7 @@ class Job:
     rules: functions of one pair, in order (`pair.Rule`).
     unique: rules about alike pairs, in order (`unique.DuplicatePairs`, ..).
     fingerprints: what makes pairs alike.
+    origins: of the shards, as they are when the job is made.
   """
 
   output: str
@@ -47,25 +84,45 @@ class Job:
   rules: tuple[Any, ...]
   unique: tuple[Any, ...]
   fingerprints: unique.Fingerprints
+  origins: tuple[str, ...] = ()
 
-  def work(self, kind: str, shard: int, suffix: str) -> epath.Path:
+  def __post_init__(self):
+    origins = (
+      sharded_job.origin_of(buckets.as_path(x.path)) for x in self.shards
+    )
+    object.__setattr__(self, 'origins', self.origins or tuple(origins))
+
+  def work(self, kind: str, shard: int, suffix: str) -> Path:
     """A file of the folder for what is only needed until all is done."""
-    return epath.Path(self.output) / 'work' / f'{kind}-{shard:05d}.{suffix}'
+    return (
+      buckets.as_path(self.output) / 'work' / f'{kind}-{shard:05d}.{suffix}'
+    )
 
   @property
   def name(self) -> str:
     """Of the data set that is written: the folder's."""
-    return epath.Path(self.output).name
+    return buckets.as_path(self.output).name
 
   @property
-  def folder(self) -> epath.Path:
+  def folder(self) -> Path:
     """Of the result, where `sources.Prepared` looks for it."""
-    return epath.Path(self.output) / storage.VERSION
+    return buckets.as_path(self.output) / storage.VERSION
 
-  def final(self, shard: int) -> epath.Path:
+  @property
+  def candidates(self) -> Candidates:
+    folder = buckets.as_path(self.output) / 'work'
+    return Candidates(folder, self.name, 'candidates', self.origins)
+
+  @property
+  def finished(self) -> Finished:
+    # What is kept of a shard depends on all others.
+    among = sharded_job.digest(self.origins)
+    origins = tuple(f'{x} among {among}' for x in self.origins)
+    return Finished(self.folder, self.name, 'train', origins)
+
+  def final(self, shard: int) -> Path:
     """A file of the result."""
-    count = len(self.shards)
-    return self.folder / storage.shard_name(self.name, 'train', shard, count)
+    return self.finished.path(shard)
 
   @property
   def is_complete(self) -> bool:
@@ -85,7 +142,7 @@ def encode(pair: Pair) -> bytes:
       id=f'{pair.source}/{pair.id}',
       images=(pair.picture.encoded,),
       size=pair.picture.size,
-      language='zh' if is_chinese(pair.text) else 'en',
+      language=language_of(pair.text),
       captions=(pair.text,),
     )
   )
@@ -109,18 +166,15 @@ def clean_shard(job: Job, shard: int) -> int:
   tally, prints = Tally(), []
   with _writing(job):
     shard_files.write_records(
-      job.work('candidates', shard, 'array_record'),
-      _candidates(job, shard, tally, prints),
+      job.candidates.path(shard), _candidates(job, shard, tally, prints)
     )
     table = np.array(prints, unique.FINGERPRINT)
     with (
-      shard_files.appearing(job.work('candidates', shard, 'npy')) as local,
+      buckets.atomic_write(job.work('candidates', shard, 'npy')) as local,
       local.open('wb') as file,
     ):
       np.save(file, table, allow_pickle=False)
-    shard_files.write_text(
-      job.work('candidates', shard, 'json'), tally.to_json()
-    )
+    job.candidates.finish(shard, {'tally': tally.to_json()})
   return shard
 
 
@@ -163,7 +217,7 @@ def finish_shard(
   tally = Tally()
   with _writing(job):
     shard_files.write_records(job.final(shard), _kept(job, shard, kept, tally))
-    shard_files.write_text(job.work('finished', shard, 'json'), tally.to_json())
+    job.finished.finish(shard, {'tally': tally.to_json()})
   return shard
 
 
@@ -186,29 +240,13 @@ def _kept(job, shard, kept, tally) -> Iterator[bytes]:
     ) from error
 
 
-class _writing:
+@contextlib.contextmanager
+def _writing(job: Job) -> Iterator[None]:
   """Turns failures to write into errors for people."""
-
-  def __init__(self, job: Job):
-    self._folder = os.fspath(job.output)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, traceback):
-    if isinstance(error, OSError):
-      raise DataError(
-        f'cannot write to {self._folder} ({error}); free some space or name '
-        'another folder, then run the same command again: finished shards stay'
-      ) from error
-    return False
-
-
-def read_tally(path: epath.Path) -> Tally:
-  """Raises DataError on a damaged file."""
   try:
-    return Tally.from_json(path.read_text())
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    yield
+  except OSError as error:
     raise DataError(
-      f'{path} is damaged ({error}); delete it and run the same command again'
+      f'cannot write to {job.output} ({error}); free some space or name '
+      'another folder, then run the same command again: finished shards stay'
     ) from error

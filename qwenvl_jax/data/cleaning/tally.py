@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import json
 
+from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.data.cleaning.pair import Broken, Outcome, Pair, thumbnail
 
 KEPT = ''
@@ -37,23 +38,42 @@ class Example:
 
 @dataclasses.dataclass
 class Tally:
-  """Counts by (source, reason).
+  """Counts by source and reason.
 
   Attributes:
-    outcomes: every record once; the reason KEPT for those that are kept.
-    changed: texts that a rule changed, by (source, name of the rule).
+    counts: every record once; dropped by a rule or a reason of reading, and
+      repaired where a rule changed the text.
     dropped: examples of outcomes, of kept ones too.
     altered: examples of changed texts.
   """
 
-  outcomes: collections.Counter = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  changed: collections.Counter = dataclasses.field(
-    default_factory=collections.Counter
-  )
+  counts: Counts = dataclasses.field(default_factory=Counts)
   dropped: list[Example] = dataclasses.field(default_factory=list)
   altered: list[Example] = dataclasses.field(default_factory=list)
+
+  @property
+  def outcomes(self) -> collections.Counter:
+    """Records by (source, reason), KEPT being one."""
+    found = self._by_source('dropped')
+    for source in self.counts.sources():
+      kept = self.counts.kept_of(source)
+      if kept:
+        found[source, KEPT] = kept
+    return found
+
+  @property
+  def changed(self) -> collections.Counter:
+    """Texts that a rule changed, by (source, name of the rule)."""
+    return self._by_source('repaired')
+
+  def _by_source(self, kind) -> collections.Counter:
+    return collections.Counter(
+      {
+        (source, reason): count
+        for source in self.counts.sources()
+        for reason, count in self.counts.of(source, kind).items()
+      }
+    )
 
   def add(self, outcome: Outcome, before: str) -> None:
     """Counts what the rules of a shard say of a pair.
@@ -65,48 +85,37 @@ class Tally:
       before: its text before.
     """
     if outcome.reason:
-      self._count(self.outcomes, self.dropped, outcome.reason, outcome, before)
+      self._count(outcome, before)
+    source = outcome.pair.source
+    self.counts.repaired(source, outcome.changed)
     for name in outcome.changed:
-      self._count(self.changed, self.altered, name, outcome, before)
+      _keep(self.altered, name, outcome, before)
 
   def add_compared(self, pair: Pair, reason: str) -> None:
     """Counts a pair that passed its shard's rules: kept, or one too many."""
-    outcome = Outcome(pair, reason)
-    self._count(self.outcomes, self.dropped, reason, outcome, pair.text)
-
-  def _count(self, counter, examples, reason, outcome, before):
-    pair = outcome.pair
-    key = pair.source, reason
-    counter[key] += 1
-    if counter[key] <= _EXAMPLES:
-      encoded = thumbnail(pair.picture)
-      examples.append(
-        Example(
-          reason,
-          pair.source,
-          pair.id,
-          pair.text[:400],
-          outcome.detail,
-          before[:400] if before != pair.text else '',
-          base64.b64encode(encoded).decode(),
-        )
-      )
+    self._count(Outcome(pair, reason), pair.text)
 
   def add_broken(self, broken: Broken) -> None:
     """Counts a record without a pair."""
-    key = broken.source, broken.reason
-    self.outcomes[key] += 1
-    if self.outcomes[key] <= _EXAMPLES:
+    self.counts.seen(broken.source)
+    self.counts.dropped(broken.source, broken.reason)
+    if _count_of(self.dropped, broken.source, broken.reason) < _EXAMPLES:
       self.dropped.append(
         Example(broken.reason, broken.source, broken.id, '', broken.detail)
       )
 
+  def _count(self, outcome, before):
+    source = outcome.pair.source
+    self.counts.seen(source)
+    if outcome.reason:
+      self.counts.dropped(source, outcome.reason)
+    _keep(self.dropped, outcome.reason, outcome, before)
+
   def __add__(self, other: 'Tally') -> 'Tally':
+    counts = Counts(self.counts.as_dict())
+    counts.add(other.counts.as_dict())
     return Tally(
-      self.outcomes + other.outcomes,
-      self.changed + other.changed,
-      self.dropped + other.dropped,
-      self.altered + other.altered,
+      counts, self.dropped + other.dropped, self.altered + other.altered
     )
 
   def thinned(self, examples: int) -> 'Tally':
@@ -128,8 +137,7 @@ class Tally:
   def to_json(self) -> str:
     return json.dumps(
       {
-        'outcomes': [[*key, n] for key, n in sorted(self.outcomes.items())],
-        'changed': [[*key, n] for key, n in sorted(self.changed.items())],
+        'counts': self.counts.as_dict(),
         'dropped': [dataclasses.asdict(x) for x in self.dropped],
         'altered': [dataclasses.asdict(x) for x in self.altered],
       },
@@ -140,13 +148,30 @@ class Tally:
   def from_json(cls, text: str) -> 'Tally':
     """Raises ValueError or KeyError on what `to_json` did not write."""
     read = json.loads(text)
-
-    def counter(rows):
-      return collections.Counter({(s, r): n for s, r, n in rows})
-
     return cls(
-      counter(read['outcomes']),
-      counter(read['changed']),
+      Counts(read['counts']),
       [Example(**x) for x in read['dropped']],
       [Example(**x) for x in read['altered']],
+    )
+
+
+def _count_of(examples, source, reason) -> int:
+  return sum(x.source == source and x.reason == reason for x in examples)
+
+
+def _keep(examples, reason, outcome, before) -> None:
+  """Adds an example, unless there are enough of its reason and source."""
+  pair = outcome.pair
+  if _count_of(examples, pair.source, reason) < _EXAMPLES:
+    encoded = thumbnail(pair.picture)
+    examples.append(
+      Example(
+        reason,
+        pair.source,
+        pair.id,
+        pair.text[:400],
+        outcome.detail,
+        before[:400] if before != pair.text else '',
+        base64.b64encode(encoded).decode(),
+      )
     )

@@ -12,7 +12,9 @@ from typing import ClassVar
 import regex
 
 from qwenvl_jax.data.cleaning.pair import Drop, Pair
+from qwenvl_jax.data.languages import is_chinese
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.text import special_tokens
 
 _NAMES = """
 a abbr acronym address applet area article aside audio b base big
@@ -66,27 +68,29 @@ def _element(match) -> str:
   return '' if name in _INLINE else ' '
 
 
-# (what, pattern, replacement), in order.
+# (what, pattern, replacement), in order. Each is linear in the length of a
+# text: a run of signs is tried from its start only, and taken whole.
 PATTERNS = (
   ('invisible', r'[\p{Cc}\p{Cf}--[\t\n\r]]', ''),
   ('address', r'(?:https?://|www\.)[^\s\p{Han}]+', ''),
-  ('email', r'\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+', ''),
+  ('email', r'(?<![\w.+-])[\w.+-]++@[\w-]++(?:\.[\w-]++)+', ''),
   (
     'file',
-    r'(?i)(?<!\S)[\w()%-]*[\d_-][\w()%-]*\.(?:jpe?g|png|gif|webp|bmp|tiff?)\b',
+    r'(?i)(?<!\S)(?=[\w()%-]*[\d_-])[\w()%-]++\.'
+    r'(?:jpe?g|png|gif|webp|bmp|tiff?)\b',
     '',
   ),
   ('camera', r'\b(?:IMG|DSC|DSCN|DSCF|PXL)[_-]?\d{3,}\w*\b', ''),
   (
     'stock',
-    r'(?i)\s*[-–|,]\s*(?:royalty[- ]free\s+)?stock\s+'
+    r'(?i)(?<!\s)\s*+[-–|,]\s*+(?:royalty[- ]free\s+)?stock\s+'
     r'(?:photo|image|picture|vector|illustration|footage)s?\b.*$',
     '',
   ),
   ('empty', r'[(\[{（【]\s*[)\]}）】]', ''),
   ('repeated', r'([!?.,;:~*_=#+|/\\@^-])(?:\s*\1){2,}', r'\1'),
   ('repeated_wide', r'([！？。，；：、～…])\1+', r'\1'),
-  ('edges', r'^[\s|.,;:*#~_=+>-]+|[\s|,;:*#~_=<-]+$', ''),
+  ('edges', r'^[\s|.,;:*#~_=+>-]+|(?<![\s|,;:*#~_=<-])[\s|,;:*#~_=<-]++$', ''),
   ('space', r'\s+', ' '),
 )
 
@@ -149,12 +153,9 @@ class SpecialTags:
     return pair
 
 
-_MODEL_TAG = regex.compile(r'</?(?:img|ref|box|quad)>|<imgpad>|<\|[^<>|\s]+\|>')
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelTags:
-  """Drops texts with the model's own control tags, which strangers may write.
+  """Drops texts with the model's special tokens, which strangers may write.
 
   The tokenizer would take them for structure. Before `Html`, which knows `img`.
   """
@@ -162,8 +163,8 @@ class ModelTags:
   name: ClassVar[str] = 'model_tags'
 
   def __call__(self, pair: Pair) -> Pair | Drop:
-    found = _MODEL_TAG.search(pair.text)
-    return Drop(found[0]) if found else pair
+    found = special_tokens.find(pair.text)
+    return Drop(found) if found else pair
 
 
 # Shown as a picture by default or on request (U+FE0F), flags, and keycaps.
@@ -238,7 +239,6 @@ def _foreign(scripts):
   return regex.compile(rf'[\p{{L}}--[{inside}\p{{Common}}]]', regex.V1)
 
 
-_HAN = regex.compile(r'\p{Han}')
 # A Chinese character counts as a word: so are both languages' lengths alike.
 _UNIT = regex.compile(r"\p{Han}|[\p{L}\p{N}--\p{Han}][\p{L}\p{N}\p{M}'’-]*+",
                       regex.V1)  # fmt: skip
@@ -251,12 +251,6 @@ def count_units(text: str) -> int:
   (4, 4)
   """
   return len(_UNIT.findall(text))
-
-
-def is_chinese(text: str) -> bool:
-  """Whether half of its letters, or more, are Chinese characters."""
-  chinese = len(_HAN.findall(text))
-  return chinese > 0 and 2 * chinese >= len(_LETTER.findall(text))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

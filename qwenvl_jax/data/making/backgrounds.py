@@ -47,7 +47,7 @@ def photograph(
   Raises:
     DataError: there is none, or the chosen one cannot be opened.
   """
-  path = rng.choice(_pictures(folder))
+  path = rng.choice(pictures(folder))
   picture = image.load(path)
   width, height = size
   scale = max(width / picture.width, height / picture.height)
@@ -64,11 +64,16 @@ def photograph(
 
 
 @functools.lru_cache(maxsize=8)
-def _pictures(folder) -> tuple[str, ...]:
+def pictures(folder: str) -> tuple[str, ...]:
+  """The picture files of a folder.
+
+  Raises:
+    DataError: there is none.
+  """
   found = tuple(
     str(path)
     for path in sorted(pathlib.Path(folder).expanduser().rglob('*'))
-    if path.suffix.lower() in _SUFFIXES
+    if path.suffix.lower() in _SUFFIXES and path.is_file()
   )
   if not found:
     raise DataError(

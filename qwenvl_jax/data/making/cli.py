@@ -1,5 +1,6 @@
 """`qwenvl-data make-ocr`: pages with text, to learn reading."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -7,17 +8,16 @@ import rich.console
 
 from qwenvl_jax import entry
 from qwenvl_jax.data.making import make
-from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.progress import bars
 
 DESCRIPTION = """
 Makes pages with text in English and Chinese, and knows where every line is.
 
 Kinds: 'pages' are sheets of paper on natural backgrounds, turned, in
-perspective, with noise (in the manner of SynthDoG); 'pdf' and 'html' are
-documents as pdfium and headless Chromium show them, composed here or taken from
---documents. Fonts are those of this machine, of matplotlib and of --fonts: the
-more there are, the better (Debian: fonts-noto-cjk, fonts-arphic-ukai, ..).
+perspective, with noise (in the manner of SynthDoG); 'pdf' and 'html' are pages
+of your own files (--documents), as pdfium and headless Chromium show them.
+Fonts are those of this machine, of matplotlib and of --fonts: the more there
+are, the better (Debian: fonts-noto-cjk, fonts-arphic-ukai, ..).
 
 Writes array_record shards as `qwenvl-data prepare` does: a data set called NAME
 in DATA_DIR. The same seed and fonts give the same pages. Started again, it goes
@@ -29,8 +29,23 @@ qwenvl-data make-ocr --kind pages --n 10000 --workers 8 data/ocr_pages
 qwenvl-data make-ocr --kind pages --n 10000 --text wikipedia.txt \\
   --backgrounds photographs data/ocr_pages
 qwenvl-data make-ocr --kind pdf --n 5000 --documents papers data/ocr_pdf
-qwenvl-data make-ocr --kind html --n 5000 --chromium chromium data/ocr_html
+qwenvl-data make-ocr --kind html --n 5000 --documents site data/ocr_html
 """
+
+
+_DEFAULTS = {x.name: x.default for x in dataclasses.fields(make.Making)}
+# Of `make.Making`, which says of what type and by default.
+_OPTIONS = (
+  ('seed', 'N', 'other pages for another seed'),
+  ('chinese', 'SHARE', 'share of pages in Chinese'),
+  ('text', 'FILE', 'UTF-8 text to write, a sentence a line (default: words of '
+   'the vocabulary at random)'),
+  ('documents', 'DIR', 'the PDF or HTML files to take pages from'),
+  ('backgrounds', 'DIR', 'photographs to lay pages on (default: composed)'),
+  ('chromium', 'PROGRAM', 'the browser for html (default: $CHROMIUM, or where '
+   'it usually is)'),
+  ('per_shard', 'N', 'pages in a shard'),
+)  # fmt: skip
 
 
 def command(argv: Sequence[str], console: rich.console.Console) -> None:
@@ -41,68 +56,32 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   parser.add_argument('output', metavar='DATA_DIR/NAME', help='where to')
   parser.add_argument('--kind', choices=make.KINDS, default='pages')
   parser.add_argument(
-    '--n', type=int, default=1000, help='pages (default: %(default)s)'
-  )
-  parser.add_argument('--seed', type=int, default=0)
+    '--n', dest='count', type=int, default=1000,
+    help='pages (default: %(default)s)',
+  )  # fmt: skip
+  for name, metavar, what in _OPTIONS:
+    default = _DEFAULTS[name]
+    parser.add_argument(
+      f'--{name}',
+      metavar=metavar,
+      type=str if default is None else type(default),
+      default=default,
+      help=what if default is None else f'{what} (default: %(default)s)',
+    )
   parser.add_argument(
-    '--chinese',
-    type=float,
-    default=0.5,
-    metavar='SHARE',
-    help='share of pages in Chinese (default: %(default)s)',
-  )
-  parser.add_argument(
-    '--text',
-    metavar='FILE',
-    help='UTF-8 text to write, a sentence a line (default: words of the '
-    'vocabulary at random)',
-  )
-  parser.add_argument(
-    '--fonts',
-    action='append',
-    default=[],
-    metavar='DIR',
+    '--fonts', action='append', default=[], metavar='DIR',
     help='a folder of further fonts; may be repeated',
-  )
-  parser.add_argument(
-    '--documents',
-    metavar='DIR',
-    help='PDF or HTML files to take pages from (default: composed)',
-  )
-  parser.add_argument(
-    '--backgrounds',
-    metavar='DIR',
-    help='photographs to lay pages on (default: composed)',
-  )
-  parser.add_argument(
-    '--chromium',
-    metavar='PROGRAM',
-    help='the browser for html (default: $CHROMIUM, or where it usually is)',
-  )
+  )  # fmt: skip
   parser.add_argument(
     '--workers', type=int, default=1, help='processes (default: %(default)s)'
   )
   parser.add_argument(
-    '--per_shard',
-    type=int,
-    default=512,
-    metavar='N',
-    help='pages in a shard (default: %(default)s)',
+    '--again', action='store_true', help='make all shards again'
   )
   flags, _ = entry.parse(parser, argv)
-  if flags.workers < 1:
-    raise ConfigError(f'--workers {flags.workers}: give 1 or more')
+  flags.fonts = tuple(flags.fonts)
   making = make.Making(
-    kind=flags.kind,
-    count=flags.n,
-    seed=flags.seed,
-    chinese=flags.chinese,
-    text=flags.text,
-    fonts=tuple(flags.fonts),
-    documents=flags.documents,
-    backgrounds=flags.backgrounds,
-    chromium=flags.chromium,
-    per_shard=flags.per_shard,
+    **{name: x for name, x in vars(flags).items() if name in _DEFAULTS}
   )
   with bars(console) as progress:
     made = make.make(
@@ -110,6 +89,8 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
       flags.output,
       flags.workers,
       functools.partial(progress, f'making {flags.kind}'),
+      flags.again,
+      functools.partial(console.print, soft_wrap=True, markup=False),
     )
   console.print(
     f'{made.folder}: {sum(made.lengths):,} pages in {len(made.lengths)} shards'

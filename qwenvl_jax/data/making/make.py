@@ -4,25 +4,39 @@ A page depends on the seed, its kind and its number only, and on the fonts of
 the machine. Shards that are written are not written again.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-import multiprocessing
 import os
 import pathlib
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from qwenvl_jax.data import shard_files, storage
-from qwenvl_jax.data.making import pages, pdf, typefaces, web, words
-from qwenvl_jax.data.making.page import Page, count_chinese
+from qwenvl_jax import buckets
+from qwenvl_jax.data import shard_files, sharded_job, storage
+from qwenvl_jax.data.bad import Counts
+from qwenvl_jax.data.languages import language_of
+from qwenvl_jax.data.making import (
+  backgrounds,
+  pages,
+  pdf,
+  typefaces,
+  web,
+  words,
+)
+from qwenvl_jax.data.making.page import Page, RefusedError
 from qwenvl_jax.data.records import Record, Word
+from qwenvl_jax.data.sharded_job import Progress, ShardedJob
 from qwenvl_jax.errors import ConfigError, DataError
 
 KINDS = ('pages', 'pdf', 'html')
+# What counts are of.
+_PAGES = 'pages'
 
-Progress = Callable[[int, int], None]
+# Few, so that a thousand pages are work for several processes.
+PER_SHARD = 128
+# As many as their names can count.
+_MOST_SHARDS = 99_999
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,14 +44,13 @@ class Making:
   """What is made.
 
   Attributes:
-    kind: 'pages' (SynthDoG), 'pdf' or 'html'.
-    count: pages; of a person's documents, the most that are tried.
+    kind: 'pages' (SynthDoG), or those of documents: 'pdf' or 'html'.
+    count: pages; of documents, the most that are tried.
     seed: other pages for another seed.
-    chinese: share of pages in Chinese; not of a person's documents.
+    chinese: share of pages in Chinese; not of documents.
     text: a UTF-8 file of text to write; None for words at random.
     fonts: folders with further fonts.
-    documents: a folder of PDF or HTML files to take pages from; None to compose
-      them.
+    documents: a folder of PDF or HTML files to take pages from.
     backgrounds: a folder of photographs to lay pages on; None to compose them.
     chromium: the browser's program; None to look for it.
     per_shard: pages in a shard.
@@ -54,7 +67,7 @@ class Making:
   documents: str | None = None
   backgrounds: str | None = None
   chromium: str | None = None
-  per_shard: int = 512
+  per_shard: int = PER_SHARD
   side: tuple[int, int] = (640, 1120)
   quality: int = 90
 
@@ -64,14 +77,26 @@ class Making:
     for name in ('count', 'per_shard'):
       if getattr(self, name) < 1:
         raise ConfigError(f'{name}={getattr(self, name)}: give 1 or more')
+    if self.count > _MOST_SHARDS * self.per_shard:
+      raise ConfigError(
+        f'{self.count:,} pages in more than {_MOST_SHARDS:,} shards: raise '
+        '--per_shard'
+      )
     if not 0 <= self.chinese <= 1:
       raise ConfigError(f'chinese={self.chinese} is no share from 0 to 1')
     if self.documents and self.kind == 'pages':
       raise ConfigError("kind 'pages' takes no documents; give pdf or html")
+    if not self.documents and self.kind != 'pages':
+      raise ConfigError(
+        f'kind {self.kind!r} needs --documents, a folder of such files; '
+        "composed pages are of kind 'pages'"
+      )
 
 
-class RefusedError(Exception):
-  """A document's page that cannot be used; the text is the reason."""
+# Bytes of an HTML file; what is behind them would not be on the first screen.
+_MAX_HTML = 16 << 20
+# A page is drawn anew if nothing fits it.
+_TRIES = 100
 
 
 class Maker:
@@ -100,10 +125,8 @@ class Maker:
     """
     making = self._making
     rng = random.Random(f'{making.kind}-{making.seed}-{number}')
-    page, language = self._page(rng, number)
-    if language is None:
-      text = ''.join(line.text for line in page.lines)
-      language = 'zh' if 2 * count_chinese(text) > len(text) else 'en'
+    draw = self._draw if making.kind == 'pages' else self._document
+    page, language = draw(rng, number)
     # As it can be read again: the picture is what it is after compression.
     return storage.serialize(
       Record(
@@ -121,39 +144,40 @@ class Maker:
       )
     )
 
-  def _page(self, rng, number) -> tuple[Page, str | None]:
-    making = self._making
-    language = 'zh' if rng.random() < making.chinese else 'en'
-    side = rng.randint(*making.side)
-    written = self._words, self._faces, language
-    if making.kind == 'pages':
-      page = pages.draw(rng, self._style, *written, making.backgrounds)
-      if not page.lines:  # Too narrow for what was chosen: another try.
-        return self._page(rng, number)
-      return page, language
-    if making.documents:
-      return self._document(rng, number, side), None
-    if making.kind == 'pdf':
-      return pdf.read(pdf.compose(rng, *written), 0, side), language
-    page = self._browser.show(web.compose(rng, *written), _window(rng, side))
-    if page is None:
-      raise RefusedError('no_text')
-    return page, language
+  def _draw(self, rng, number) -> tuple[Page, str]:
+    for _ in range(_TRIES):
+      language, side = self._language_and_side(rng)
+      del side
+      page = pages.draw(
+        rng, self._style, self._words, self._faces, language,
+        self._making.backgrounds,
+      )  # fmt: skip
+      if page.lines:  # Else it was too narrow for what was chosen.
+        return page, language
+    raise DataError(
+      f'page {number}: nothing could be written on it in {_TRIES} tries; give '
+      'other --text or more --fonts'
+    )
 
-  def _document(self, rng, number, side) -> Page:
+  def _language_and_side(self, rng) -> tuple[str, int]:
+    language = 'zh' if rng.random() < self._making.chinese else 'en'
+    return language, rng.randint(*self._making.side)
+
+  def _document(self, rng, number) -> tuple[Page, str]:
     path, index = _chosen(self._making)[number]
+    _, side = self._language_and_side(rng)
     try:
       if self._making.kind == 'pdf':
-        return pdf.read(path, index, side)
-      document = web.read_file(pathlib.Path(path))
-    except pdf.RefusedError as error:
-      raise RefusedError(str(error)) from error
+        page = pdf.read(path, index, side)
+      else:
+        with buckets.open_regular(pathlib.Path(path)) as file:
+          markup = file.read(_MAX_HTML).decode('utf-8', 'replace')
+        page = self._browser.show(markup, _window(rng, side))
     except (DataError, OSError) as error:
       raise RefusedError('unreadable_file') from error
-    page = self._browser.show(document, _window(rng, side))
     if page is None:
       raise RefusedError('no_text')
-    return page
+    return page, language_of(''.join(line.text for line in page.lines))
 
 
 def _window(rng, side) -> tuple[int, int]:
@@ -213,6 +237,8 @@ def make(
   output: str | os.PathLike,
   workers: int = 1,
   progress: Progress = lambda done, total: None,
+  again: bool = False,
+  say: Callable[[str], None] = lambda line: None,
 ) -> Made:
   """Writes the data set, or goes on writing it.
 
@@ -220,7 +246,9 @@ def make(
     making: what is made.
     output: the folder, DATA_DIR/NAME.
     workers: processes.
-    progress: called with how many pages were tried, and of how many.
+    progress: called with how many pages are done, and of how many.
+    again: makes everything again, with other settings if need be.
+    say: called with lines about what is made again.
 
   Raises:
     ConfigError: other settings than the folder was begun with, or something
@@ -229,127 +257,130 @@ def make(
   """
   output = pathlib.Path(output).expanduser()
   folder = output / storage.VERSION
-  total = len(_chosen(making)) if making.documents else making.count
-  count = -(-total // making.per_shard)
+  _chosen.cache_clear()  # The files may be others since.
+  total = len(_chosen(making)) if making.kind != 'pages' else making.count
+  ranges = [
+    range(first, min(first + making.per_shard, total))
+    for first in range(0, total, making.per_shard)
+  ]
+  origins = tuple(_origin(making, numbers) for numbers in ranges)
+  job = ShardedJob(folder, output.name, 'train', origins)
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    _begin(making, output)
-    with _Crew(making, workers) as crew:
-      states = []
-      for shard in range(count):
-        first = shard * making.per_shard
-        numbers = range(first, min(first + making.per_shard, total))
-        path = folder / storage.shard_name(output.name, 'train', shard, count)
-        states.append(_shard(crew, numbers, path, progress, total))
-    lengths = tuple(length for length, _ in states)
-    refused = sum((refused for _, refused in states), Counter())
+    sharded_job.check_settings(
+      output / 'settings.txt', _settings(making), again
+    )
+    for line in job.begin(again):
+      say(line)
+    left = job.unfinished()
+    if left:
+      (folder / storage.INFO).unlink(missing_ok=True)
+    # Alone, this process tells of every page.
+    tell = None
+    if workers == 1:
+      tell = functools.partial(_tell, progress, total)
+    with _closing_makers():
+      sharded_job.run(
+        {
+          shard: functools.partial(
+            _write_shard, making, job, shard, ranges[shard], tell
+          )
+          for shard in left
+        },
+        workers,
+        (lambda done, count: None) if tell else progress,
+      )
+    lengths, counts = job.totals()
+    refused = counts.of(_PAGES)
     if not sum(lengths):
       raise DataError(
-        f'none of {total} pages of {making.documents} can be used: '
-        f'{dict(refused)}'
+        f'none of {total} pages of {making.documents} can be used: {refused}'
       )
-    if not (folder / storage.INFO).exists():
+    if storage.split_lengths(folder) != {'train': lengths}:
       storage.write_info(
         folder,
         output.name,
-        {'train': list(lengths)},
+        {'train': lengths},
         description=f'Pages with text and its places: {making.kind}.',
       )
-    shard_files.remove_partial(folder)
   except OSError as error:
     raise DataError(
       f'cannot write to {output} ({error}); free some space or name another '
       'folder: finished shards stay'
     ) from error
-  return Made(folder, lengths, dict(refused))
+  return Made(folder, tuple(lengths), refused)
 
 
-def _begin(making, output):
-  """Writes or compares the settings, fonts included."""
-  names = [pathlib.Path(x.path).name for x in typefaces.find(making.fonts)]
-  now = f'{making!r}\n{" ".join(names)}\n'
-  settings = output / 'settings.txt'
-  if not settings.exists():
-    shard_files.write_text(settings, now)
-    return
-  before = settings.read_text(encoding='utf-8')
-  if before != now:
-    what = 'fonts' if before.split('\n')[0] == repr(making) else 'settings'
-    raise ConfigError(
-      f'{output} was begun with other {what} (its settings.txt says which); '
-      'name another folder, or delete this one'
-    )
+def _settings(making: Making) -> str:
+  """All that decides what pages look like, but for documents."""
+  fonts = (pathlib.Path(x.path).name for x in typefaces.find(making.fonts))
+  lines = [repr(making), f'fonts: {" ".join(fonts)}']
+  if making.text:
+    lines.append(f'text: {sharded_job.origin_of(pathlib.Path(making.text))}')
+  if making.backgrounds:
+    found = backgrounds.pictures(making.backgrounds)
+    files = _files(found)
+    lines.append(f'backgrounds: {len(found)} files, {files}')
+  return '\n'.join(lines) + '\n'
 
 
-def _shard(crew, numbers, path, progress, total) -> tuple[int, Counter]:
-  """Writes a shard unless it is there: its length and what was refused."""
-  done = path.with_name(f'{path.name}.refused')
-  if path.exists() and done.exists():
-    refused = Counter(done.read_text().split())
-    progress(numbers[-1] + 1, total)
-    return len(numbers) - sum(refused.values()), refused
-  refused = Counter()
+def _origin(making: Making, numbers: range) -> str:
+  pages = f'pages {numbers[0]} to {numbers[-1]}'
+  if making.kind == 'pages':
+    return pages
+  chosen = _chosen(making)[numbers.start : numbers.stop]
+  files = dict.fromkeys(file for file, _ in chosen)
+  return f'{pages} of {_files(files)}'
+
+
+def _files(paths: Iterable[str]) -> str:
+  found = map(sharded_job.origin_of, map(pathlib.Path, paths))
+  return f'files {sharded_job.digest(found)}'
+
+
+def _tell(progress: Progress, total: int, number: int) -> None:
+  progress(number + 1, total)
+
+
+def _write_shard(
+  making: Making,
+  job: ShardedJob,
+  shard: int,
+  numbers: range,
+  tell: Callable[[int], None] | None,
+) -> None:
+  """Writes a shard, and what was refused."""
+  maker, counts = _maker(making), Counts()
 
   def records() -> Iterator[bytes]:
-    for number, (record, reason) in zip(numbers, crew.make(numbers)):
-      if record is None:
-        refused[reason] += 1
-      else:
-        yield record
-      progress(number + 1, total)
+    for number in numbers:
+      counts.seen(_PAGES)
+      try:
+        yield maker.record(number)
+      except RefusedError as error:
+        counts.dropped(_PAGES, str(error))
+      if tell:
+        tell(number)
 
-  length = shard_files.write_records(path, records())
-  shard_files.write_text(done, ' '.join(refused.elements()))
-  return length, refused
-
-
-class _Crew:
-  """Processes that make pages in order; or this one."""
-
-  def __init__(self, making, workers):
-    self._making = making
-    self._workers = workers
-    self._pool = None
-    self._maker = None
-
-  def __enter__(self):
-    if self._workers > 1:
-      self._pool = concurrent.futures.ProcessPoolExecutor(
-        self._workers,
-        multiprocessing.get_context('spawn'),
-        _start,
-        (self._making,),
-      )
-    return self
-
-  def __exit__(self, *error):
-    if self._pool is not None:
-      self._pool.shutdown(cancel_futures=True)
-    if self._maker is not None:
-      self._maker.close()
-
-  def make(self, numbers):
-    """(record, '') or (None, reason) for each number."""
-    if self._pool is None:
-      if self._maker is None:
-        self._maker = Maker(self._making)
-      return (_made(self._maker, number) for number in numbers)
-    return self._pool.map(_made_here, numbers, chunksize=4)
+  length = shard_files.write_records(job.path(shard), records())
+  job.finish(shard, {'length': length, 'counts': counts.as_dict()})
 
 
-def _made(maker, number) -> tuple[bytes | None, str]:
+@functools.lru_cache(maxsize=1)
+def _maker(making: Making) -> Maker:
+  """That of this process."""
+  _MADE.append(Maker(making))
+  return _MADE[-1]
+
+
+_MADE = []
+
+
+@contextlib.contextmanager
+def _closing_makers() -> Iterator[None]:
+  """A worker's browser ends with the worker, that of this process here."""
   try:
-    return maker.record(number), ''
-  except RefusedError as error:
-    return None, str(error)
-
-
-_MAKER = []  # Of this worker process.
-
-
-def _start(making):
-  _MAKER.append(Maker(making))
-
-
-def _made_here(number):
-  return _made(_MAKER[0], number)
+    yield
+  finally:
+    _maker.cache_clear()
+    while _MADE:
+      _MADE.pop().close()

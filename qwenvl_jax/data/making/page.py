@@ -6,13 +6,18 @@ import re
 
 from PIL import Image
 
+from qwenvl_jax.text import special_tokens
+
 Quad = tuple[tuple[float, float], ...]
 
-_TAG = re.compile(r'</?(?:img|ref|box|quad)>|<imgpad>|<\|')
 # White space of any kind, and signs that no one sees.
 _UNSEEN = re.compile(
   '[\x00-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060\ufeff]'
 )
+
+
+class RefusedError(Exception):
+  """A page that cannot be learned from; the text is the reason, in one word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +50,12 @@ class Page:
 def readable(text: str) -> str:
   """One line as it is read: single spaces, nothing unseen.
 
-  Empty if it holds the model's own tags, which no text to learn may hold.
+  Empty if it holds a special token, which no text to learn may hold.
   """
   text = ' '.join(_UNSEEN.sub(' ', text).split())
-  return '' if _TAG.search(text) else text
+  return '' if special_tokens.find(text) else text
 
 
 def upright(left: float, top: float, right: float, bottom: float) -> Quad:
   """The quad of an upright box."""
   return (left, top), (right, top), (right, bottom), (left, bottom)
-
-
-def count_chinese(text: str) -> int:
-  return sum('\u4e00' <= c <= '\u9fff' for c in text)

@@ -1,29 +1,18 @@
-"""PDF pages: pictures of them and the lines of their text, by pdfium.
-
-Pages of documents that a person has, or of documents composed here.
-"""
+"""PDF pages: pictures of them and the lines of their text, by pdfium."""
 
 import ctypes
 import dataclasses
-import datetime
-import io
-import logging
 import math
-import random
-from collections.abc import Sequence
 
-from PIL import Image
-
-from qwenvl_jax.data.making import backgrounds, documents
-from qwenvl_jax.data.making.page import Line, Page, readable, upright
-from qwenvl_jax.data.making.typefaces import Typeface, of_language
-from qwenvl_jax.data.making.words import Words
+from qwenvl_jax.data.making.page import (
+  Line,
+  Page,
+  RefusedError,
+  readable,
+  upright,
+)
 from qwenvl_jax.errors import ConfigError, DataError
 
-_MISSING = (
-  'PDF pages need the packages pypdfium2 and fpdf2; run '
-  "`pip install 'qwenvl_jax[ocr]'`"
-)
 # Device units a pixel: pdfium gives whole ones.
 _FINE = 64
 # Gaps of so many letter heights part a line, as between columns or cells.
@@ -32,10 +21,6 @@ _GAP = 1.6
 _ASKEW = 0.03
 # Pages are refused if more of their letters have no meaning in Unicode.
 _MOST_UNKNOWN = 0.01
-
-
-class RefusedError(Exception):
-  """A page that cannot be learned from; the text is the reason, in one word."""
 
 
 @dataclasses.dataclass
@@ -78,6 +63,8 @@ def read(source: str | bytes, number: int, side: int) -> Page:
     try:
       page = document[number]
       width, height = page.get_size()
+      if not min(width, height) > 0:
+        raise RefusedError('damaged_page')
       bitmap = page.render(scale=side / max(width, height))
       picture = bitmap.to_pil().convert('RGB')
       lines = _lines(page, picture.size)
@@ -92,11 +79,14 @@ def _opened(source):
   try:
     import pypdfium2
   except ImportError as error:
-    raise ConfigError(_MISSING) from error
+    raise ConfigError(
+      'PDF pages need the package pypdfium2; run '
+      "`pip install 'qwenvl_jax[ocr]'`"
+    ) from error
   try:
     return pypdfium2.PdfDocument(source)
   except (pypdfium2.PdfiumError, OSError) as error:
-    name = source if isinstance(source, str) else 'a composed document'
+    name = source if isinstance(source, str) else 'what was given'
     raise DataError(
       f'{name} is no PDF that can be opened ({error}); take it away'
     ) from error
@@ -201,138 +191,3 @@ def _line(run: list[_Glyph]) -> list[Line]:
     for part, words in zip(parts, text)
     if readable(words)
   ]
-
-
-_PAPERS = ((595, 842), (612, 792), (842, 595), (720, 540))
-
-
-def compose(
-  rng: random.Random,
-  words: Words,
-  faces: Sequence[Typeface],
-  language: str,
-) -> bytes:
-  """A document of one page, as PDF: one or two columns of all kinds of parts.
-
-  Args:
-    rng: decides everything.
-    words: what is written.
-    faces: the fonts; those that write the language are used.
-    language: 'en' or 'zh'.
-  """
-  try:
-    import fpdf
-  except ImportError as error:
-    raise ConfigError(_MISSING) from error
-  # It warns of tables without outlines (bitmaps), which no page needs.
-  logging.getLogger('fontTools.subset').setLevel(logging.ERROR)
-  width, height = rng.choice(_PAPERS)
-  # OpenType fonts of Chinese are too large to embed for every page.
-  able = [
-    face
-    for face in of_language(faces, language)
-    if not (language == 'zh' and face.path.endswith('.otf'))
-  ]
-  face = rng.choice(able)
-  pdf = fpdf.FPDF(unit='pt', format=(width, height))
-  # The same page, the same bytes.
-  pdf.set_creation_date(datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC))
-  pdf.set_margin(0)
-  pdf.set_auto_page_break(False)
-  pdf.c_margin = 0
-  pdf.add_page()
-  pdf.add_font('text', fname=face.path)
-  margin = rng.uniform(0.06, 0.11) * width
-  columns = 1 if width < 700 and rng.random() < 0.6 else 2
-  gap = 0.04 * width
-  column = (width - 2 * margin - gap * (columns - 1)) / columns
-  size = rng.uniform(9.5, 16)
-  if rng.random() < 0.2:
-    pdf.set_fill_color(*(rng.randint(200, 250) for _ in range(3)))
-    pdf.rect(0, 0, width, height, style='F')
-  pen = _Pen(pdf, rng, size, column, height - margin, language)
-  for number in range(columns):
-    pen.x, pen.y = margin + number * (column + gap), margin
-    for part in documents.compose(rng, words, language, face.characters):
-      if not pen.put(part):
-        break
-  return bytes(pdf.output())
-
-
-@dataclasses.dataclass
-class _Pen:
-  """Writes parts of a document below each other."""
-
-  pdf: object
-  rng: random.Random
-  size: float
-  width: float
-  bottom: float
-  language: str
-  x: float = 0.0
-  y: float = 0.0
-
-  def put(self, part: documents.Part) -> bool:
-    """Whether there was room."""
-    write = {
-      'title': lambda: self._text(part.texts[0], 1.9),
-      'heading': lambda: self._text(part.texts[0], 1.35),
-      'paragraph': lambda: self._text(part.texts[0], 1.0),
-      'list': lambda: all(self._text(f'- {x}') for x in part.texts),
-      'table': lambda: self._table(part),
-      'picture': self._picture,
-    }[part.kind]
-    done = write()
-    self.y += 0.7 * self.size
-    return done
-
-  def _text(self, text, scale=1.0) -> bool:
-    size = self.size * scale
-    self.pdf.set_font('text', size=size)
-    # Chinese has no spaces to break at.
-    wrap = 'CHAR' if self.language == 'zh' else 'WORD'
-    settings = {
-      'w': self.width, 'h': 1.3 * size, 'text': text, 'wrapmode': wrap,
-      'align': 'L',
-    }  # fmt: skip
-    needed = self.pdf.multi_cell(**settings, dry_run=True, output='HEIGHT')
-    if self.y + needed > self.bottom:
-      return False
-    self.pdf.set_xy(self.x, self.y)
-    self.pdf.multi_cell(**settings)
-    self.y += needed
-    return True
-
-  def _table(self, part) -> bool:
-    rows = len(part.texts) // part.columns
-    cell, height = self.width / part.columns, 1.6 * self.size
-    if self.y + rows * height > self.bottom:
-      return False
-    self.pdf.set_font('text', size=0.85 * self.size)
-    for number, text in enumerate(part.texts):
-      x = self.x + (number % part.columns) * cell
-      y = self.y + (number // part.columns) * height
-      while text and self.pdf.get_string_width(text) > cell - 6:
-        text = text[:-1]
-      self.pdf.rect(x, y, cell, height)
-      self.pdf.text(x + 3, y + 0.7 * height, text)
-    self.y += rows * height
-    return True
-
-  def _picture(self) -> bool:
-    height = self.width * self.rng.uniform(0.25, 0.5)
-    if self.y + height > self.bottom:
-      return False
-    drawn = backgrounds.compose(
-      self.rng, (round(self.width), max(8, round(height)))
-    )
-    self.pdf.image(_png(drawn), self.x, self.y, self.width, height)
-    self.y += height
-    return True
-
-
-def _png(picture: Image.Image) -> io.BytesIO:
-  encoded = io.BytesIO()
-  picture.save(encoded, 'PNG')
-  encoded.seek(0)
-  return encoded

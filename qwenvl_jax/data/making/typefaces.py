@@ -48,12 +48,7 @@ class Typeface:
   languages: tuple[str, ...]
 
   def font(self, size: int) -> ImageFont.FreeTypeFont:
-    return _open(self.path, size)
-
-
-@functools.lru_cache(maxsize=512)
-def _open(path, size):
-  return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    return fonts.open_font(self.path, size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,8 +102,10 @@ def _typeface(path: str) -> Typeface | None:
 
 def _draws(path, text) -> bool:
   """Whether the font opens and draws different shapes for the characters."""
+  font = fonts.open_font(path, 24)
+  if font is None:
+    return False
   try:
-    font = _open(path, 24)
     first, second = (bytes(font.getmask(c)) for c in text)
   except (OSError, ValueError):
     return False

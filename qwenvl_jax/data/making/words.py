@@ -14,8 +14,11 @@ import random
 import re
 from collections.abc import Collection, Iterator
 
-from qwenvl_jax.data.making.page import count_chinese, readable
-from qwenvl_jax.errors import DataError
+from qwenvl_jax import buckets
+from qwenvl_jax.data.languages import is_chinese
+from qwenvl_jax.data.making.page import readable
+from qwenvl_jax.data.readers import fields
+from qwenvl_jax.errors import BadRecordError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 LANGUAGES = ('en', 'zh')
@@ -170,15 +173,14 @@ def from_file(path: str | os.PathLike, most: int = 1_000_000) -> Words:
   """
   sentences = {'en': [], 'zh': []}
   try:
-    with pathlib.Path(path).open(encoding='utf-8') as file:
-      for line in itertools.islice(file, most):
-        text = readable(line)
-        chinese = count_chinese(text)
-        if 2 * chinese >= len(text) > 0:
+    with buckets.open_regular(pathlib.Path(path)) as file:
+      for name, line in itertools.islice(fields.lines(file, path), most):
+        text = readable(fields.decode(line or b'', name))
+        if is_chinese(text):
           sentences['zh'].append(text)
         elif text.isascii() and ' ' in text:
           sentences['en'].append(text)
-  except (OSError, UnicodeDecodeError) as error:
+  except (OSError, BadRecordError) as error:
     raise DataError(f'{path} is no readable UTF-8 text: {error}') from error
   if not any(sentences.values()):
     raise DataError(

@@ -36,19 +36,24 @@ def best_answer(answers: Sequence[str], confidences: Sequence[str] = ()) -> str:
 def qa(question: str, answers: Any, record: str, id_: str = '') -> Qa:
   """A question with one answer, a list, or a list with confidences.
 
+  Empty ones of several answers are left out.
+
   Raises:
     BadRecordError: no answer, or one that is not text.
   """
   answers = answers if isinstance(answers, list) else [answers]
-  given = [
-    fields.text_field(x, 'answer' if isinstance(x, dict) else '', record)
-    for x in answers
-  ]
+  given, sure = [], []
+  for answer in answers:
+    key = 'answer' if isinstance(answer, dict) else ''
+    try:
+      given.append(fields.text_field(answer, key, record))
+    except BadRecordError as error:
+      if error.reason != 'empty_text' or len(answers) == 1:
+        raise
+      continue
+    sure.append(answer.get('answer_confidence', 'yes') if key else 'yes')
   if not given:
     raise BadRecordError('empty_text', f'{record}: no answer')
-  sure = [
-    x.get('answer_confidence', 'yes') for x in answers if isinstance(x, dict)
-  ]
   return Qa(
     question=question,
     answer=best_answer(given, sure),
@@ -57,16 +62,18 @@ def qa(question: str, answers: Any, record: str, id_: str = '') -> Qa:
   )
 
 
-class _Asked:
+class _Asked(fields.Annotated):
   """What readers of questions share: pairs of an image and a question."""
-
-  folder: str
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
 
   def pairs(self, root: pathlib.Path):
     """(image, Qa) pairs, and errors."""
+    found = fields.load_json(root, self.file)
+    for key, entry in fields.entries(found):
+      record = f'{self.file}, {key}'
+      yield from fields.guarded(self._pairs(key, entry, record), record)
+
+  def _pairs(self, key: str, entry: Any, record: str):
+    """(image, Qa) pairs of an entry of the annotations."""
     raise NotImplementedError
 
   def records(self, root: pathlib.Path) -> fields.Found:
@@ -105,27 +112,21 @@ class QaTable(_Asked):
   answer_key: str = 'answer'
   id_key: str = 'question_id'
 
-  @property
-  def files(self) -> tuple[str, ...]:
-    return tuple(x for x in (self.file, self.folder) if x)
-
   def pairs(self, root: pathlib.Path):
     """(image, Qa) pairs, and errors."""
-    entries = fields.field(
-      fields.load_json(root, self.file), self.at, self.file
-    )
-    if isinstance(entries, dict):
-      entries = ({self.id_key: key, **x} for key, x in entries.items())
-    for number, entry in enumerate(entries):
-      id_ = str(entry.get(self.id_key, number))
-      record = f'{self.file}, question {id_}'
-      try:
-        image = fields.text_field(entry, self.image_key, record)
-        question = fields.text_field(entry, self.question_key, record)
-        answers = fields.field(entry, self.answer_key, record)
-        yield self.image.format(image), qa(question, answers, record, id_)
-      except BadRecordError as error:
-        yield error
+    found = fields.load_json(root, self.file)
+    for key, entry in fields.entries(fields.field(found, self.at, self.file)):
+      yield from fields.attempt(
+        self._pair, key, entry, record=f'{self.file}, question {key}'
+      )
+
+  def _pair(self, key: str, entry: Any) -> tuple[str, Qa]:
+    id_ = str(entry.get(self.id_key, key))
+    record = f'{self.file}, question {id_}'
+    image = fields.text_field(entry, self.image_key, record)
+    question = fields.text_field(entry, self.question_key, record)
+    answers = fields.field(entry, self.answer_key, record)
+    return self.image.format(image), qa(question, answers, record, id_)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,24 +154,31 @@ class VqaPair(_Asked):
   def pairs(self, root: pathlib.Path):
     """(image, Qa) pairs, and errors."""
     annotations = fields.load_json(root, self.annotations)
-    answers = {
-      x.get('question_id'): x.get('answers')
-      for x in fields.field(annotations, 'annotations', self.annotations)
-    }
+    answers = {}
+    for _, entry in fields.entries(
+      fields.field(annotations, 'annotations', self.annotations)
+    ):
+      # What has none, or none that can be one, is a question without answers.
+      if isinstance(entry, dict) and isinstance(
+        entry.get('question_id'), (int, str)
+      ):
+        answers[entry['question_id']] = entry.get('answers')
     questions = fields.load_json(root, self.questions)
-    for entry in fields.field(questions, 'questions', self.questions):
-      id_ = entry.get('question_id')
-      record = f'{self.questions}, question {id_}'
-      try:
-        image = self.image.format(int(fields.field(entry, 'image_id', record)))
-        question = fields.text_field(entry, 'question', record)
-        if answers.get(id_) is None:
-          raise BadRecordError('empty_text', f'{record}: no answers')
-        yield image, qa(question, answers[id_], record, str(id_))
-      except BadRecordError as error:
-        yield error
-      except ValueError:
-        yield BadRecordError('malformed', f'{record}: image_id is no number')
+    for key, entry in fields.entries(
+      fields.field(questions, 'questions', self.questions)
+    ):
+      yield from fields.attempt(
+        self._pair, entry, answers, record=f'{self.questions}, number {key}'
+      )
+
+  def _pair(self, entry: Any, answers: dict) -> tuple[str, Qa]:
+    id_ = entry.get('question_id')
+    record = f'{self.questions}, question {id_}'
+    image = self.image.format(int(fields.field(entry, 'image_id', record)))
+    question = fields.text_field(entry, 'question', record)
+    if answers.get(id_) is None:
+      raise BadRecordError('empty_text', f'{record}: no answers')
+    return image, qa(question, answers[id_], record, str(id_))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,31 +193,21 @@ class OcrVqa(_Asked):
   file: str = 'dataset.json'
   folder: str = 'images'
 
-  @property
-  def files(self) -> tuple[str, ...]:
-    return self.file, self.folder
-
-  def pairs(self, root: pathlib.Path):
-    """(image, Qa) pairs, and errors."""
-    for key, entry in fields.load_json(root, self.file).items():
-      record = f'{self.file}, {key}'
-      try:
-        if fields.field(entry, 'split', record) != self.split:
-          continue
-        # Its own script stores each cover by key, with the URL's ending.
-        ending = pathlib.PurePosixPath(entry.get('imageURL', '')).suffix
-        both = zip(
-          fields.field(entry, 'questions', record),
-          fields.field(entry, 'answers', record),
-        )
-        for number, (question, answer) in enumerate(both):
-          question = fields.text_field(question, '', record)
-          yield (
-            f'{key}{ending or ".jpg"}',
-            qa(question, answer, record, f'{key}/{number}'),
-          )
-      except BadRecordError as error:
-        yield error
+  def _pairs(self, key: str, entry: Any, record: str):
+    if fields.field(entry, 'split', record) != self.split:
+      return
+    # Its own script stores each cover by key, with the URL's ending.
+    ending = pathlib.PurePosixPath(entry.get('imageURL', '')).suffix
+    both = zip(
+      fields.field(entry, 'questions', record),
+      fields.field(entry, 'answers', record),
+    )
+    for number, (question, answer) in enumerate(both):
+      question = fields.text_field(question, '', record)
+      yield (
+        f'{key}{ending or ".jpg"}',
+        qa(question, answer, record, f'{key}/{number}'),
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,23 +221,17 @@ class VisualGenomeQa(_Asked):
   file: str = 'question_answers.json'
   folder: str = 'images'
 
-  @property
-  def files(self) -> tuple[str, ...]:
-    return self.file, self.folder
+  def _pairs(self, key: str, entry: Any, record: str):
+    for asked in entry.get('qas', ()):
+      yield from fields.attempt(self._pair, asked, record=record)
 
-  def pairs(self, root: pathlib.Path):
-    """(image, Qa) pairs, and errors."""
-    for entry in fields.load_json(root, self.file):
-      for asked in entry.get('qas', ()):
-        id_ = str(asked.get('qa_id', ''))
-        record = f'{self.file}, question {id_}'
-        try:
-          question = fields.text_field(asked, 'question', record)
-          answer = fields.field(asked, 'answer', record)
-          image = fields.field(asked, 'image_id', record)
-          yield f'{image}.jpg', qa(question, answer, record, id_)
-        except BadRecordError as error:
-          yield error
+  def _pair(self, asked: Any) -> tuple[str, Qa]:
+    id_ = str(asked.get('qa_id', ''))
+    record = f'{self.file}, question {id_}'
+    question = fields.text_field(asked, 'question', record)
+    answer = fields.field(asked, 'answer', record)
+    image = fields.field(asked, 'image_id', record)
+    return f'{image}.jpg', qa(question, answer, record, id_)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,22 +253,29 @@ class Ai2d(_Asked):
 
   def pairs(self, root: pathlib.Path):
     """(image, Qa) pairs, and errors."""
-    with open(root / self.test_ids, newline='') as file:
+    with open(root / self.test_ids, newline='', encoding='utf-8-sig') as file:
       held_out = {row[0].strip() for row in csv.reader(file) if row}
     for file in sorted((root / self.questions).glob('*.json')):
       found = fields.load_json(root, f'{self.questions}/{file.name}')
-      image = str(found.get('imageName', file.stem))
-      if (image.partition('.')[0] in held_out) != self.test:
-        continue
-      for question, entry in found.get('questions', {}).items():
-        record = f'{file.name}, {question[:40]!r}'
-        try:
-          yield image, _choice(
-            question, entry, 'answerTexts', 'correctAnswer', record,
-            id_=str(entry.get('questionId', '')),
-          )  # fmt: skip
-        except BadRecordError as error:
-          yield error
+      yield from fields.guarded(
+        self._asked(found, file.stem, held_out), file.name
+      )
+
+  def _asked(self, found: Any, stem: str, held_out: set[str]):
+    image = str(found.get('imageName', stem))
+    if (image.partition('.')[0] in held_out) != self.test:
+      return
+    for question, entry in found.get('questions', {}).items():
+      record = f'{image}, {question[:40]!r}'
+      yield from fields.attempt(
+        self._pair, image, question, entry, record, record=record
+      )
+
+  def _pair(self, image, question, entry, record) -> tuple[str, Qa]:
+    id_ = str(entry.get('questionId', ''))
+    return image, _choice(
+      question, entry, 'answerTexts', 'correctAnswer', record, id_
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,20 +290,14 @@ class ScienceQa(_Asked):
   def files(self) -> tuple[str, ...]:
     return self.file, self.split
 
-  def pairs(self, root: pathlib.Path):
-    """(image, Qa) pairs, and errors."""
-    for key, entry in fields.load_json(root, self.file).items():
-      if entry.get('split') != self.split or not entry.get('image'):
-        continue
-      record = f'{self.file}, problem {key}'
-      try:
-        question = fields.text_field(entry, 'question', record)
-        made = _choice(question, entry, 'choices', 'answer', record, key)
-        hint = str(entry.get('hint') or '')
-        image = f'{self.split}/{key}/{entry["image"]}'
-        yield image, dataclasses.replace(made, context=hint)
-      except BadRecordError as error:
-        yield error
+  def _pairs(self, key: str, entry: Any, record: str):
+    if entry.get('split') != self.split or not entry.get('image'):
+      return
+    question = fields.text_field(entry, 'question', record)
+    made = _choice(question, entry, 'choices', 'answer', record, key)
+    hint = str(entry.get('hint') or '')
+    image = f'{self.split}/{key}/{entry["image"]}'
+    yield image, dataclasses.replace(made, context=hint)
 
 
 def _choice(question, entry, options_key, answer_key, record, id_) -> Qa:

@@ -1,7 +1,10 @@
 """Captions: COCO's annotation format and Karpathy's splits."""
 
+import collections
 import dataclasses
 import pathlib
+from collections.abc import Hashable
+from typing import Any
 
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.records import Record
@@ -9,7 +12,7 @@ from qwenvl_jax.errors import BadRecordError
 
 
 @dataclasses.dataclass(frozen=True)
-class CocoCaptions:
+class CocoCaptions(fields.Annotated):
   """COCO captions and NoCaps: `images` and `annotations` in one file.
 
   Attributes:
@@ -20,38 +23,40 @@ class CocoCaptions:
   file: str
   folder: str = ''
 
-  @property
-  def files(self) -> tuple[str, ...]:
-    return tuple(x for x in (self.file, self.folder) if x)
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
-
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image, with all its captions."""
     found = fields.load_json(root, self.file)
     name = pathlib.Path(self.file).stem
-    captions = fields.by_image(
-      (fields.field(x, 'image_id', name), x)
-      for x in fields.field(found, 'annotations', name)
+    captions = collections.defaultdict(list)
+    for key, note in fields.entries(fields.field(found, 'annotations', name)):
+      note_name = f'{name}, annotation {key}'
+      for pair in fields.attempt(_caption, note, note_name, record=note_name):
+        if isinstance(pair, BadRecordError):
+          yield pair
+        else:
+          captions[pair[0]].append(pair[1])
+    for key, entry in fields.entries(fields.field(found, 'images', name)):
+      yield from fields.attempt(
+        self._record, entry, name, captions, record=f'{name}, image {key}'
+      )
+
+  def _record(self, entry: Any, name: str, captions: dict) -> Record:
+    record = f'{name}/{entry.get("id")}'
+    return Record(
+      id=record,
+      images=(fields.text_field(entry, 'file_name', record),),
+      captions=tuple(captions.get(entry.get('id'), ())),
     )
-    for entry in fields.field(found, 'images', name):
-      record = f'{name}/{entry.get("id")}'
-      try:
-        texts = captions.get(entry.get('id'), ())
-        yield Record(
-          id=record,
-          images=(fields.text_field(entry, 'file_name', record),),
-          captions=tuple(
-            fields.text_field(x, 'caption', record) for x in texts
-          ),
-        )
-      except BadRecordError as error:
-        yield error
+
+
+def _caption(note: Any, record: str) -> tuple[Hashable, str]:
+  image = fields.field(note, 'image_id', record)
+  hash(image)  # Or the record is malformed.
+  return image, fields.text_field(note, 'caption', record)
 
 
 @dataclasses.dataclass(frozen=True)
-class Karpathy:
+class Karpathy(fields.Annotated):
   """Flickr30k (and others) in Karpathy's splits.
 
   Attributes:
@@ -64,28 +69,21 @@ class Karpathy:
   folder: str
   split: str
 
-  @property
-  def files(self) -> tuple[str, ...]:
-    return self.file, self.folder
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
-
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image, with all its captions."""
     found = fields.load_json(root, self.file)
-    for entry in fields.field(found, 'images', self.file):
-      record = f'{self.file}/{entry.get("imgid", entry.get("filename"))}'
-      try:
-        if fields.field(entry, 'split', record) != self.split:
-          continue
-        yield Record(
-          id=record,
-          images=(fields.text_field(entry, 'filename', record),),
-          captions=tuple(
-            fields.text_field(x, 'raw', record)
-            for x in fields.field(entry, 'sentences', record)
-          ),
-        )
-      except BadRecordError as error:
-        yield error
+    for key, entry in fields.entries(fields.field(found, 'images', self.file)):
+      record = f'{self.file}, image {key}'
+      yield from fields.guarded(self._records(entry), record)
+
+  def _records(self, entry: Any) -> fields.Found:
+    record = f'{self.file}/{entry.get("imgid", entry.get("filename"))}'
+    if fields.field(entry, 'split', record) == self.split:
+      yield Record(
+        id=record,
+        images=(fields.text_field(entry, 'filename', record),),
+        captions=tuple(
+          fields.text_field(x, 'raw', record)
+          for x in fields.field(entry, 'sentences', record)
+        ),
+      )

@@ -1,15 +1,41 @@
 """What readers have in common: annotation files and their fields."""
 
 import collections
+import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from math import isfinite
+from typing import Any, BinaryIO
 
+from qwenvl_jax import buckets
 from qwenvl_jax.data.records import Record
 from qwenvl_jax.errors import BadRecordError, DataError
 
 Found = Iterator[Record | BadRecordError]
+
+# Bytes of a line of JSON or text. A longer one holds no record to learn from.
+MAX_LINE = 16 << 20
+
+
+class Annotated:
+  """A data set whose annotations, in one file, name pictures in a folder.
+
+  Attributes:
+    file: the annotations.
+    folder: where the pictures are; '' for the download folder.
+  """
+
+  file: str
+  folder: str
+
+  @property
+  def files(self) -> tuple[str, ...]:
+    """What has to be there."""
+    return tuple(x for x in (self.file, self.folder) if x)
+
+  def images_in(self, root: pathlib.Path) -> pathlib.Path:
+    return root / self.folder
 
 
 def load_json(root: pathlib.Path, name: str) -> Any:
@@ -20,16 +46,75 @@ def load_json(root: pathlib.Path, name: str) -> Any:
   """
   file = root / name
   try:
-    return json.loads(file.read_bytes())
+    with buckets.open_regular(file) as stream:
+      return json.loads(stream.read())
   except OSError as error:
     raise DataError(
       f'{file} cannot be read ({error.strerror}); `qwenvl-data prepare --help` '
       'tells how to see what belongs into the folder'
     ) from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise DataError(
       f'{file} is not JSON in UTF-8 ({error}); download it again'
     ) from error
+
+
+def attempt(make: Callable, *arguments, record: str) -> Found:
+  """Yields what a function makes, or why the record cannot be used."""
+  return guarded((make(*arguments) for _ in (0,)), record)
+
+
+def guarded(found: Iterator, record: str) -> Found:
+  """Yields what a generator finds in a record, and why if it fails.
+
+  Fields of another type than the format has fail anywhere, in any way: each
+  makes the record malformed, and none ends the reading of the others.
+  """
+  try:
+    yield from found
+  except BadRecordError as error:
+    yield error
+  except (
+    AttributeError, TypeError, ValueError, LookupError, ArithmeticError,
+    RecursionError,
+  ) as error:  # fmt: skip
+    yield BadRecordError('malformed', f'{record}: {error!r:.300}')
+
+
+def entries(found: Any) -> Iterator[tuple[str, Any]]:
+  """Yields the entries of a dict with their keys, or of a list, numbered.
+
+  Raises:
+    TypeError: it is neither.
+  """
+  if isinstance(found, dict):
+    yield from found.items()
+  elif isinstance(found, list):
+    yield from ((str(number), x) for number, x in enumerate(found))
+  else:
+    raise TypeError(f'{found!r:.80} is no list')
+
+
+def lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes | None]]:
+  """Yields the lines of a file with what errors call them.
+
+  None stands for a line of more than `MAX_LINE` bytes, which is passed over.
+  """
+  for number in itertools.count(1):
+    line = file.readline(MAX_LINE + 1)
+    if not line:
+      return
+    is_whole = len(line) <= MAX_LINE
+    while len(line) > MAX_LINE and not line.endswith(b'\n'):
+      line = file.readline(MAX_LINE + 1)
+    yield f'{name}, line {number}', line if is_whole else None
+
+
+def too_long(record: str) -> BadRecordError:
+  """Returns the error of a line for which `lines` yields None."""
+  return BadRecordError(
+    'too_large', f'{record}: more than {MAX_LINE:,} bytes; divide it'
+  )
 
 
 def field(entry: Any, key: Any, record: str) -> Any:
@@ -53,6 +138,8 @@ def text_field(entry: Any, key: str, record: str) -> str:
     BadRecordError: none, empty, or something else.
   """
   value = field(entry, key, record)
+  if value is not None and is_missing(value):
+    raise BadRecordError('empty_text', f'{record}: {key!r} is {value}')
   if isinstance(value, (int, float)) and not isinstance(value, bool):
     value = str(value)
   if not isinstance(value, str):
@@ -62,14 +149,19 @@ def text_field(entry: Any, key: str, record: str) -> str:
   return value.strip()
 
 
+def is_missing(value: Any) -> bool:
+  """Whether there is no value: None, or NaN, by which pandas says so."""
+  return value is None or (isinstance(value, float) and not isfinite(value))
+
+
 def decode(data: bytes, record: str) -> str:
-  """Bytes as text.
+  """Bytes as text, without the byte order mark that some editors write.
 
   Raises:
     BadRecordError: not UTF-8.
   """
   try:
-    return data.decode()
+    return data.decode('utf-8-sig')
   except UnicodeDecodeError as error:
     raise BadRecordError('invalid_utf8', f'{record}: {error}') from error
 

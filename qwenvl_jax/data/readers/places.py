@@ -1,16 +1,19 @@
 """Phrases and boxes: RefCOCO and its sisters, Visual Genome's regions."""
 
+import collections
 import dataclasses
 import pathlib
 import pickle
+from typing import Any
 
+from qwenvl_jax import buckets
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.records import Record, Region
 from qwenvl_jax.errors import BadRecordError, DataError
 
 
 @dataclasses.dataclass(frozen=True)
-class Refer:
+class Refer(fields.Annotated):
   """RefCOCO, RefCOCO+ and RefCOCOg as their authors publish them.
 
   Attributes:
@@ -29,44 +32,47 @@ class Refer:
   def files(self) -> tuple[str, ...]:
     return self.refs, self.instances, self.folder
 
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
-
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image, a region for each sentence."""
     found = fields.load_json(root, self.instances)
-    boxes = {x['id']: x['bbox'] for x in found['annotations']}
-    images = {x['id']: x for x in found['images']}
-    grouped = fields.by_image(
-      (x.get('image_id'), x)
-      for x in load_pickle(root / self.refs)
-      if x.get('split') == self.split
+    boxes, images = (
+      {
+        x['id']: x
+        for x in found[key]
+        if isinstance(x, dict) and isinstance(x.get('id'), (int, str))
+      }
+      for key in ('annotations', 'images')
     )
+    grouped = collections.defaultdict(list)
+    for ref in load_pickle(root / self.refs):
+      if not isinstance(ref, dict):
+        yield BadRecordError('malformed', f'{self.refs}: {ref!r:.80}')
+      elif ref.get('split') == self.split:
+        grouped[str(ref.get('image_id'))].append(ref)
     for image_id, refs in grouped.items():
-      record = f'{self.refs}, image {image_id}'
-      try:
-        image = fields.field(images, image_id, record)
-        regions = [
-          Region(
-            fields.text_field(sentence, 'sent', record),
-            (
-              fields.corners(fields.field(boxes, ref.get('ann_id'), record),
-              record),
-            ),
-          )
-          for ref in refs
-          for sentence in fields.field(ref, 'sentences', record)
-        ]  # fmt: skip
-        yield Record(
-          id=f'{self.split}/{image_id}',
-          images=(fields.text_field(image, 'file_name', record),),
-          size=fields.size(image, record),
-          regions=tuple(regions),
+      yield from fields.attempt(
+        self._record, refs, boxes, images,
+        record=f'{self.refs}, image {image_id}',
+      )  # fmt: skip
+
+  def _record(self, refs: list, boxes: dict, images: dict) -> Record:
+    image_id = refs[0].get('image_id')
+    record = f'{self.refs}, image {image_id}'
+    image = fields.field(images, image_id, record)
+    regions = []
+    for ref in refs:
+      object_ = fields.field(boxes, ref.get('ann_id'), record)
+      box = fields.corners(fields.field(object_, 'bbox', record), record)
+      for sentence in fields.field(ref, 'sentences', record):
+        regions.append(
+          Region(fields.text_field(sentence, 'sent', record), (box,))
         )
-      except (BadRecordError, KeyError) as error:
-        if isinstance(error, KeyError):
-          error = BadRecordError('malformed', f'{record}: no {error}')
-        yield error
+    return Record(
+      id=f'{self.split}/{image_id}',
+      images=(fields.text_field(image, 'file_name', record),),
+      size=fields.size(image, record),
+      regions=tuple(regions),
+    )
 
 
 class _DataOnly(pickle.Unpickler):
@@ -83,7 +89,7 @@ def load_pickle(file: pathlib.Path) -> list:
     DataError: missing, damaged, or one that would run code.
   """
   try:
-    with open(file, 'rb') as stream:
+    with buckets.open_regular(file) as stream:
       return _DataOnly(stream, encoding='utf-8').load()
   except OSError as error:
     raise DataError(f'{file} cannot be read ({error.strerror})') from error
@@ -95,7 +101,7 @@ def load_pickle(file: pathlib.Path) -> list:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisualGenomeRegions:
+class VisualGenomeRegions(fields.Annotated):
   """Visual Genome's `region_descriptions.json`.
 
   Attributes:
@@ -105,30 +111,29 @@ class VisualGenomeRegions:
   file: str = 'region_descriptions.json'
   folder: str = 'images'
 
-  @property
-  def files(self) -> tuple[str, ...]:
-    return self.file, self.folder
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
-
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image; its size comes from the picture."""
-    for entry in fields.load_json(root, self.file):
-      record = f'{self.file}, image {entry.get("id")}'
-      try:
-        regions = []
-        for region in fields.field(entry, 'regions', record):
-          try:
-            box = [fields.field(region, x, record) for x in _XYWH]
-            phrase = fields.text_field(region, 'phrase', record)
-            regions.append(Region(phrase, (fields.corners(box, record),)))
-          except BadRecordError as error:
-            yield error
-        image = fields.field(entry, 'id', record)
-        yield Record(str(image), (f'{image}.jpg',), regions=tuple(regions))
-      except BadRecordError as error:
-        yield error
+    for key, entry in fields.entries(fields.load_json(root, self.file)):
+      record = f'{self.file}, number {key}'
+      yield from fields.guarded(self._records(entry), record)
+
+  def _records(self, entry: Any) -> fields.Found:
+    record = f'{self.file}, image {entry.get("id")}'
+    regions = []
+    for region in fields.field(entry, 'regions', record):
+      for found in fields.attempt(_region, region, record, record=record):
+        if isinstance(found, BadRecordError):
+          yield found
+        else:
+          regions.append(found)
+    image = fields.field(entry, 'id', record)
+    yield Record(str(image), (f'{image}.jpg',), regions=tuple(regions))
+
+
+def _region(region: Any, record: str) -> Region:
+  box = [fields.field(region, x, record) for x in _XYWH]
+  phrase = fields.text_field(region, 'phrase', record)
+  return Region(phrase, (fields.corners(box, record),))
 
 
 _XYWH = ('x', 'y', 'width', 'height')

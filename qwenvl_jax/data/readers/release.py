@@ -1,22 +1,18 @@
-"""The release's own formats, and plain text.
+"""The release's evaluation files, and plain text.
 
 Evaluation: a JSON object a line with an image's path, a question and an answer
-or a caption. Fine-tuning: a JSON list of `{'id': .., 'conversations': [{'from':
-.., 'value': ..}, ..]}` whose values name images as `<img>PATH</img>`.
+or a caption. `conversations` reads fine-tuning files.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 
-from qwenvl_jax.data.readers import fields
+from qwenvl_jax.data.readers import fields, json_lines
 from qwenvl_jax.data.readers.answers import qa
-from qwenvl_jax.data.records import Record, Region, Turn
+from qwenvl_jax.data.records import Record, Region
 from qwenvl_jax.errors import BadRecordError
-from qwenvl_jax.text.tokenizer import image_paths
 
-_CONTROL = re.compile(r'<\|(?:im_start|im_end|endoftext|extra_\d+)\|>')
 _REFERRED = re.compile(r'<ref>(.*?)</ref>')
 
 
@@ -42,24 +38,13 @@ class EvaluationLines:
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record a line."""
     for file in sorted(root.glob(self.file)):
-      with open(file, 'rb') as lines:
-        for number, line in enumerate(lines, start=1):
-          if line.strip():
-            yield from _caught(_line, line, f'{file.name}, line {number}')
+      for record, line in json_lines.lines(file):
+        if isinstance(line, BadRecordError) or line.strip():
+          yield from fields.attempt(_line, line, record, record=record)
 
 
-def _caught(make, *arguments) -> fields.Found:
-  try:
-    yield make(*arguments)
-  except BadRecordError as error:
-    yield error
-
-
-def _line(line: bytes, record: str) -> Record:
-  try:
-    entry = json.loads(fields.decode(line, record))
-  except (ValueError, RecursionError) as error:
-    raise BadRecordError('malformed', f'{record}: {error}') from error
+def _line(line: bytes | BadRecordError, record: str) -> Record:
+  entry = json_lines.parse(line, record)
   made = Record(record, (fields.text_field(entry, 'image', record),))
   if 'sent' in entry:
     phrase = fields.text_field(entry, 'sent', record)
@@ -80,50 +65,6 @@ def _line(line: bytes, record: str) -> Record:
   captions = caption if isinstance(caption, list) else [caption]
   captions = tuple(fields.text_field(x, '', record) for x in captions)
   return dataclasses.replace(made, captions=captions)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversations:
-  """The release's fine-tuning files: every `.json` of the folder.
-
-  Attributes:
-    folder: where the images are that the conversations name.
-  """
-
-  folder: str = ''
-
-  files = ()
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
-
-  def records(self, root: pathlib.Path) -> fields.Found:
-    """One record a conversation."""
-    for file in sorted(root.glob('*.json')):
-      for number, entry in enumerate(fields.load_json(root, file.name)):
-        name = entry.get('id', number) if isinstance(entry, dict) else number
-        yield from _caught(_conversation, entry, f'{file.name}, {name}')
-
-
-def _conversation(entry, record: str) -> Record:
-  turns, images = [], []
-  for turn in fields.field(entry, 'conversations', record):
-    role = fields.text_field(turn, 'from', record)
-    # Not stripped: white space is part of what is said.
-    text = fields.field(turn, 'value', record)
-    if role not in ('user', 'assistant') or not isinstance(text, str):
-      raise BadRecordError(
-        'malformed', f"{record}: a turn is of 'user' or 'assistant', with text"
-      )
-    if _CONTROL.search(text):
-      raise BadRecordError(
-        'control_token', f'{record}: a turn that writes a control token out'
-      )
-    images += image_paths(text)
-    turns.append(Turn(role, text))
-  if not any(x.role == 'assistant' and x.text.strip() for x in turns):
-    raise BadRecordError('empty_text', f'{record}: the assistant says nothing')
-  return Record(record, tuple(images), turns=tuple(turns))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,30 +98,30 @@ class PlainText:
         yield Record(record, language=self.language, text=text)
 
   def _documents(self, part):
-    lines = []
-    with open(part, 'rb') as file:
-      for number, line in enumerate(file, start=1):
-        record = f'{part.name}, line {number}'
-        try:
-          text = fields.decode(line, record)
-          if part.suffix == '.jsonl':
-            yield fields.text_field(_json(text, record), 'text', record)
-          elif text.strip():
-            lines.append(text)
-          elif lines:
-            yield ''.join(lines).strip()
-            lines = []
-        except BadRecordError as error:
-          yield error
+    lines, size = [], 0
+    for record, line in json_lines.lines(part):
+      try:
+        if isinstance(line, BadRecordError):
+          raise line
+        if part.suffix == '.jsonl':
+          if line.strip():
+            entry = json_lines.parse(line, record)
+            yield fields.text_field(entry, 'text', record)
+          continue
+        text = fields.decode(line, record)
+        if text.strip():
+          lines.append(text)
+          size += len(line)
+        if lines and (not text.strip() or size > fields.MAX_LINE):
+          yield ''.join(lines).strip()
+          lines, size = [], 0
+      except BadRecordError as error:
+        yield error
     if lines:
       yield ''.join(lines).strip()
 
 
-def _json(line: str, record: str):
-  try:
-    return json.loads(line)
-  except (ValueError, RecursionError) as error:
-    raise BadRecordError('malformed', f'{record}: {error}') from error
+_END = re.compile(r'\n|[.!?] |[。！？]')
 
 
 def pieces(text: str, longest: int) -> list[str]:
@@ -189,10 +130,12 @@ def pieces(text: str, longest: int) -> list[str]:
   >>> pieces('One. Two. Three.', 10)
   ['One. Two. ', 'Three.']
   """
-  found = []
-  while len(text) > longest:
-    ends = list(re.finditer(r'\n|[.!?] |[。！？]', text[:longest]))
-    cut = ends[-1].end() if ends else longest
-    found.append(text[:cut])
-    text = text[cut:]
-  return [*found, text] if text.strip() else found
+  found, at = [], 0
+  while len(text) - at > longest:
+    ends = [x.end() for x in _END.finditer(text, at, at + longest)]
+    cut = ends[-1] if ends else at + longest
+    found.append(text[at:cut])
+    at = cut
+  if text[at:].strip():
+    found.append(text[at:])
+  return found

@@ -32,7 +32,7 @@ def test_tar(tmp_path):
   first, *rest = read(path)
   assert first.id == '00000.tar/a/1' and first.text == 'a cat'
   assert first.picture.encoded == corpus.jpeg(1) and first.score == 0.31
-  assert reasons(rest) == ['no_text', 'text_encoding']
+  assert reasons(rest) == ['empty_text', 'invalid_utf8']
 
 
 @pytest.mark.parametrize('cut', [600, 5000, 10240])
@@ -44,7 +44,7 @@ def test_a_tar_that_is_cut_off_gives_what_comes_before(tmp_path, cut):
   whole = path.read_bytes().rstrip(b'\0')
   path.write_bytes(whole[:-cut])
   found = read(path)
-  assert reasons(found)[-1] == 'damaged_shard'
+  assert reasons(found)[-1] == 'unreadable_record'
   assert set(reasons(found)[:-1]) <= {''} and len(found) <= 4
 
 
@@ -58,9 +58,9 @@ def test_parquet(tmp_path):
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
   found, broken = read(path)
   assert found.id == '00000.parquet/k1' and found.score == 0.3
-  assert broken.reason == 'no_image' and '404' in broken.detail
+  assert broken.reason == 'missing_image' and '404' in broken.detail
   path.write_bytes(path.read_bytes()[:-100])
-  assert reasons(read(path)) == ['damaged_shard']
+  assert reasons(read(path)) == ['unreadable_record']
 
 
 def test_jsonl_opens_nothing_outside_its_folder(tmp_path):
@@ -80,7 +80,9 @@ def test_jsonl_opens_nothing_outside_its_folder(tmp_path):
   (folder / 'a.jsonl').write_text('\n'.join([*lines, '{broken', '[1]']))
   found = read(folder / 'a.jsonl')
   assert isinstance(found[0], Pair)
-  assert reasons(found[1:]) == ['no_image'] * 6
+  assert reasons(found[1:]) == [
+    *['outside_root'] * 3, 'missing_image', 'malformed', 'malformed',
+  ]  # fmt: skip
 
 
 def test_fields_of_ones_own(tmp_path):

@@ -1,13 +1,23 @@
 """The steps of cleaning without Beam: a runner of a few lines stands for it."""
 
+import dataclasses
 import json
+import os
 import pathlib
+import shutil
 
 import corpus
 import pytest
 
 from qwenvl_jax.data import sources
-from qwenvl_jax.data.cleaning import inputs, pipeline, shards, unique
+from qwenvl_jax.data.cleaning import (
+  cli,
+  image_rules,
+  inputs,
+  pipeline,
+  shards,
+  unique,
+)
 from qwenvl_jax.data.cleaning.tally import KEPT, Tally
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -199,3 +209,104 @@ def test_tallies_add_up_and_survive_json(finished):
   assert again == tally
   assert (tally + again).outcomes['web', KEPT] == 8
   assert len((tally + again).thinned(1).altered) == 2
+
+
+def test_changed_input_is_cleaned_again(folder, tmp_path):
+  """Before the folder is complete only what has changed, then everything."""
+  for name in ('00000.tar', '00001.tar', 'sbu'):
+    copy = shutil.copytree if name == 'sbu' else shutil.copy
+    copy(folder / name, tmp_path / name)
+  output = tmp_path / 'data' / 'pairs'
+  job = corpus.job(tmp_path, output)
+  assert pipeline.begin(job) == []
+  for number in range(3):
+    shards.clean_shard(job, number)
+  corpus.write_tar(
+    tmp_path / '00001.tar', [('new', 'a new tower', corpus.jpeg(30), 0.4)]
+  )
+  job = corpus.job(tmp_path, output)
+  (line,) = pipeline.begin(job)
+  assert '1 of 3 shards' in line and '00001.tar' in line
+  assert [job.is_cleaned(x) for x in range(3)] == [True, False, True]
+  before = run(job)
+  assert before.outcomes['web', KEPT] == 3 and job.is_complete
+  assert pipeline.begin(job) == [] and job.is_complete
+
+  corpus.write_tar(
+    tmp_path / '00001.tar', [('cut', 'a third text', corpus.jpeg(30)[:90], 0.4)]
+  )
+  job = corpus.job(tmp_path, output)
+  said = pipeline.begin(job)
+  assert '1 of 3 shards' in said[0] and '2 further shards' in said[1]
+  assert not job.is_complete
+  after = run(job)
+  assert after.outcomes['web', KEPT] == 2
+  assert after.outcomes['web', 'unreadable_image'] == 2
+  names = sources.Prepared('pairs', data_dir=str(output.parent)).open()
+  assert 'web/00001.tar/new' not in {x.id for x in names}
+
+
+def test_again_takes_other_settings(folder, tmp_path):
+  job = corpus.job(folder, tmp_path / 'pairs')
+  run(job)
+  other = corpus.job(folder, tmp_path / 'pairs', rules=corpus.RULES[:-1])
+  with pytest.raises(ConfigError, match='--again'):
+    pipeline.begin(other)
+  assert job.is_complete
+  (line,) = pipeline.begin(other, again=True)
+  assert 'everything is cleaned again' in line
+  assert not any(other.is_cleaned(x) for x in range(3))
+  assert not other.is_complete
+
+
+def test_sources_without_a_limit_are_named(folder):
+  made = pipeline.Cleaning(
+    sources=[
+      inputs.Source(name=x, files='x') for x in ('laion_em', 'web', 'sbu')
+    ],
+    output='x',
+    rules=[image_rules.ClipScore(minimum={'laion_en': 0.3, 'web': 0.3})],
+  )
+  first, second = cli._without_limit(made)
+  assert first.startswith('source laion_em: clip_score has no limit')
+  assert 'did you mean laion_en?' in first and 'sbu' in second
+  no_limits = dataclasses.replace(made, rules=[image_rules.Size()])
+  assert not list(cli._without_limit(no_limits))
+
+
+def test_names_that_are_no_text_end_nothing(tmp_path):
+  odd = tmp_path / os.fsdecode(b'caf\xe9.tar')
+  corpus.write_tar(odd, [('cut', 'a red boat', b'no picture', 0.4)])
+  lines = [{'id': '\ud800', 'text': '\ud801 is odd', 'image': 'x'}, {'id': []}]
+  (tmp_path / 'sbu').mkdir()
+  (tmp_path / 'sbu' / 'a.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  job = corpus.job(tmp_path, tmp_path / 'data' / 'pairs')
+  tally = run(job)
+  assert sum(tally.outcomes.values()) == 3
+  assert 'caf' in (tmp_path / 'data/pairs/report.html').read_text()
+  assert pipeline.begin(job) == []
+
+
+def test_from_bucket_to_bucket(folder, finished, bucket, tmp_path):
+  """The same as on a disk, and again when an object is replaced."""
+  bucket.put_folder(folder, 'in')
+  found = [
+    inputs.Source(name='web', files=f'{bucket.url}/in/*.tar'),
+    inputs.Source(name='sbu', files=f'{bucket.url}/in/sbu/lines.jsonl'),
+  ]
+
+  def made():
+    shards_ = tuple(shard for source in found for shard in source.shards())
+    return corpus.job(folder, f'{bucket.url}/data/pairs', shards=shards_)
+
+  job, (whole, _) = made(), finished
+  tally = run(job)
+  # Pictures that JSONL names are read from a disk only.
+  assert tally.outcomes['web', KEPT] == 4
+  assert tally.outcomes['sbu', 'missing_image'] == 3
+  assert job.final(0).read_bytes() == whole.final(0).read_bytes()
+  assert not any('candidates-00000.array' in x for x in bucket.objects)
+  assert pipeline.begin(made()) == []
+  corpus.write_tar(tmp_path / 'new.tar', [('new', 'a red boat', b'x', 0.4)])
+  bucket.put('in/00001.tar', (tmp_path / 'new.tar').read_bytes())
+  assert '1 of 3 shards' in pipeline.begin(made())[0]

@@ -115,3 +115,18 @@ def test_language():
   ):
     assert not drops(rule, text), text
   assert drops(text_rules.Language(languages=('de',)), 'a dog in the deep snow')
+
+
+@pytest.mark.parametrize(
+  ('text', 'wanted'),
+  [
+    ('a' + 200_000 * ' ' + 'b', 'a b'),
+    ('a boat ' + 100_000 * '- ' + '- stock', 'a boat - stock'),
+    ('a ' + 200_000 * '-=' + 'x', 'a ' + 200_000 * '-=' + 'x'),
+    (200_000 * 'a.' + '@', 200_000 * 'a.' + '@'),
+    ('a ' + 300_000 * '1', 'a ' + 300_000 * '1'),
+  ],
+)
+def test_long_runs_take_no_longer_than_their_length(text, wanted):
+  """In quadratic time, this test would not end."""
+  assert cleaned(text_rules.Patterns(), text) == wanted

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from qwenvl_jax.data import cli, formats, shard_files, sources
@@ -66,7 +68,7 @@ def test_records_are_read_as_all_others(tmp_path):
   assert min(record.size) > 0 and record.images[0][:2] == b'\xff\xd8'
   # In the paper's format, all of it learned but the prompt.
   (sample,) = formats.Ocr()(record, None, None)
-  answer = sample.trunk[-1]
+  answer = sample.prefix[-1]
   places = grounding.parse(answer.text).places
   assert [x.ref for x in places] == [x.word for x in record.words]
   assert all(len(x.quads) == 1 for x in places) and answer.loss
@@ -103,15 +105,24 @@ def test_refused_documents_are_counted(tmp_path):
   ('arguments', 'says'),
   [
     (['--n', '0'], 'count=0'),
+    (['--n', '1' + '0' * 12], 'raise --per_shard'),
     (['--chinese', '2'], 'no share'),
     (['--workers', '0'], '--workers'),
     (['--text', 'nowhere.txt'], 'nowhere.txt'),
     (['--kind', 'pdf', '--documents', 'nowhere'], 'holds no .pdf'),
     (['--documents', 'nowhere'], 'takes no documents'),
-    (['--kind', 'html', '--chromium', 'nowhere/chrome'], '--chromium'),
+    (['--kind', 'html'], 'needs --documents'),
+    (
+      ['--kind', 'html', '--documents', '.', '--chromium', 'nowhere/chrome'],
+      '--chromium',
+    ),
   ],
 )
-def test_bad_input_gets_one_line(arguments, says, tmp_path, capsys):
+def test_bad_input_gets_one_line(
+  arguments, says, tmp_path, capsys, monkeypatch
+):
+  (tmp_path / 'a.html').write_text('<p>text')
+  monkeypatch.chdir(tmp_path)
   assert cli.main(['make-ocr', *arguments, str(tmp_path / 'out')]) == 2
   error = capsys.readouterr().err
   assert says in error and error.count('\n') == 1
@@ -122,3 +133,42 @@ def test_help(capsys):
     cli.main(['make-ocr', '--help'])
   assert stop.value.code == 0
   assert '--backgrounds' in capsys.readouterr().out
+
+
+def test_changed_documents_are_read_again(tmp_path):
+  fpdf = pytest.importorskip('fpdf')
+  pytest.importorskip('pypdfium2')
+
+  def write(number, text):
+    made = fpdf.FPDF()
+    made.add_page()
+    made.set_font('helvetica', size=20)
+    made.text(20, 20, text)
+    made.output(str(tmp_path / f'{number}.pdf'))
+
+  def run(**options):
+    said = []
+    making = make.Making(
+      kind='pdf', count=9, documents=str(tmp_path), per_shard=1
+    )
+    made = make.make(making, tmp_path / 'out', say=said.append, **options)
+    records = sources.Prepared('out', data_dir=str(tmp_path)).open()
+    assert len(made.lengths) == len(records) == 2
+    return {x.words[0].word for x in records}, said
+
+  write(0, 'one page')
+  write(1, 'another page')
+  assert run() == ({'one page', 'another page'}, [])
+  write(1, 'a corrected page')
+  words, (line,) = run()
+  assert words == {'one page', 'a corrected page'} and '1 of 2' in line
+  assert run(again=True)[1] == ['out, train: all shards are made again']
+
+
+def test_pipes_are_no_text_and_no_pictures(tmp_path, capsys):
+  os.mkfifo(tmp_path / 'a.jpg')
+  out = str(tmp_path / 'out')
+  assert cli.main(['make-ocr', '--text', str(tmp_path / 'a.jpg'), out]) == 2
+  assert 'not a regular file' in capsys.readouterr().err
+  assert cli.main(['make-ocr', '--backgrounds', str(tmp_path), out]) == 2
+  assert 'holds no picture' in capsys.readouterr().err

@@ -1,16 +1,14 @@
 import io
-import random
 
 import numpy as np
 import pytest
 
-from qwenvl_jax.data.making import pdf, typefaces, words
+from qwenvl_jax.data.making import pdf
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text import fonts
 
 fpdf = pytest.importorskip('fpdf')
 pypdfium2 = pytest.importorskip('pypdfium2')
-ttLib = pytest.importorskip('fontTools.ttLib')
 
 
 def document(width=400, height=300):
@@ -93,28 +91,3 @@ def test_what_is_no_pdf(tmp_path):
   file.write_bytes(b'%PDF-1.7 nothing more')
   with pytest.raises(DataError, match=r'a\.pdf is no PDF'):
     pdf.pages_in(str(file))
-
-
-def test_composed_documents_are_functions_of_their_seed():
-  path = str(fonts.PACKAGED_FONT)
-  face = typefaces.Typeface(path, fonts.characters(path), ('en', 'zh'))
-  for language in ('en', 'zh'):
-    one, other = (
-      pdf.compose(random.Random(3), words.from_vocabulary(), (face,), language)
-      for _ in range(2)
-    )
-    assert one == other
-    page = pdf.read(one, 0, 600)
-    assert len(page.lines) >= 5 and max(page.picture.size) == 600
-
-
-def test_a_font_with_bitmaps_is_no_reason_to_warn(tmp_path, caplog):
-  path = str(tmp_path / 'bitmaps.ttf')
-  with ttLib.TTFont(fonts.PACKAGED_FONT) as font:
-    font['BDF '] = ttLib.newTable('BDF ')
-    font['BDF '].data = b'bitmaps'
-    font.save(path)
-  face = typefaces.Typeface(path, fonts.characters(path), ('en',))
-  vocabulary = words.from_vocabulary()
-  assert pdf.compose(random.Random(3), vocabulary, (face,), 'en')
-  assert not caplog.messages

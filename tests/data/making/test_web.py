@@ -1,11 +1,10 @@
 import http.server
-import random
 import threading
 
 import numpy as np
 import pytest
 
-from qwenvl_jax.data.making import typefaces, web, words
+from qwenvl_jax.data.making import web
 from qwenvl_jax.errors import ConfigError
 
 pytest.importorskip('playwright')
@@ -22,7 +21,7 @@ def browser():
 
 
 def show(browser, markup, size=(400, 300)):
-  return browser.show(web.Document(f'<!doctype html>{markup}'), size)
+  return browser.show(f'<!doctype html>{markup}', size)
 
 
 def test_lines_and_their_boxes(browser):
@@ -94,18 +93,6 @@ def test_nothing_is_fetched(browser):
 
 def test_a_page_without_text(browser):
   assert show(browser, '<hr>') is None
-
-
-def test_composed_pages(browser):
-  faces = typefaces.find()
-  for language in ('en', 'zh'):
-    one, other = (
-      web.compose(random.Random(1), words.from_vocabulary(), faces, language)
-      for _ in range(2)
-    )
-    assert one == other
-    page = browser.show(one, (500, 500))
-    assert len(page.lines) >= 3
 
 
 def test_a_browser_that_is_not_there(monkeypatch):

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from qwenvl_jax.data.readers import fields
+from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.release import (
-  Conversations,
   EvaluationLines,
   PlainText,
   pieces,
@@ -72,3 +73,33 @@ def test_plain_text_is_divided_not_cut(tmp_path):
 def test_pieces_lose_nothing(text):
   cut = pieces(text, 12)
   assert ''.join(cut) == text and all(len(x) <= 12 for x in cut)
+
+
+def test_long_lines_and_long_texts_are_read_in_their_length(
+  tmp_path, monkeypatch
+):
+  # Copying what is left of a text for each of its pieces would take minutes.
+  text = 'Some words. ' * 1_000_000
+  assert ''.join(pieces(text, 4000)) == text
+  monkeypatch.setattr(fields, 'MAX_LINE', 20)
+  (tmp_path / 'a.txt').write_bytes(b'One.\n' + b'x' * 50 + b'\nTwo.\n' * 8)
+  long = json.dumps({'text': 'x' * 99})
+  (tmp_path / 'b.jsonl').write_text(f'{long}\n{{"text": "y"}}')
+  reader = PlainText()
+  found = [x for part in reader.parts(tmp_path) for x in reader.read(part)]
+  assert _reasons(found) == ['too_large', 'too_large']
+  texts = [x.text for x in found if hasattr(x, 'text')]
+  assert ' '.join(texts).split() == ['One.', *['Two.'] * 8, 'y']
+  # A document without blank lines is divided as well.
+  assert len(texts) > 2
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  mark = b'\xef\xbb\xbf'
+  (tmp_path / 'a.txt').write_bytes(mark + b'One.\n')
+  line = {'image': 'a.jpg', 'caption': 'one'}
+  (tmp_path / 'b.jsonl').write_bytes(mark + json.dumps(line).encode())
+  (found,) = PlainText().read(tmp_path / 'a.txt')
+  assert found.text == 'One.'
+  (found,) = EvaluationLines().records(tmp_path)
+  assert found.captions == ('one',)
