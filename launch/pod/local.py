@@ -5,9 +5,7 @@ Virtual CPU devices and gloo stand in for chips and their links.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import io
 import os
 import shlex
 import shutil
@@ -43,7 +41,9 @@ def run_local(s: Settings, name: str, command: list[str]) -> int:
     'QWENVL_NUM_PROCESSES': str(s.local),
     'JAX_PLATFORMS': 'cpu',
     'JAX_NUM_CPU_DEVICES': str(s.devices_per_process),
-    **_huge_pages(),
+    # As launch/env.sh has it: large arrays in huge pages.
+    'GLIBC_TUNABLES': os.environ.get('GLIBC_TUNABLES')
+    or 'glibc.malloc.hugetlb=1',
   }
   processes = []
   for index in range(s.local):
@@ -92,15 +92,6 @@ def _program(command: str, dry: bool) -> list[str]:
       raise PodError(f'there is no environment with {command}')
     found = ours
   return [found]
-
-
-def _huge_pages() -> dict[str, str]:
-  """As launch/env.sh has it: large arrays in huge pages."""
-  tunables = os.environ.get('GLIBC_TUNABLES', '')
-  if 'glibc.malloc.hugetlb=' in tunables:
-    return {}
-  words = [*filter(None, [tunables]), 'glibc.malloc.hugetlb=1']
-  return {'GLIBC_TUNABLES': ':'.join(words)}
 
 
 def _free_port() -> int:
@@ -187,9 +178,7 @@ class _Tail:
   def __init__(self, path: str):
     self._path = path
     self._place = 0
-    self._decoder = io.IncrementalNewlineDecoder(
-      codecs.getincrementaldecoder('utf-8')('replace'), translate=True
-    )
+    self._decoder = log.decoder()
 
   def show(self) -> None:
     with contextlib.suppress(FileNotFoundError), open(self._path, 'rb') as file:

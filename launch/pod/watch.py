@@ -159,7 +159,6 @@ def watch_stage(cloud: Cloud, name: str, budget) -> str:
   finally:
     if streaming is not None:
       streaming.finish(0)
-    budget.charge()
   if answer == 'failed':
     _show_failures(cloud, found)
   # What came after the connection broke; by now nothing runs.
