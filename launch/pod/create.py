@@ -20,11 +20,12 @@ class RetryLater(Exception):
 
   Attributes:
     outcome: capacity, preempted, or what else came in between.
+    ran: seconds that the stage was watched.
   """
 
-  def __init__(self, outcome: str):
+  def __init__(self, outcome: str, ran: float = 0):
     super().__init__(outcome)
-    self.outcome = outcome
+    self.outcome, self.ran = outcome, ran
 
 
 def bring_up(cloud: Cloud) -> None:

@@ -72,7 +72,7 @@ class Budget:
   def charge(self) -> None:
     """Counts the time since the last charge, or start."""
     time = now()
-    self._seconds += time - self._since
+    self._seconds += max(0, time - self._since)
     self._since = time
     try:
       self._write()
@@ -200,7 +200,7 @@ def _supervise(cloud: Cloud, name: str, command, budget: Budget) -> int:
       break
     except RetryLater as retry:
       outcome = retry.outcome
-      if now() - getattr(retry, 'began', now()) >= 3600:
+      if retry.ran >= 3600:
         streak = 0
     restarts += 1
     if restarts > s.max_restarts:
@@ -242,15 +242,10 @@ def _attempt(cloud: Cloud, name: str, command, budget: Budget) -> str:
   """One TPU, until the stage is no longer running there."""
   bring_up(cloud)
   budget.start()
-  began = None
   try:
     install_everywhere(cloud)
     start_everywhere(cloud, name, command)
-    began = now()
     return watch_stage(cloud, name, budget)
-  except RetryLater as retry:
-    retry.began = began or now()
-    raise
   finally:
     budget.charge()
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from rich import filesize
-from rich.console import Console
 from rich.progress import (
   BarColumn,
   DownloadColumn,
@@ -28,7 +27,7 @@ from qwenvl_jax.conversion.hub import local_folder
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.progress import bars
+from qwenvl_jax.progress import PrintableConsole, bars
 
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}
 
@@ -200,7 +199,7 @@ def _progress(text: str):
     TransferSpeedColumn(),
     TimeRemainingColumn(),
   )
-  with bars(Console(stderr=True), *columns) as progress:
+  with bars(PrintableConsole(stderr=True), *columns) as progress:
     yield functools.partial(progress, text)
 
 
@@ -253,7 +252,7 @@ def _init_stage1(args) -> int:
 
 def _inspect(args) -> int:
   report = inspection.inspect(buckets.as_path(args.source))
-  console = Console()
+  console = PrintableConsole()
   console.print(f'{report.family} ({report.layout})', highlight=False)
   for line in report.sizes:
     console.print(f'  {line}', highlight=False)
