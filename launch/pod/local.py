@@ -16,6 +16,7 @@ import sys
 import time
 
 from pod import log
+from pod.cloud import Stream
 from pod.log import PodError, UsageError, relay, say
 from pod.settings import ROOT, Settings
 
@@ -116,10 +117,13 @@ class _Crowd:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
       signal.signal(signum, self._forward)
     say(f"logs: {self._folder}/worker*/job/log; worker 0's:")
-    tail, first, lost_since = _Tail(self._log(0)), None, None
+    path, pid = self._log(0), self._processes[0].pid
+    # Until that process has ended; the file is not there yet.
+    how = ['-n', '+1', '-s', '0.2', '-F', f'--pid={pid}']
+    tail = Stream(['tail', *how, path])
+    first = lost_since = None
     codes: dict[int, int] = {}
     while len(codes) < len(self._processes):
-      tail.show()
       for index, process in enumerate(self._processes):
         code = process.poll()
         if index in codes or code is None:
@@ -139,7 +143,7 @@ class _Crowd:
       if late or len(self._signals) > 1:
         self._signal_all(signal.SIGKILL)
       time.sleep(0.1)
-    tail.show()
+    tail.finish(5)
     if first is not None:
       return codes[first]
     if lost_since:
@@ -170,19 +174,3 @@ class _Crowd:
       if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
           send(process.pid, signum)
-
-
-class _Tail:
-  """Prints what is added to a file."""
-
-  def __init__(self, path: str):
-    self._path = path
-    self._place = 0
-    self._decoder = log.decoder()
-
-  def show(self) -> None:
-    with contextlib.suppress(FileNotFoundError), open(self._path, 'rb') as file:
-      file.seek(self._place)
-      while data := file.read(2**16):
-        self._place += len(data)
-        log.show(self._decoder.decode(data))

@@ -310,20 +310,12 @@ def follow(began, offset):
   if field('began') != began:
     print(f'the log of {began} is no longer here', file=sys.stderr)
     return 1
-  with contextlib.suppress(BrokenPipeError), open(f'{_JOB}/log', 'rb') as log:
-    log.seek(int(offset))
-    going_on = True
-    while going_on:
-      going_on = alive()  # Before reading: what comes last is read after it.
-      while data := log.read(2**16):
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-      time.sleep(0.2 * going_on)
-  return 0
+  until = ['-F', '-s', '0.5', f'--pid={field("pid")}'] if alive() else []
+  return tail(f'+{int(offset) + 1}', '-c', *until)
 
 
-def tail(lines):
-  return subprocess.run(['tail', '-n', lines, f'{_JOB}/log']).returncode
+def tail(count, unit='-n', *more):
+  return subprocess.run(['tail', unit, count, *more, f'{_JOB}/log']).returncode
 
 
 def stop(seconds):
