@@ -10,6 +10,16 @@ from qwenvl_jax.model import attention, remat
 from qwenvl_jax.model.int4 import PER_WORD
 
 
+def _check_sizes(config: Any, but: str = '') -> None:
+  """Raises ConfigError where a size, but for one, is below 1."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if type(field.default) is int and field.name != but and value < 1:
+      raise ConfigError(
+        f'{type(config).__name__}.{field.name}={value}: must be at least 1'
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
   """Vision transformer (OpenCLIP ViT-bigG in the release).
@@ -36,6 +46,7 @@ class VisionConfig:
   global_every: int = 4
 
   def __post_init__(self):
+    _check_sizes(self)
     if self.width % self.heads:
       raise ConfigError(
         f'VisionConfig.width={self.width} is not a multiple of '
@@ -70,6 +81,7 @@ class AdapterConfig:
   init: str = 'random'
 
   def __post_init__(self):
+    _check_sizes(self)
     if self.grid**2 != self.queries:
       raise ConfigError(
         f'AdapterConfig.queries={self.queries} is not a square number; '
@@ -132,6 +144,7 @@ class DecoderConfig:
   int8: bool = False
 
   def __post_init__(self):
+    _check_sizes(self, but='int4_zero_offset')
     group = self.int4_group
     if self.int8 and group is not None:
       raise ConfigError(
@@ -192,8 +205,9 @@ class QwenVLConfig:
   scan_layers: bool = True
 
   def __post_init__(self):
+    _check_sizes(self)
     for name in ('dtype', 'param_dtype'):
-      object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+      object.__setattr__(self, name, _float_type(name, getattr(self, name)))
     if self.adapter.dim != self.decoder.dim:
       raise ConfigError(
         f'AdapterConfig.dim={self.adapter.dim} differs from '
@@ -218,3 +232,17 @@ class QwenVLConfig:
 def qwen_vl_7b(**changes) -> QwenVLConfig:
   """The released 9.6B model (853 tensors, 9,656,935,168 values)."""
   return QwenVLConfig(**changes)
+
+
+def _float_type(name: str, value: Any) -> Any:
+  """The dtype of a name such as 'bfloat16'; ConfigError if it is no float."""
+  try:
+    found = None if value is None else jnp.dtype(value)
+  except TypeError:
+    found = None
+  if found is None or not jnp.issubdtype(found, jnp.floating):
+    raise ConfigError(
+      f"QwenVLConfig.{name}={value!r} is none of 'bfloat16', 'float32', "
+      "'float16'"
+    )
+  return found
