@@ -261,6 +261,21 @@ def test_a_config_file_runs_nothing_but_our_classes(here, text):
   assert (here / 'kept').exists() and not (here / 'ran').exists()
 
 
+@pytest.mark.parametrize(
+  'end', ['\u2028', '\x0b', '\x0c', '\x1c', '\x85', '\r']
+)
+def test_what_else_ends_lines_hides_no_statement(here, end):
+  for before in range(4):
+    comment = f'# {end * before}include "run.gin"{end}import subprocess{end}#\n'
+    text = f'{HEADER}{comment}A = 1\ninclude "run.gin"\n{comment}B = 2\n'
+    (here / 'bad.gin').write_bytes(text.encode())
+    try:
+      configuration.load(['bad.gin'])
+    except ConfigError:
+      continue
+    assert 'subprocess' not in configuration.resolved()
+
+
 def test_more_packages_are_trusted_by_who_starts_the_command(here, monkeypatch):
   (here / 'of_mine.py').write_text(
     'import dataclasses\n\n@dataclasses.dataclass\nclass A:\n  x: int = 0\n'
@@ -314,6 +329,12 @@ def test_what_is_no_config_file_is_a_line(here, kind):
   else:
     name = 'x' * 5000
   assert len(message(file=name)) < 900
+
+
+def test_files_as_windows_writes_them(here):
+  text = '\ufeff' + RUN.replace('\n', '\r\n')
+  (here / 'dos.gin').write_bytes(text.encode())
+  assert build(file='dos.gin') == build()
 
 
 def test_an_include_applies_where_it_stands(here):

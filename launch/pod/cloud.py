@@ -6,9 +6,7 @@ what it prints comes from the same functions.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import io
 import os
 import re
 import shlex
@@ -20,12 +18,15 @@ import threading
 from typing import NamedTuple
 
 from pod import log
-from pod.log import PodError, pause, relay, say
+from pod.log import PodError, now, pause, relay, say
 from pod.settings import Settings
 
 # Seconds that gcloud may take: for a question, to make or delete a TPU, to
 # copy or install.
 ASKING, CHANGING, INSTALLING = 300, 1800, 3600
+
+# Seconds to ask again for a state that gcloud does not tell.
+_ANSWER_SECONDS = 1800
 
 # States of a TPU that is gone for good; UNKNOWN is none.
 is_lost = re.compile(
@@ -131,9 +132,6 @@ class Cloud:
     command = self._command(words)
     return run(command, limit) if command else Answer(0)
 
-  def _stream(self, words, copy: str | None = None) -> Stream:
-    return Stream(self._command(words), copy)
-
   def _state(self, kind: str, fields: str, if_dry: str) -> str:
     """Fields of a description; ABSENT, or UNKNOWN if one cannot tell now."""
     answer = self.call(
@@ -161,15 +159,17 @@ class Cloud:
 
   def certain(self, ask, *arguments):
     """A state as `ask` tells it, but not UNKNOWN; tries for half an hour."""
-    for attempt in range(120):
+    since, told = now(), False
+    while now() - since < _ANSWER_SECONDS:
       answer = ask(*arguments)
       if 'UNKNOWN' not in (answer, answer[0]):
         return answer
       if _REFUSED.search(self.refusal):
         break
-      if not attempt:
-        last = self.refusal.strip().splitlines()[-1:] or ['gcloud says nothing']
-        say(f'no answer, trying again: {last[0]}')
+      if not told:
+        said = self.refusal.strip() or 'gcloud says nothing'
+        say(f'no answer, trying again: {said.splitlines()[-1]}')
+      told = True
       pause(15)
     self.explain(self.refusal)
     raise PodError(f'the state of TPU {self.settings.tpu} cannot be found out')
@@ -193,10 +193,8 @@ class Cloud:
     # A connection that went silent ends after two minutes.
     return self._connect(
       *('ssh', self.settings.tpu, f'--worker={which}'),
-      *(
-        '--ssh-flag=-oServerAliveInterval=30',
-        '--ssh-flag=-oServerAliveCountMax=4',
-      ),
+      '--ssh-flag=-oServerAliveInterval=30',
+      '--ssh-flag=-oServerAliveCountMax=4',
       f'--command={command}',
     )
 
@@ -206,7 +204,7 @@ class Cloud:
 
   def stream(self, which, command: str, copy: str | None = None) -> Stream:
     """As `on_workers`, but what it says is printed while it runs."""
-    return self._stream(self._on_workers(which, command), copy)
+    return Stream(self._command(self._on_workers(which, command)), copy)
 
   def copy_to_workers(self, file: str) -> Answer:
     target = f'{self.settings.tpu}:{os.path.basename(file)}'
@@ -296,9 +294,7 @@ class Stream:
     self._thread.start()
 
   def _print(self) -> None:
-    decoder = io.IncrementalNewlineDecoder(
-      codecs.getincrementaldecoder('utf-8')('replace'), translate=True
-    )
+    decoder = log.decoder()
     shown = kept = True
     while data := os.read(self._process.stdout.fileno(), 2**16):
       if kept:

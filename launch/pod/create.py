@@ -7,7 +7,7 @@ import sys
 from pod.cloud import CHANGING, Cloud, is_lost
 from pod.log import PodError, UsageError, duration, now, pause, say
 
-# Seconds that a TPU may stay in one state, but for the queue (--queue-hours).
+# Seconds until a TPU is ready once it is not in the queue (--queue-hours).
 _CHANGING_SECONDS = 7200
 
 # States of a request that wait for chips, and those that are over.
@@ -20,11 +20,12 @@ class RetryLater(Exception):
 
   Attributes:
     outcome: capacity, preempted, or what else came in between.
+    ran: seconds that the stage was watched.
   """
 
-  def __init__(self, outcome: str):
+  def __init__(self, outcome: str, ran: float = 0):
     super().__init__(outcome)
-    self.outcome = outcome
+    self.outcome, self.ran = outcome, ran
 
 
 def bring_up(cloud: Cloud) -> None:
@@ -92,8 +93,8 @@ def _refused(cloud: Cloud, reason: str, message: str) -> None:
 
 def _wait_until_ready(cloud: Cloud) -> None:
   s = cloud.settings
-  began = changed = told = now()
-  before = ''
+  began = told = since = now()
+  before, queued = '', None
   while True:
     state, reason = cloud.certain(cloud.queue_state)
     shown = state
@@ -114,8 +115,8 @@ def _wait_until_ready(cloud: Cloud) -> None:
       say('it was preempted before it was ready')
       raise RetryLater('preempted')
     time = now()
-    if shown != before:
-      changed = time
+    if queued != (state in _QUEUED):
+      queued, since = state in _QUEUED, time
     if shown != before or time - told >= 300:
       before, told = shown, time
       meaning = {
@@ -123,10 +124,9 @@ def _wait_until_ready(cloud: Cloud) -> None:
         'PROVISIONING': ': the chips are there, machines are started',
       }.get(state, '')
       say(f'{shown} after {duration(time - began)}{meaning}')
-    queued = state in _QUEUED
     limit = s.queue_hours * 3600 if queued else _CHANGING_SECONDS
-    if time - changed >= limit:
-      message = f'TPU {s.tpu} is {shown} since {duration(time - changed)}'
+    if time - since >= limit:
+      message = f'TPU {s.tpu} is {shown} after {duration(time - since)}'
       if queued:
         raise PodError(
           f'{message}: --queue-hours is used up; the request stays',

@@ -5,9 +5,7 @@ Virtual CPU devices and gloo stand in for chips and their links.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import io
 import os
 import shlex
 import shutil
@@ -18,6 +16,7 @@ import sys
 import time
 
 from pod import log
+from pod.cloud import Stream
 from pod.log import PodError, UsageError, relay, say
 from pod.settings import ROOT, Settings
 
@@ -43,7 +42,9 @@ def run_local(s: Settings, name: str, command: list[str]) -> int:
     'QWENVL_NUM_PROCESSES': str(s.local),
     'JAX_PLATFORMS': 'cpu',
     'JAX_NUM_CPU_DEVICES': str(s.devices_per_process),
-    **_huge_pages(),
+    # As launch/env.sh has it: large arrays in huge pages.
+    'GLIBC_TUNABLES': os.environ.get('GLIBC_TUNABLES')
+    or 'glibc.malloc.hugetlb=1',
   }
   processes = []
   for index in range(s.local):
@@ -94,15 +95,6 @@ def _program(command: str, dry: bool) -> list[str]:
   return [found]
 
 
-def _huge_pages() -> dict[str, str]:
-  """As launch/env.sh has it: large arrays in huge pages."""
-  tunables = os.environ.get('GLIBC_TUNABLES', '')
-  if 'glibc.malloc.hugetlb=' in tunables:
-    return {}
-  words = [*filter(None, [tunables]), 'glibc.malloc.hugetlb=1']
-  return {'GLIBC_TUNABLES': ':'.join(words)}
-
-
 def _free_port() -> int:
   with socket.socket() as found:
     found.bind(('127.0.0.1', 0))
@@ -125,10 +117,13 @@ class _Crowd:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
       signal.signal(signum, self._forward)
     say(f"logs: {self._folder}/worker*/job/log; worker 0's:")
-    tail, first, lost_since = _Tail(self._log(0)), None, None
+    path, pid = self._log(0), self._processes[0].pid
+    # Until that process has ended; the file is not there yet.
+    how = ['-n', '+1', '-s', '0.2', '-F', f'--pid={pid}']
+    tail = Stream(['tail', *how, path])
+    first = lost_since = None
     codes: dict[int, int] = {}
     while len(codes) < len(self._processes):
-      tail.show()
       for index, process in enumerate(self._processes):
         code = process.poll()
         if index in codes or code is None:
@@ -148,7 +143,7 @@ class _Crowd:
       if late or len(self._signals) > 1:
         self._signal_all(signal.SIGKILL)
       time.sleep(0.1)
-    tail.show()
+    tail.finish(5)
     if first is not None:
       return codes[first]
     if lost_since:
@@ -179,21 +174,3 @@ class _Crowd:
       if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
           send(process.pid, signum)
-
-
-class _Tail:
-  """Prints what is added to a file."""
-
-  def __init__(self, path: str):
-    self._path = path
-    self._place = 0
-    self._decoder = io.IncrementalNewlineDecoder(
-      codecs.getincrementaldecoder('utf-8')('replace'), translate=True
-    )
-
-  def show(self) -> None:
-    with contextlib.suppress(FileNotFoundError), open(self._path, 'rb') as file:
-      file.seek(self._place)
-      while data := file.read(2**16):
-        self._place += len(data)
-        log.show(self._decoder.decode(data))

@@ -1,6 +1,8 @@
 """Messages of tpu_pod.sh, and the clock that its waits and counts go by."""
 
+import codecs
 import contextlib
+import io
 import os
 import re
 import time
@@ -67,6 +69,12 @@ def _write(descriptor: int, text: str) -> bool:
   except OSError:
     return False
   return True
+
+
+def decoder() -> io.IncrementalNewlineDecoder:
+  """Decodes output piece by piece; a carriage return ends a line, too."""
+  utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+  return io.IncrementalNewlineDecoder(utf8, translate=True)
 
 
 def now() -> float:

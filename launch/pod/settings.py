@@ -44,6 +44,7 @@ _WORDS = {
 }
 _PATHS = ('workdir', 'init', 'data', 'config', 'topology', 'state', 'settings')
 _SWITCHES = ('delete-after', 'mount-data')
+_DEFAULTS = {'capacity': 'on-demand', 'ssh': 'external'}
 # Only from the command line: no file and no variable answers for a person.
 _ASKED_NOW = ('dry-run', 'yes', 'follow')
 _KNOWN = (*_WORDS, *_PATHS, *_SWITCHES)
@@ -70,8 +71,12 @@ class Settings:
     self.create_flags: list[str] = []
     self.extra: list[str] = []
     options = self._parse(arguments)
-    said = {name: _environment(environment, name) for name in _KNOWN}
-    said = {k: v for k, v in said.items() if v} | options
+    said = {}
+    for name in _KNOWN:
+      value = environment.get(f'QWENVL_POD_{name.upper().replace("-", "_")}')
+      if value:
+        said[name] = value
+    said |= options
     path = said.get('settings')
     if path and not os.path.exists(path):
       raise PodError(f'--settings {path} does not exist')
@@ -85,18 +90,20 @@ class Settings:
     if said.get('type', '') not in ('', remembered.get('type')):
       remembered.pop('runtime-version', None)  # It is the other type's.
     said = remembered | said
-    for name in (*_WORDS, *_PATHS):
-      if name not in ('tpu', 'state'):
-        setattr(self, _attribute(name), self._check(name, said.get(name)))
-    for name, default in _NUMBERS.items():
-      value = getattr(self, _attribute(name))
-      setattr(self, _attribute(name), default if value is None else int(value))
-    for name in _SWITCHES:
-      setattr(self, _attribute(name), _yes_or_no(name, said.get(name, 'no')))
+    for name in _KNOWN:
+      value = said.get(name)
+      if name in _SWITCHES:
+        value = _yes_or_no(name, value or 'no')
+      elif name in _NUMBERS:
+        value = self._check(name, value)
+        value = int(value) if value else _NUMBERS[name]
+      elif name not in ('tpu', 'state'):
+        value = self._check(name, value) or _DEFAULTS.get(name)
+      else:
+        continue
+      setattr(self, name.replace('-', '_'), value)
     for name in _ASKED_NOW:
-      setattr(self, _attribute(name), name in options)
-    self.capacity = self.capacity or 'on-demand'
-    self.ssh = self.ssh or 'external'
+      setattr(self, name.replace('-', '_'), name in options)
     self.runtime_version = self.runtime_version or _RUNTIMES.get(
       (self.type or '').split('-')[0], 'tpu-ubuntu2204-base'
     )
@@ -177,7 +184,7 @@ class Settings:
 
   def remember(self) -> None:
     """Keeps what the TPU was made with, for the next command about it."""
-    values = ((name, getattr(self, _attribute(name))) for name in _OF_A_TPU)
+    values = ((x, getattr(self, x.replace('-', '_'))) for x in _OF_A_TPU)
     text = ''.join(f'{name}={value}\n' for name, value in values if value)
     write_file(os.path.join(self.folder, 'settings'), text)
 
@@ -186,14 +193,6 @@ class Settings:
     """Types before v5e count cores, of which a chip has two; 0 if unsaid."""
     generation, _, count = (self.type or 'v6e-0').partition('-')
     return int(count) // (1 if generation in ('v6e', 'v5litepod') else 2)
-
-
-def _attribute(name: str) -> str:
-  return name.replace('-', '_')
-
-
-def _environment(environment, name: str) -> str | None:
-  return environment.get('QWENVL_POD_' + _attribute(name).upper())
 
 
 def _yes_or_no(name: str, value: str) -> bool:

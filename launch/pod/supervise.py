@@ -9,7 +9,6 @@ import shlex
 import signal
 import socket
 import time
-from contextlib import suppress
 
 from pod.cloud import Cloud, worker
 from pod.create import RetryLater, bring_up, remove_request, take_down
@@ -29,6 +28,8 @@ from pod.watch import start_everywhere, watch_stage
 # Ended by their own limit or by hand, apart from failures (1).
 _LIMIT, _STOPPED = 3, 143
 
+_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
 
 class Budget:
   """Seconds of the TPU that a stage has used, over all calls of this script."""
@@ -40,17 +41,13 @@ class Budget:
       PodError: the file is damaged or cannot be written: nothing may be paid
         for without being counted.
     """
-    self._path = os.path.join(cloud.settings.folder, f'spent-{stage}')
+    self.path = os.path.join(cloud.settings.folder, f'spent-{stage}')
     self._hours = cloud.settings.budget
     self._dry = cloud.dry
-    self._since = None
-    self._told = False
-    text = '0'
-    if os.path.exists(self._path):
-      text = read_file(self._path).strip()
+    text = read_file(self.path).strip() if os.path.exists(self.path) else '0'
     if not re.fullmatch('[0-9]{1,12}', text):
       raise PodError(
-        f'{self._path} holds {text[:40]!r}, not the seconds that the TPU was '
+        f'{self.path} holds {text[:40]!r}, not the seconds that the TPU was '
         f'used for {stage}',
         'write them there (3600 for each hour), or remove the file to count '
         'from 0',
@@ -66,31 +63,22 @@ class Budget:
 
   def _write(self) -> None:
     if not self._dry:
-      write_file(self._path, f'{self._seconds:.0f}\n')
+      write_file(self.path, f'{self._seconds:.0f}\n')
 
   def start(self) -> None:
     """Counts from now on."""
     self._since = now()
 
   def charge(self) -> None:
-    """Counts the time since the last charge."""
-    if self._since is None:
-      return
+    """Counts the time since the last charge, or start."""
     time = now()
-    self._seconds += time - self._since
+    self._seconds += max(0, time - self._since)
     self._since = time
     try:
       self._write()
-      self._told = False
     except OSError as error:
       # It is counted here all the same, and written when there is room.
-      if not self._told:
-        say(f'warning: {self._path} cannot be written: {error}')
-      self._told = True
-
-  def stop(self) -> None:
-    self.charge()
-    self._since = None
+      say(f'warning: {self.path} cannot be written: {error}')
 
   def used_up(self) -> bool:
     return bool(self._hours) and self._seconds >= float(self._hours) * 3600
@@ -98,11 +86,6 @@ class Budget:
   def __str__(self):
     of = f' of {self._hours}' if self._hours else ''
     return f'{self._seconds / 3600:.1f}{of} TPU hours'
-
-  def forget(self) -> None:
-    if not self._dry:
-      with suppress(FileNotFoundError):
-        os.unlink(self._path)
 
 
 class Lock:
@@ -152,15 +135,14 @@ class Lock:
       self._file.truncate(0)
 
 
-class _Signalled(Exception):
-  pass
+class _Detached(Exception):
+  """A signal ends this process, and nothing else."""
 
 
-def _raise(signum, frame):
-  # Once: what follows is the way out.
-  for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+def _detach(signum, frame):
+  for each in _SIGNALS:  # Once: what follows is the way out.
     signal.signal(each, signal.SIG_IGN)
-  raise _Signalled(signum)
+  raise _Detached(signum)
 
 
 def run_stage(cloud: Cloud, name: str, command: list[str]) -> int:
@@ -176,8 +158,8 @@ def run_stage(cloud: Cloud, name: str, command: list[str]) -> int:
   lock = Lock(cloud)
   if not cloud.dry:
     lock.take(name)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-      signal.signal(signum, _raise)
+    for signum in _SIGNALS:
+      signal.signal(signum, _detach)
   budget = Budget(cloud, name)
   if '://' not in s.workdir:
     say(
@@ -187,7 +169,7 @@ def run_stage(cloud: Cloud, name: str, command: list[str]) -> int:
   say(f'{name} on every worker: {shlex.join(command)}')
   try:
     status = _supervise(cloud, name, command, budget)
-  except _Signalled as signalled:
+  except _Detached as signalled:
     say(
       f'detached: {name} goes on if it is running, but nobody makes the TPU '
       'anew if it is preempted, or ends it at its budget',
@@ -218,7 +200,7 @@ def _supervise(cloud: Cloud, name: str, command, budget: Budget) -> int:
       break
     except RetryLater as retry:
       outcome = retry.outcome
-      if now() - getattr(retry, 'began', now()) >= 3600:
+      if retry.ran >= 3600:
         streak = 0
     restarts += 1
     if restarts > s.max_restarts:
@@ -251,7 +233,7 @@ def _supervise(cloud: Cloud, name: str, command, budget: Budget) -> int:
     return _give_up(cloud, name, no_budget)
   if not cloud.dry:
     say(f'{name} is finished ({budget}): {s.workdir}')
-  budget.forget()
+    os.unlink(budget.path)
   _leave(cloud)
   return 0
 
@@ -260,17 +242,12 @@ def _attempt(cloud: Cloud, name: str, command, budget: Budget) -> str:
   """One TPU, until the stage is no longer running there."""
   bring_up(cloud)
   budget.start()
-  began = None
   try:
     install_everywhere(cloud)
     start_everywhere(cloud, name, command)
-    began = now()
     return watch_stage(cloud, name, budget)
-  except RetryLater as retry:
-    retry.began = began or now()
-    raise
   finally:
-    budget.stop()
+    budget.charge()
 
 
 def _give_up(cloud: Cloud, name: str, why: str) -> int:

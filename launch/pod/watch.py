@@ -132,12 +132,14 @@ def watch_stage(cloud: Cloud, name: str, budget) -> str:
     return cloud.stream(0, command, None if cloud.dry else copy)
 
   streaming, complete = None, False
-  checked, looks = now(), 0
+  start = checked = now()
+  looks = 0
   try:
     while answer == 'running':
       if streaming is None:
         streaming = stream()
-      elif not streaming.running():
+        continue
+      if not streaming.running():
         complete = streaming.finish() == 0
         streaming = None
         answer, found = _settle(cloud)
@@ -159,7 +161,6 @@ def watch_stage(cloud: Cloud, name: str, budget) -> str:
   finally:
     if streaming is not None:
       streaming.finish(0)
-    budget.charge()
   if answer == 'failed':
     _show_failures(cloud, found)
   # What came after the connection broke; by now nothing runs.
@@ -168,10 +169,10 @@ def watch_stage(cloud: Cloud, name: str, budget) -> str:
   if not cloud.dry:
     say(f"worker 0's log: {copy}")
   if answer == 'lost':
-    raise RetryLater('preempted')
+    raise RetryLater('preempted', now() - start)
   if answer in ('rebooted', 'signalled', 'blind'):
     say(f'the workers say: {answer}')
-    raise RetryLater('interrupted')
+    raise RetryLater('interrupted', now() - start)
   return answer
 
 

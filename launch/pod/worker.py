@@ -71,18 +71,14 @@ def tell(text):
 def number():
   """This worker's number in the pod, or a question mark."""
   found = os.environ.get('QWENVL_PROCESS_ID')
+  header = 'Metadata-Flavor: Google'
+  command = ['curl', '-fsS', '--max-time', '5', '-H', header, _NUMBER]
   if not found:
-    header = 'Metadata-Flavor: Google'
-    command = ['curl', '-fsS', '--max-time', '5', '-H', header, _NUMBER]
-    with contextlib.suppress(OSError):
-      done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-      )
-      found = done.stdout.decode(errors='replace').strip()
-  if not found:
-    match = re.search(r'-w-(\d+)$', socket.gethostname())
-    found = match[1] if match else '?'
-  return found
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+      quiet = subprocess.DEVNULL
+      found = subprocess.check_output(command, stderr=quiet).decode().strip()
+  match = re.search(r'-w-(\d+)$', socket.gethostname())
+  return found or (match[1] if match else '?')
 
 
 def read(path):
@@ -117,9 +113,14 @@ def alive():
   )
 
 
-def make_environment(checkout, extras, log):
-  environment = {**os.environ, 'PYTHON': interpreter(log), 'EXTRAS': extras}
-  command = f'{checkout}/launch/env.sh'
+def call(log, *command, **environment):
+  """Runs a command; what it says goes to an open log.
+
+  Raises:
+    OSError: there is no such command.
+    CalledProcessError: it failed.
+  """
+  environment = {**os.environ, **environment}
   subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
 
 
@@ -130,22 +131,14 @@ def interpreter(log):
   the first minutes.
   """
   for name in ('python3.11', 'python3.12', 'python3.13', 'python3'):
-    if shutil.which(name):
-      command = [name, '-c', _USABLE]
-      if not subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-      ).returncode:
-        return name
-  pip = ['python3', '-m', 'pip', 'install', '--user', '--quiet', 'uv']
-  environment = {**os.environ, 'PIP_BREAK_SYSTEM_PACKAGES': '1'}
-  uv = ['python3', '-m', 'uv', 'python']
-  made = [*uv, 'install', '--quiet', '3.11']
-  subprocess.run(pip, check=True, stdout=log, stderr=log, env=environment)
-  subprocess.run(made, check=True, stdout=log, stderr=log)
-  done = subprocess.run(
-    [*uv, 'find', '3.11'], check=True, stdout=subprocess.PIPE
-  )
-  return done.stdout.decode().strip()
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+      call(subprocess.DEVNULL, name, '-c', _USABLE)
+      return name
+  pip = 'python3', '-m', 'pip', 'install', '--user', '--quiet', 'uv'
+  uv = 'python3', '-m', 'uv', 'python'
+  call(log, *pip, PIP_BREAK_SYSTEM_PACKAGES='1')
+  call(log, *uv, 'install', '--quiet', '3.11')
+  return subprocess.check_output([*uv, 'find', '3.11']).decode().strip()
 
 
 def install(tree, extras):
@@ -160,16 +153,13 @@ def install(tree, extras):
     shutil.rmtree(checkout, ignore_errors=True)
     os.rename(new, checkout)
   tell('installing')
+
+  def make(log):
+    make = f'{checkout}/launch/env.sh'
+    call(log, make, PYTHON=interpreter(log), EXTRAS=extras)
+
   log = os.path.join(_HOME, 'install.log')
-  with open(log, 'wb') as file:
-    try:
-      make_environment(checkout, extras, file)
-      failed = False
-    except (OSError, subprocess.CalledProcessError) as error:
-      failed = True
-      file.write(f'{error}\n'.encode())
-  if failed:
-    _tell_end(log, 20)
+  if not succeeds(make, log):
     tell(f'FAILED: the above is the end of {log}')
     return 1
   with open(os.path.join(_HOME, 'installed'), 'w') as file:
@@ -181,20 +171,18 @@ def install(tree, extras):
 def mount(bucket):
   """Makes a bucket a folder; returns whether it is one."""
   folder = os.path.join(_HOME, 'buckets', bucket)
-  log = os.path.join(_HOME, 'mount.log')
-  if os.path.ismount(folder):
-    return True
   # Prepared data does not change: what is known of a file stays so.
-  options = ['-o', 'ro', '--implicit-dirs', '--metadata-cache-ttl-secs=-1']
-  with open(log, 'wb') as file:
+  options = '-o', 'ro', '--implicit-dirs', '--metadata-cache-ttl-secs=-1'
+
+  def make(log):
     if not shutil.which('gcsfuse'):
-      subprocess.run(['bash', '-c', _INSTALL_GCSFUSE], stdout=file, stderr=file)
+      call(log, 'bash', '-c', _INSTALL_GCSFUSE)
     os.makedirs(folder, exist_ok=True)
-    with contextlib.suppress(OSError):
-      command = ['gcsfuse', *options, bucket, folder]
-      if not subprocess.run(command, stdout=file, stderr=file).returncode:
-        return True
-  _tell_end(log, 5)
+    call(log, 'gcsfuse', *options, bucket, folder)
+
+  log = os.path.join(_HOME, 'mount.log')
+  if os.path.ismount(folder) or succeeds(make, log):
+    return True
   tell(
     f'FAILED: bucket {bucket} cannot be mounted: does it exist, and may the '
     'service account use it?'
@@ -202,9 +190,17 @@ def mount(bucket):
   return False
 
 
-def _tell_end(log, count):
-  for line in read(log).splitlines()[-count:]:
+def succeeds(make, path):
+  """Whether a function ends well; else tells the end of its log."""
+  with open(path, 'wb') as log:
+    try:
+      make(log)
+      return True
+    except (OSError, subprocess.CalledProcessError) as error:
+      log.write(f'{error}\n'.encode())
+  for line in read(path).splitlines()[-20:]:
     tell(line)
+  return False
 
 
 def prepare(name, command):
@@ -314,20 +310,12 @@ def follow(began, offset):
   if field('began') != began:
     print(f'the log of {began} is no longer here', file=sys.stderr)
     return 1
-  with contextlib.suppress(BrokenPipeError), open(f'{_JOB}/log', 'rb') as log:
-    log.seek(int(offset))
-    going_on = True
-    while going_on:
-      going_on = alive()  # Before reading: what comes last is read after it.
-      while data := log.read(2**16):
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-      time.sleep(0.2 * going_on)
-  return 0
+  until = ['-F', '-s', '0.5', f'--pid={field("pid")}'] if alive() else []
+  return tail(f'+{int(offset) + 1}', '-c', *until)
 
 
-def tail(lines):
-  return subprocess.run(['tail', '-n', lines, f'{_JOB}/log']).returncode
+def tail(count, unit='-n', *more):
+  return subprocess.run(['tail', unit, count, *more, f'{_JOB}/log']).returncode
 
 
 def stop(seconds):

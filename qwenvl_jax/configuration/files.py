@@ -102,7 +102,8 @@ class Configuration:
       )
     text = read_text(path)
     statements = parse(text, str(path))
-    lines = text.splitlines(keepends=True)
+    # As the parser has them: other characters that end lines do not count.
+    lines = io.StringIO(text).readlines()
     starts = [x.location.line_num - 1 for x in statements] + [len(lines)]
     # gin gets the file in pieces, an included file between two of them. Other
     # lines stay empty, so that lines keep their numbers.

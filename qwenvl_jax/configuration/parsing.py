@@ -109,7 +109,8 @@ def read_text(path: Path) -> str:
         raise ConfigError(f'{path} is no regular file')
       if buckets.size(path) > _MAX_BYTES:
         raise ConfigError(f'{path} is too large for a config file')
-      return path.read_bytes().decode()
+      text = path.read_bytes().decode('utf-8-sig')
+      return text.replace('\r\n', '\n')
   except (OSError, ValueError) as error:
     raise ConfigError(f'{path} cannot be read: {error}') from error
 

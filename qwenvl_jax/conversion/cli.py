@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from rich import filesize
-from rich.console import Console
 from rich.progress import (
   BarColumn,
   DownloadColumn,
@@ -207,7 +206,7 @@ def _progress(text: str):
     TransferSpeedColumn(),
     TimeRemainingColumn(),
   )
-  with bars(Console(stderr=True), *columns) as progress:
+  with bars(PrintableConsole(stderr=True), *columns) as progress:
     yield functools.partial(progress, text)
 
 

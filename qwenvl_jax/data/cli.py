@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Sequence
 
-import rich.console
 import rich.table
 
 from qwenvl_jax import buckets, configuration, entry
@@ -24,7 +23,7 @@ from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.data.cleaning import cli as cleaning_cli
 from qwenvl_jax.data.making import cli as making_cli
 from qwenvl_jax.errors import ConfigError, DataError, did_you_mean
-from qwenvl_jax.progress import bars
+from qwenvl_jax.progress import PrintableConsole, bars
 
 _EPILOG = """\
 examples:
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
-  console = rich.console.Console()
+  console = PrintableConsole()
   if argv and argv[0] in _JOBS:
     _JOBS[argv[0]][0](argv[1:], console)
     return

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from qwenvl_jax import image as pictures_lib
-from qwenvl_jax.errors import DataError, QwenVLError
+from qwenvl_jax.errors import DataError, QwenVLError, printable
 from qwenvl_jax.infer.chat import Chat
 from qwenvl_jax.text import drawing, grounding
 
@@ -265,7 +265,7 @@ def write_note(text: str, style: str = '') -> None:
   """Prints what is no answer beside the answers, so that these can be piped."""
   sys.stdout.flush()
   console = Console(stderr=True, highlight=False)
-  console.print(text, style=style, markup=False, soft_wrap=True)
+  console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
 
 def spinner(text: str):

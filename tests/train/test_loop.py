@@ -12,6 +12,7 @@ from tensorboardX.proto import event_pb2
 
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.sharding import MeshConfig
+from qwenvl_jax.train import lock
 from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.guard import Guard
 from qwenvl_jax.train.loop import DivergedError, HeldOut, train
@@ -176,3 +177,45 @@ def test_a_workdir_that_is_a_file_is_named(tmp_path):
   (tmp_path / 'run').write_text('')
   with pytest.raises(ConfigError, match='cannot write to --workdir'):
     train(standin.line_run(), tmp_path / 'run')
+
+
+def test_a_resumed_run_says_what_of_its_configuration_changed(tmp_path, capsys):
+  config = standin.line_run(steps=4, checkpoint=CheckpointConfig(every=2))
+  old = 'A = 1\nx.B.rate = 0.5\nx.B.names = \\\n    (1,\n     2)\n'
+  train(config, tmp_path, stop_at=2, resolved=old)
+  assert 'changed since' not in capsys.readouterr().err
+  new = old.replace('0.5', '0.25').replace('A = 1', 'A = 3')
+  train(config, tmp_path, resolved=new)
+  said = capsys.readouterr().err.splitlines()
+  assert said[said.index('changed since the last start: A: 1 -> 3') + 1] == (
+    'changed since the last start: x.B.rate: 0.5 -> 0.25'
+  )
+  assert sum('changed since' in line for line in said) == 2
+  assert (tmp_path / 'config.gin').read_text() == new
+  assert (tmp_path / 'config.1.gin').read_text() == old
+
+
+def test_a_second_process_ends_before_it_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, 'PATIENCE', 0.1)
+  config = standin.line_run(steps=4, checkpoint=CheckpointConfig(every=2))
+  train(config, tmp_path, stop_at=2)
+
+  def files():
+    return {
+      path: path.stat().st_mtime_ns
+      for path in tmp_path.rglob('*')
+      if path.is_file()
+    }
+
+  with lock.locked(tmp_path, print):
+    before = files()
+    with pytest.raises(ConfigError, match=f'use by process {os.getpid()} on'):
+      train(config, tmp_path)
+    assert files() == before
+  assert int(train(config, tmp_path).step) == 4
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32, 2**64])
+def test_seeds_that_jax_would_cut_are_refused(seed):
+  with pytest.raises(ConfigError, match=f'TrainConfig.seed={seed} is not'):
+    dataclasses.replace(standin.line_run(steps=4), seed=seed)
