@@ -79,13 +79,16 @@ def _complete(step: Path) -> bool:
   return (step / 'params').is_dir()
 
 
-def read_config(folder: Path, keep_int4: bool = False) -> QwenVLConfig:
+def read_config(
+  folder: Path, keep_int4: bool = False, names: TensorNames = RELEASED
+) -> QwenVLConfig:
   """Reads the config of a checkpoint folder of any kind.
 
   Args:
     folder: the checkpoint.
     keep_int4: of int4 weights in the released layout, whether they are to stay
       packed, rather than be dequantized as they are read.
+    names: what the checkpoint calls its tensors.
 
   Raises:
     CheckpointError: the folder does not exist, has no valid config.json, is of
@@ -112,7 +115,7 @@ def read_config(folder: Path, keep_int4: bool = False) -> QwenVLConfig:
   released = has_released_weights(folder)
   config = config_from_hf(read_json(path), str(path), int4=not released)
   if keep_int4 and released:
-    tensors = RELEASED.select(open_released(folder), str(folder))
+    tensors = names.select(open_released(folder), str(folder))
     group = gptq.group_size(folder, tensors)
     return _with_int4(config, group, gptq.zero_offset(folder, tensors))
   if keep_int4 and config.decoder.int4_group is None:

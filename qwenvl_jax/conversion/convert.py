@@ -103,7 +103,7 @@ def from_hf(
       f'{source} holds no released weights (safetensors or .bin)'
     )
   if keep_int4:
-    config = checkpoint_io.read_config(source, keep_int4)
+    config = checkpoint_io.read_config(source, keep_int4, names)
   assets.read_tokenizer(source, config)
   notes = []
   values, table = checkpoint_io.open_source(

@@ -125,3 +125,20 @@ def test_a_prefix_of_openclips_names(tmp_path):
   assert found.keys() == wanted.keys()
   for name, tensor in wanted.items():
     np.testing.assert_array_equal(found[name].load(), tensor.load())
+
+
+def test_packed_weights_under_other_names(tmp_path):
+  int4 = golden.FOLDER.parent / 'int4'
+  folder = tmp_path / 'renamed'
+  shutil.copytree(int4, folder)
+  tensors = load_file(int4 / 'model.safetensors')
+  save_file(
+    {f'llm/{name}': x for name, x in tensors.items()},
+    folder / 'model.safetensors',
+  )
+  names = TensorNames(rename=(('^llm/', ''),))
+  ours = tmp_path / 'ours'
+  convert.from_hf(folder, ours, keep_int4=True, names=names)
+  found = verify(int4, ours)
+  assert found.same
+  assert found.tensors == 69
