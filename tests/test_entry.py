@@ -151,8 +151,12 @@ def command(argv):
   jax.monitoring.register_event_listener(
     lambda event, **_: hits.append(event.endswith('/cache_hits'))
   )
-  f = jax.jit(lambda x: jax.numpy.sort(x @ x.T, axis=0).cumsum())
-  f(jax.numpy.ones((300, 300))).block_until_ready()
+  @jax.jit
+  def f(x):
+    for _ in range(20):  # Long enough to compile to be worth keeping.
+      x = jax.numpy.sort(x @ x.T, axis=0).cumsum(axis=1)
+    return x
+  f(jax.numpy.ones((30, 30))).block_until_ready()
   print(sum(hits))
 sys.exit(entry.run(command))
 """

@@ -54,6 +54,7 @@ GUESTS = {
   'tensorflow': (),
   'fastapi': ('serve',),
   'pydantic': ('serve',),
+  'starlette': ('serve',),
   'uvicorn': ('serve',),
 }
 
