@@ -38,7 +38,7 @@ from qwenvl_jax import configuration, image
 from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data.packing import Packer
 from qwenvl_jax.data.pipeline import Pipeline
-from qwenvl_jax.text import tokenizer as tokenizer_lib
+from qwenvl_jax.text import bpe
 
 # TPU v5e: FLOP/s of a chip, the share of it that training reaches, chips of a
 # host. They decide how many rows a host must be fed; see `_needed`.
@@ -129,7 +129,7 @@ def check(made, samples, count, file) -> str:
 
 def compare(arguments) -> None:
   made = stage(arguments.config)
-  vocabulary = str(tokenizer_lib._default_path())
+  vocabulary = str(bpe.default_path())
   samples = torch_samples(made, arguments.samples)
   settings = {
     'vocabulary': vocabulary,

