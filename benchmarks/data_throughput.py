@@ -39,6 +39,7 @@ from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data.packing import Packer
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.text import bpe
+from qwenvl_jax.text.tokenizer import Tokenizer
 
 # TPU v5e: FLOP/s of a chip, the share of it that training reaches, chips of a
 # host. They decide how many rows a host must be fed; see `_needed`.
@@ -110,7 +111,7 @@ def run_torch(python, settings, folder) -> dict:
 def check(made, samples, count, file) -> str:
   """Compares ids and pixels of the first samples with torch's."""
   theirs, worst = np.load(file), 0.0
-  text = tokenizer_lib.Tokenizer()
+  text = Tokenizer()
   for number, (pictures, prompt, answer) in enumerate(samples[:count]):
     ids = [
       x
