@@ -66,6 +66,7 @@ def ask(
   *,
   chat: bool = False,
   batch_size: int = 128,
+  cache_dtype: str | None = None,
 ) -> tuple[list[Answered], list[Answered]]:
   """Generates and scores the answers, greedily, with pictures and without.
 
@@ -77,6 +78,7 @@ def ask(
     pictures: record id to [R,R,3] uint8.
     chat: ask in ChatML, as stage 3 learned it, rather than in plain prompts.
     batch_size: rows at once.
+    cache_dtype: see `infer.engine.EngineConfig`.
 
   Returns:
     One `Answered` a question, in order: what it sees; and the same questions
@@ -103,7 +105,9 @@ def ask(
   for limit, group in waiting.items():
     prompts = [ids for ids, _ in group]
     outputs = generate(
-      engine_for(config, params, prompts, limit, batch_size),
+      engine_for(
+        *(config, params, prompts, limit, batch_size), cache_dtype=cache_dtype
+      ),
       prompts,
       [picture[None] for picture in group.values()],
       max_new_tokens=limit,
