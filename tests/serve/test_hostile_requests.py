@@ -1,6 +1,7 @@
 """Bodies that nobody should send: each gets an answer."""
 
 import base64
+import copy
 import io
 import json
 import random
@@ -93,13 +94,13 @@ def mutated(rng: random.Random, body):
         continue
       change = rng.random()
       if change < 0.75:
-        place[key] = rng.choice(ODD)
+        place[key] = copy.deepcopy(rng.choice(ODD))
       elif change < 0.85:
         del place[key]
       elif isinstance(place, dict):
         place[rng.choice(('tools', 'x' * 300, 'best_of', 'é'))] = inner
       else:
-        place.extend([inner] * rng.choice((1, 30)))
+        place.extend(copy.deepcopy([inner] * rng.choice((1, 30))))
       break
   return body
 
