@@ -65,14 +65,14 @@ def _inference(app: fastapi.FastAPI, server: Server) -> None:
   @app.post('/v1/chat/completions', tags=['answers'])
   async def chat_completions(body: ChatRequest, request: Request):
     """Answers a conversation, whole or as server-sent events."""
-    alone = functools.partial(finish, gone=request.is_disconnected)
-    return await chats.chat(server, body, request.state.salt, alone)
+    wait = functools.partial(finish, gone=request.is_disconnected)
+    return await chats.chat(server, body, request.state.salt, wait)
 
   @app.post('/v1/completions', tags=['answers'])
   async def text_completions(body: CompletionRequest, request: Request):
     """Continues prompts; with echo and logprobs, scores them."""
-    alone = functools.partial(finish, gone=request.is_disconnected)
-    return await completions.complete(server, body, request.state.salt, alone)
+    wait = functools.partial(finish, gone=request.is_disconnected)
+    return await completions.complete(server, body, request.state.salt, wait)
 
   @app.post('/tokenize', tags=['tokens'])
   async def tokenize(body: TokenizeRequest):

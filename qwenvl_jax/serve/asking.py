@@ -12,7 +12,7 @@ from qwenvl_jax.infer.chat import stop_ids
 from qwenvl_jax.infer.grammar import GrammarCompiler
 from qwenvl_jax.infer.matcher import Grammar
 from qwenvl_jax.infer.request import Request
-from qwenvl_jax.infer.sampling import MAX_STOPS, MIN_TEMPERATURE, Sampling
+from qwenvl_jax.infer.sampling import MIN_TEMPERATURE, Sampling
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.serve.limits import ApiError, Limits
 from qwenvl_jax.serve.schemas import Settings
@@ -115,9 +115,10 @@ def engine_requests(
     ApiError: settings that contradict the model or each other.
   """
   ends = stop_ids(tokenizer)
-  stops = (*(() if body.ignore_eos else ends), *body.stop_token_ids)[:MAX_STOPS]
+  stops = (*(() if body.ignore_eos else ends), *body.stop_token_ids)
   seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
   temperature = body.temperature
+  # Logits divided by less leave float32; the most likely token is the limit.
   if 0 < temperature < MIN_TEMPERATURE:
     temperature = 0.0
   try:

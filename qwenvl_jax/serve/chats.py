@@ -14,14 +14,15 @@ from qwenvl_jax.serve.schemas import ChatRequest
 from qwenvl_jax.serve.server import Server
 
 
-async def chat(server: Server, body: ChatRequest, salt: bytes, alone: Any):
+async def chat(server: Server, body: ChatRequest, salt: bytes, wait: Any):
   """Answers a conversation.
 
   Args:
     server: what answers.
     body: of the request.
     salt: pictures are shared between requests of one.
-    alone: awaits that the client has gone, see `Server.unless_gone`.
+    wait: coroutine function that waits until `Answers` have ended, see
+      `server.finish`.
 
   Raises:
     ApiError: the request cannot be answered.
@@ -95,7 +96,7 @@ async def chat(server: Server, body: ChatRequest, salt: bytes, alone: Any):
       media_type='text/event-stream',
     )
 
-  await alone(answers)
+  await wait(answers)
   return JSONResponse(
     answering.head('chat.completion', server.name)
     | {

@@ -16,7 +16,7 @@ from qwenvl_jax.serve.server import Server
 
 
 async def complete(
-  server: Server, body: CompletionRequest, salt: bytes, alone: Any
+  server: Server, body: CompletionRequest, salt: bytes, wait: Any
 ):
   """Continues prompts; see `chats.chat`."""
   limits, config, tokenizer = server.limits, server.config, server.tokenizer
@@ -94,7 +94,7 @@ async def complete(
       media_type='text/event-stream',
     )
 
-  await alone(answers)
+  await wait(answers)
   return JSONResponse(
     about
     | {
