@@ -23,6 +23,20 @@ class GenerationError(QwenVLError):
   """An answer that cannot be completed."""
 
 
+def not_finite(count: int) -> GenerationError:
+  """The error of logits that are NaN or infinite after `count` new tokens."""
+  return GenerationError(
+    f'the logits after {count} new tokens are not finite: the checkpoint '
+    'is damaged, or its number format too small for it (try float32)'
+  )
+
+
+def failed(error: BaseException) -> GenerationError:
+  """What the device, or a program on it, could not do."""
+  text = ' '.join(str(error).split())
+  return GenerationError(f'the engine could not go on: {text[:300]}')
+
+
 class Matcher(Protocol):
   """What a grammar allows after the tokens so far (`infer.grammar`)."""
 

@@ -32,6 +32,8 @@ from qwenvl_jax.infer.request import (
   Request,
   Token,
   check_fits,
+  failed,
+  not_finite,
 )
 from qwenvl_jax.infer.sampling import Sampling
 from qwenvl_jax.infer.state import Chosen, Scores
@@ -246,7 +248,7 @@ class Scheduler:
         self._end_group(error)
       except BaseException as error:
         # What was given to the program that failed is lost.
-        self._end_group(_failed(error))
+        self._end_group(failed(error))
         self._bank.clear()
         if self._state.cache.lengths.is_deleted():
           self._start_over(error)
@@ -325,7 +327,7 @@ class Scheduler:
       logprobs, ids[:, :count], tops[:, :count]
     )
     if not np.all(np.isfinite(logprobs)):
-      self._end(work, ERROR, _not_finite(0))
+      self._end(work, ERROR, not_finite(0))
     elif not work.request.max_new_tokens:
       self._end(work, LENGTH)
 
@@ -334,7 +336,7 @@ class Scheduler:
       work.request.matcher.fill(self._masks[work.slot])
     except Exception as error:
       known = isinstance(error, QwenVLError)
-      self._end(work, ERROR, error if known else _failed(error))
+      self._end(work, ERROR, error if known else failed(error))
 
   def _stop_reading(self) -> None:
     if self._reading is not None:
@@ -375,7 +377,7 @@ class Scheduler:
     """
     self._state = self.engine.init_state()
     for work in [*self._running.values(), *self._group]:
-      self._end(work, ERROR, _failed(error))
+      self._end(work, ERROR, failed(error))
     self._bank.clear()
 
   def _take(self, work: _Work, chosen, slot: int) -> None:
@@ -391,7 +393,7 @@ class Scheduler:
           matcher.fill(self._masks[slot])
     except Exception as error:
       known = isinstance(error, QwenVLError)
-      self._end(work, ERROR, error if known else _failed(error))
+      self._end(work, ERROR, error if known else failed(error))
       return
     if stopped:
       self._end(work, STOP)
@@ -439,22 +441,9 @@ def _told(request: Request, token: int, chosen: Chosen, slot: int) -> Token:
 def _check(chosen: Chosen, slot: int, count: int) -> None:
   """GenerationError if a slot's token is none, after `count` new ones."""
   if not chosen.valid[slot]:
-    raise _not_finite(count)
+    raise not_finite(count)
   if not chosen.possible[slot]:
     raise GenerationError(
       f'no token may follow after {count} new ones: the grammar can only end '
       'there, which min_new_tokens forbids; ask for fewer'
     )
-
-
-def _not_finite(count: int) -> GenerationError:
-  return GenerationError(
-    f'the logits after {count} new tokens are not finite: the checkpoint '
-    'is damaged, or its number format too small for it (try float32)'
-  )
-
-
-def _failed(error: BaseException) -> GenerationError:
-  """What the device, or a program on it, could not do."""
-  text = ' '.join(str(error).split())
-  return GenerationError(f'the engine could not go on: {text[:300]}')
