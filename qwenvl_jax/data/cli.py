@@ -282,7 +282,11 @@ def _prepare(arguments, console):
     return
   with bars(console) as progress:
     folder = prepare.scenes(
-      arguments.data_dir, arguments.config, arguments.vocabulary, progress
+      arguments.data_dir,
+      arguments.config,
+      arguments.vocabulary,
+      progress,
+      arguments.again,
     )
   table = rich.table.Table(title=str(folder))
   table.add_column('split')

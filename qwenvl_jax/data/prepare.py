@@ -1,15 +1,16 @@
-"""Prepares the quickstart's scenes: record files and the small vocabulary."""
+"""Prepares the quickstart's scenes, and the small vocabulary beside them."""
 
 import os
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
-
-from qwenvl_jax import buckets
-from qwenvl_jax.data import sources, vocabulary
+from qwenvl_jax.data import sources, storage, vocabulary
+from qwenvl_jax.data.builders import scenes as drawn
+from qwenvl_jax.data.sharded_job import ShardedJob
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
+
+_PER_SHARD = 1000
 
 
 def scenes(
@@ -17,16 +18,18 @@ def scenes(
   config: str = 'default',
   vocabulary_file: str | None = None,
   progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+  again: bool = False,
 ) -> pathlib.Path:
-  """Builds the composed scenes and the small vocabulary beside them.
+  """Draws the composed scenes, and makes the small vocabulary beside them.
 
   What is there already stays as it is, so a second call is quick.
 
   Args:
     data_dir: where to; None for the default folder.
-    config: a configuration of the builder, 'default' or 'small'.
+    config: a key of `builders.scenes.CONFIGS`, 'default' or 'small'.
     vocabulary_file: the vocabulary to reduce; None for the released one.
     progress: called with what is being done, how far it is, and of how much.
+    again: draws all scenes again.
 
   Returns:
     The folder of the scenes.
@@ -35,57 +38,49 @@ def scenes(
     ConfigError: no such configuration.
     DataError: the folder cannot be written.
   """
-  # Imported here: it takes a second, and listing does not need it.
-  import tensorflow_datasets as tfds
-
-  from qwenvl_jax.data.builders import scenes as builders
-
-  configs = {x.name: x for x in builders.Scenes.BUILDER_CONFIGS}
-  if config not in configs:
+  if config not in drawn.CONFIGS:
     raise ConfigError(
       f'no configuration {config!r} of scenes; there is '
-      f'{", ".join(map(repr, configs))}'
+      f'{", ".join(map(repr, drawn.CONFIGS))}'
     )
-  settings = configs[config]
-  total = settings.train + settings.test + settings.combos
-  counts = {'train': [], 'test': [], 'combos': []}
-
-  def count(split, drawing):
-    counts[split].append(len(drawing.objects))
-    progress('drawing scenes', sum(map(len, counts.values())), total)
-
+  settings = drawn.CONFIGS[config]
   base = sources.disk_path(data_dir)
-  tfds.disable_progress_bar()
+  folder = storage.folder(base / 'scenes', config)
+  total = sum(getattr(settings, split) for split in drawn.SPLITS)
+  lengths = {}
   try:
-    base.mkdir(parents=True, exist_ok=True)
-    builder = builders.Scenes(
-      data_dir=str(base), config=settings, on_scene=count
-    )
-    builder.download_and_prepare()
-    folder = sources.scenes_folder(data_dir, config)
-    _write_object_counts(folder, counts)
-    _write_vocabulary(base, settings.style.classes, vocabulary_file, progress)
+    for split in drawn.SPLITS:
+      numbers = range(getattr(settings, split))
+      parts = [numbers[i:][:_PER_SHARD] for i in numbers[::_PER_SHARD]]
+      origins = tuple(f'{settings!r}, {part!r}' for part in parts)
+      job = ShardedJob(folder, 'scenes', split, origins)
+      job.begin(again)
+      for shard in job.unfinished():
+        (folder / storage.INFO).unlink(missing_ok=True)
+        made, before = [], sum(map(sum, lengths.values())) + parts[shard].start
+        for number in parts[shard]:
+          made.append(drawn.draw(settings, split, number))
+          progress('drawing scenes', before + len(made), total)
+        count = storage.write_shard(job.path(shard), made)
+        objects = [len(x.objects) for x in made]
+        job.finish(shard, {'length': count, 'counts': {}, 'objects': objects})
+      lengths[split], _ = job.totals()
+    if storage.split_lengths(folder) != lengths:
+      storage.write_info(
+        folder,
+        'scenes',
+        lengths,
+        description=drawn.__doc__,
+        homepage='https://github.com/googlefonts/noto-emoji',
+        license='Sprites: Apache-2.0 (Noto Emoji, Google)',
+      )
+    progress('reducing the vocabulary', 0, 1)
+    small = vocabulary.build(Tokenizer(vocabulary_file), settings.style.classes)
+    small.save(base / sources.VOCABULARY)
+    progress('reducing the vocabulary', 1, 1)
   except OSError as error:
     raise DataError(
       f'cannot write to {base} ({error}); free some space, or name another '
       'folder with --data_dir'
     ) from error
   return folder
-
-
-def _write_object_counts(folder, counts):
-  """So that filtering by the number of objects need not read every scene."""
-  for split, numbers in counts.items():
-    if numbers:
-      with (
-        buckets.atomic_write(folder / f'objects-{split}.npy') as local,
-        local.open('wb') as file,
-      ):
-        np.save(file, np.array(numbers, np.int32))
-
-
-def _write_vocabulary(base, classes, vocabulary_file, progress):
-  progress('reducing the vocabulary', 0, 1)
-  file = base / sources.VOCABULARY
-  vocabulary.build(Tokenizer(vocabulary_file), classes).save(file)
-  progress('reducing the vocabulary', 1, 1)

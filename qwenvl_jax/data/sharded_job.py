@@ -23,6 +23,9 @@ from qwenvl_jax.errors import ConfigError, DataError
 # Called with how many shards are done, and of how many.
 Progress = Callable[[int, int], None]
 
+# What follows the name of a shard in that of its report.
+REPORT = '.report.json'
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardedJob:
@@ -53,7 +56,7 @@ class ShardedJob:
 
   def report_path(self, shard: int) -> Path:
     path = self.path(shard)
-    return path.with_name(f'{path.name}{_REPORT}')
+    return path.with_name(f'{path.name}{REPORT}')
 
   def is_finished(self, shard: int) -> bool:
     """Whether a shard is written; after `begin`, from its present origin."""
@@ -156,12 +159,12 @@ class ShardedJob:
       if not self.is_finished(shard) and not again
     }
     others = {
-      path.name.removesuffix(_REPORT)
+      path.name.removesuffix(REPORT)
       for path in self.folder.glob(f'{self.name}-{self.split}.array_record-*')
     } - names
     taken = 0
     for name in sorted(others):
-      shard, report = self.folder / name, self.folder / f'{name}{_REPORT}'
+      shard, report = self.folder / name, self.folder / f'{name}{REPORT}'
       new = wanted.pop(_origin(report), None)
       if new is not None and shard.exists():
         shard.replace(self.path(new))
@@ -175,9 +178,6 @@ class ShardedJob:
       f'{self._what}: {len(others)} shards were of another number of shards: '
       f'{taken} are kept, the rest is removed'
     ]
-
-
-_REPORT = '.report.json'
 
 
 def _origin(report: Path) -> str | None:

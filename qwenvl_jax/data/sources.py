@@ -6,23 +6,20 @@ sequence of records, which can be pickled to worker processes.
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
 import pathlib
-import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import records, storage, things
+from qwenvl_jax.data import records, sharded_job, storage
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 VOCABULARY = 'qwen.tiktoken'
-
-_VERSION = re.compile(r'\d+\.\d+\.\d+')
 
 
 def default_data_dir() -> pathlib.Path:
@@ -81,9 +78,9 @@ class Prepared:
         f'{option} --manual_dir ...` (`qwenvl-data list --name {self.name}` '
         'tells where to get it)'
       )
-    return RecordSequence(
-      storage.open_split(folder, self.name, self.split), self.limit
-    )
+    shards = storage.open_split(folder, self.name, self.split)
+    chosen = None if self.limit is None else range(len(shards))[: self.limit]
+    return RecordSequence(self.name, shards, chosen)
 
 
 def _check_reachable(error: Exception) -> None:
@@ -106,18 +103,21 @@ class RecordSequence:
   """Records of a prepared split, read when indexed.
 
   Attributes:
+    name: of the data set.
     shards: serialized records, by random access.
-    limit: only the first so many; None for all.
+    chosen: indices of the records that count; None for all.
+    parse: makes a record of what `shards` holds.
   """
 
+  name: str
   shards: Any
-  limit: int | None = None
+  chosen: Sequence[int] | None = None
+  parse: Callable[[bytes], Any] = storage.parse
 
   def __len__(self) -> int:
-    size = len(self.shards)
-    return size if self.limit is None else min(size, self.limit)
+    return len(self.shards if self.chosen is None else self.chosen)
 
-  def __getitem__(self, index: int) -> records.Record:
+  def __getitem__(self, index: int) -> records.Record | records.Scene:
     """A record.
 
     Raises:
@@ -125,14 +125,18 @@ class RecordSequence:
     """
     if not 0 <= index < len(self):
       raise IndexError(index)
+    if self.chosen is not None:
+      index = int(self.chosen[index])
     try:
       data = self.shards[index]
     except (OSError, ValueError, RuntimeError) as error:
       _check_reachable(error)
       raise BadRecordError(
-        'unreadable_record', f'record {index} of {self.shards} ({error})'
+        'unreadable_record',
+        f'record {index} of {self.shards} ({error}); `qwenvl-data prepare '
+        f'{self.name} --again` writes it anew',
       ) from error
-    return storage.parse(data)
+    return self.parse(data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,53 +159,61 @@ class Scenes:
   max_objects: int | None = None
   limit: int | None = None
 
-  def open(self) -> 'SceneSequence':
+  def open(self) -> RecordSequence:
     """The scenes.
 
     Raises:
-      DataError: not prepared, or damaged.
-      ConfigError: no such split.
+      DataError: not prepared, damaged, or no such split.
+      ConfigError: no scene is left.
     """
     folder = scenes_folder(self.data_dir, self.config)
-    sequence = SceneSequence(folder, self.split)
-    chosen = None
-    if self.min_objects or self.max_objects is not None:
-      counts = sequence.object_counts()
-      most = counts.max() if self.max_objects is None else self.max_objects
-      chosen = np.flatnonzero((self.min_objects <= counts) & (counts <= most))
-    if self.limit is not None:
-      chosen = np.arange(len(sequence)) if chosen is None else chosen
-      chosen = chosen[: self.limit]
-    if chosen is not None and not len(chosen):
-      counts = sequence.object_counts()
+    shards = storage.open_split(folder, 'scenes', self.split)
+    counts = object_counts(folder, self.split)
+    most = counts.max() if self.max_objects is None else self.max_objects
+    chosen = np.flatnonzero((self.min_objects <= counts) & (counts <= most))
+    chosen = chosen[: self.limit]
+    if not len(chosen):
       raise ConfigError(
         f'Scenes(min_objects={self.min_objects}, '
         f'max_objects={self.max_objects}, limit={self.limit}) leaves none: the '
         f'scenes of {folder} have {counts.min()} to {counts.max()} objects'
       )
-    return dataclasses.replace(sequence, chosen=chosen)
+    return RecordSequence('scenes', shards, chosen, storage.parse_scene)
 
 
 def scenes_folder(data_dir, config: str = 'default') -> pathlib.Path:
-  """The newest prepared version of a set of scenes."""
-  base = data_path(data_dir)
-  # Not the folder of a preparation that was interrupted.
-  found = sorted(
-    (
-      file
-      for file in (base / 'scenes' / config).glob('*/dataset_info.json')
-      if _VERSION.fullmatch(file.parent.name)
-    ),
-    key=lambda file: tuple(map(int, file.parent.name.split('.'))),
-  )
-  if not found:
+  """Where a set of scenes was prepared."""
+  base = data_path(data_dir) / 'scenes'
+  folder = storage.folder(base, config)
+  if not (folder / storage.INFO).exists():
     option = '' if data_dir is None else f' --data_dir {data_dir}'
     kind = '' if config == 'default' else f' --config {config}'
     raise DataError(
-      f'{base / "scenes" / config} holds no prepared scenes; run `qwenvl-data '
-      f'prepare scenes{kind}{option}`'
+      f'{base / config} holds no prepared scenes; run `qwenvl-data prepare '
+      f'scenes{kind}{option}`'
     )
-  return found[-1].parent
+  return folder
+
+
+def object_counts(folder: pathlib.Path, split: str) -> np.ndarray:
+  """[N] the number of objects of every scene of a split.
+
+  Raises:
+    DataError: the folder is damaged.
+  """
+  found = []
+  count = len(storage.split_lengths(folder)[split])
+  for index in range(count):
+    shard = folder / storage.shard_name('scenes', split, index, count)
+    file = shard.with_name(f'{shard.name}{sharded_job.REPORT}')
+    try:
+      found += json.loads(file.read_text())['objects']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise DataError(
+        f'{file} cannot be read ({error!r}); run `qwenvl-data prepare scenes` '
+        'again, into the same folder'
+      ) from error
+  return np.array(found)
 
 
 def prepared_configs(data_dir) -> list[str]:
@@ -232,101 +244,6 @@ def small_vocabulary(data_dir: str | os.PathLike | None = None) -> str:
       f'{file} is missing; run `qwenvl-data prepare scenes{option}`'
     )
   return str(file)
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneSequence:
-  """Scenes of one split, read when indexed.
-
-  Attributes:
-    folder: the prepared version.
-    split: name of the split.
-    chosen: indices of the scenes that count; None for all.
-  """
-
-  folder: pathlib.Path
-  split: str
-  chosen: np.ndarray | None = None
-
-  def __len__(self) -> int:
-    return len(self._source) if self.chosen is None else len(self.chosen)
-
-  def __getitem__(self, index: int) -> records.Scene:
-    if not 0 <= index < len(self):
-      raise IndexError(index)
-    if self.chosen is not None:
-      index = int(self.chosen[index])
-    return self._read(index)
-
-  def object_counts(self) -> np.ndarray:
-    """[N] int32, the number of objects of every scene of the split."""
-    file = self.folder / f'objects-{self.split}.npy'
-    if file.exists():
-      with file.open('rb') as stream:
-        return np.load(stream)
-    count = len(self._source)
-    counts = [len(self._read(i).objects) for i in range(count)]
-    return np.array(counts, np.int32)
-
-  def _read(self, index):
-    try:
-      return _scene(self._source[index], self._side)
-    except (OSError, ValueError, IndexError, RuntimeError) as error:
-      raise DataError(
-        f'{self.folder}, split {self.split!r}, scene {index}: cannot be read '
-        f'({error}); delete the folder and run `qwenvl-data prepare scenes`'
-      ) from error
-
-  @property
-  def _source(self):
-    return _open_split(self.folder, self.split)[0]
-
-  @property
-  def _side(self) -> int:
-    return _open_split(self.folder, self.split)[1]
-
-
-@functools.lru_cache(maxsize=16)
-def _open_split(folder, split):
-  # Imported here: it takes a second, and only reading needs it.
-  import tensorflow_datasets as tfds
-
-  try:
-    builder = tfds.builder_from_directory(folder)
-  except (OSError, ValueError, KeyError, RuntimeError) as error:
-    raise DataError(
-      f'{folder} cannot be read ({error}); delete it and run `qwenvl-data '
-      'prepare scenes`'
-    ) from error
-  if split not in builder.info.splits:
-    raise ConfigError(
-      f'{folder} has no split {split!r}; it has '
-      f'{", ".join(map(repr, builder.info.splits))}'
-    )
-  source = builder.as_data_source(
-    split=split, decoders={'image': tfds.decode.SkipDecoding()}
-  )
-  return source, builder.info.features['image'].shape[0]
-
-
-def _scene(record, side) -> records.Scene:
-  texture = record['texture']
-  words = zip(record['words'], record['quads'].tolist())
-  return records.scene(
-    record['id'].decode(),
-    record['image'],
-    side,
-    [
-      records.Object(int(thing), tuple(box))
-      for thing, box in zip(record['things'], record['boxes'].tolist())
-    ],
-    int(record['colour']),
-    things.TEXTURES[int(texture)],
-    [
-      records.Word(word.decode(), tuple(map(tuple, quad)))
-      for word, quad in words
-    ],
-  )
 
 
 @dataclasses.dataclass(frozen=True)

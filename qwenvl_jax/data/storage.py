@@ -5,22 +5,25 @@ pictures, stored as they came) and `annotation` (everything else, as JSON). It
 is parsed here by the proto alone, several times faster than through TFDS.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import shard_files
 from qwenvl_jax.data.records import (
   GroundedCaption,
+  Object,
   Qa,
   Record,
   Region,
+  Scene,
   Span,
   Turn,
   Word,
@@ -31,14 +34,15 @@ VERSION = '1.0.0'
 INFO = 'dataset_info.json'
 
 
-def serialize(record: Record) -> bytes:
+def serialize(record: Record | Scene) -> bytes:
   """A record whose images are bytes, as one `tf.train.Example`."""
   example = _example_class()()
   feature = example.features.feature
+  images = [record.image] if isinstance(record, Scene) else record.images
   feature['id'].bytes_list.value.append(record.id.encode('utf-8', 'replace'))
-  feature['images'].bytes_list.value.extend(map(bytes, record.images))
+  feature['images'].bytes_list.value.extend(map(bytes, images))
   annotation = json.dumps(
-    _to_json(dataclasses.replace(record, id='', images=())),
+    _to_json(record, without=('id', 'image', 'images')),
     ensure_ascii=False,
     separators=(',', ':'),
   )
@@ -49,18 +53,40 @@ def serialize(record: Record) -> bytes:
   return example.SerializeToString(deterministic=True)
 
 
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+  try:
+    yield
+  except (
+    ValueError, KeyError, IndexError, TypeError, AttributeError,
+    _decode_error(),
+  ) as error:  # fmt: skip
+    raise BadRecordError(
+      'unreadable_record', f'a damaged record ({error}); prepare it again'
+    ) from error
+
+
+def _read_example(data: bytes) -> tuple[str, tuple[bytes, ...], dict]:
+  """Id, images and annotation."""
+  feature = _example_class().FromString(data).features.feature
+  return (
+    feature['id'].bytes_list.value[0].decode(),
+    tuple(feature['images'].bytes_list.value),
+    json.loads(feature['annotation'].bytes_list.value[0]),
+  )
+
+
 def parse(data: bytes) -> Record:
   """The inverse of `serialize`.
 
   Raises:
     BadRecordError: damaged.
   """
-  try:
-    feature = _example_class().FromString(data).features.feature
-    found = json.loads(feature['annotation'].bytes_list.value[0])
+  with _damage_told():
+    id_, images, found = _read_example(data)
     return Record(
-      id=feature['id'].bytes_list.value[0].decode(),
-      images=tuple(feature['images'].bytes_list.value),
+      id=id_,
+      images=images,
       size=tuple(found.get('size', (0, 0))),
       language=found.get('language', 'en'),
       captions=tuple(found.get('captions', ())),
@@ -69,21 +95,39 @@ def parse(data: bytes) -> Record:
         Region(x['phrase'], _boxes(x)) for x in found.get('regions', ())
       ),
       grounded=tuple(_grounded(x) for x in found.get('grounded', ())),
-      words=tuple(
-        Word(x['word'], tuple(map(tuple, x['quad'])))
-        for x in found.get('words', ())
-      ),
+      words=_words(found),
       turns=tuple(Turn(x['role'], x['text']) for x in found.get('turns', ())),
       text=found.get('text', ''),
       texts=tuple(found.get('texts', ())),
     )
-  except (
-    ValueError, KeyError, IndexError, TypeError, AttributeError,
-    _decode_error(),
-  ) as error:  # fmt: skip
-    raise BadRecordError(
-      'unreadable_record', f'a damaged record ({error}); prepare it again'
-    ) from error
+
+
+def parse_scene(data: bytes) -> Scene:
+  """The inverse of `serialize`, of a scene.
+
+  Raises:
+    BadRecordError: damaged.
+  """
+  with _damage_told():
+    id_, (image,), found = _read_example(data)
+    return Scene(
+      id=id_,
+      image=image,
+      side=found['side'],
+      objects=tuple(
+        Object(x['thing'], tuple(x['box'])) for x in found['objects']
+      ),
+      colour=found['colour'],
+      texture=found.get('texture', 'plain'),
+      words=_words(found),
+    )
+
+
+def _words(found: dict) -> tuple[Word, ...]:
+  return tuple(
+    Word(x['word'], tuple(map(tuple, x['quad'])))
+    for x in found.get('words', ())
+  )
 
 
 def _qa(found: dict) -> Qa:
@@ -100,14 +144,14 @@ def _grounded(found: dict) -> GroundedCaption:
   return GroundedCaption(found['text'], tuple(spans))
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: Any, without: Sequence[str] = ()) -> Any:
   """Dataclasses as dicts, without what is empty anyway."""
   if dataclasses.is_dataclass(value):
     fields = {f.name: f.default for f in dataclasses.fields(value)}
     return {
       name: _to_json(getattr(value, name))
       for name, default in fields.items()
-      if getattr(value, name) != default and getattr(value, name) != ''
+      if name not in without and getattr(value, name) not in (default, '')
     }
   if isinstance(value, (tuple, list)):
     return [_to_json(x) for x in value]
@@ -230,7 +274,11 @@ def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:
 
 
 def open_split(directory: pathlib.Path, name: str, split: str):
-  """The serialized records of a split, by random access; picklable."""
+  """The serialized records of a split, by random access; picklable.
+
+  Raises:
+    DataError: no such split, or shards that are missing or damaged.
+  """
   import grain
 
   lengths = split_lengths(directory)
@@ -250,4 +298,10 @@ def open_split(directory: pathlib.Path, name: str, split: str):
       'run `qwenvl-data prepare` again, which keeps the others'
     )
   # Grain reports on every source that it opens to a log that is not set up.
-  return grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+  try:
+    return grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+  except (OSError, ValueError, RuntimeError) as error:
+    raise DataError(
+      f'a shard of {directory} cannot be opened ({error}); `qwenvl-data '
+      f'prepare {name} --again` writes it anew'
+    ) from error

@@ -149,7 +149,7 @@ def test_damaged_shards(tmp_path):
   damaged = [_damaged(rng, x) if rng.random() < 0.5 else x for x in good]
   source = listed.Listed('x', tuple(damaged))
   stream = Stream(
-    listed.Listed('s', sources.RecordSequence(source)), formats.Captions()
+    listed.Listed('s', sources.RecordSequence('x', source)), formats.Captions()
   )
   made = Pipeline(
     streams=(stream,), sequence_length=160, image_tokens=16, image_size=14,

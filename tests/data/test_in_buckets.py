@@ -18,7 +18,7 @@ def test_scenes(bucket, prepared):
   assert len(there) == 5
   for wanted, found in zip(here, there, strict=True):
     assert found == wanted
-  assert (there.object_counts() == here.object_counts()).all()
+  assert len(sources.Scenes(url, config='small', max_objects=1).open())
   assert sources.prepared_configs(url) == ['small']
   assert sources.small_vocabulary(url) == f'{url}/qwen.tiktoken'
 

@@ -166,5 +166,5 @@ def test_drawing_is_fast():
   _drawings(2000)  # Sprites of every size, once.
   start = time.process_time()
   for drawing in _drawings(500, compose.Style()):
-    scenes.to_record('x', drawing)
+    scenes.to_scene('x', drawing)
   assert (time.process_time() - start) / 500 < 4e-3
