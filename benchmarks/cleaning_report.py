@@ -269,7 +269,7 @@ def compare(corpus: list[Made], job, tally) -> bool:
   """Prints the table; whether all is as it should be, but for resized ones."""
   kept = set()
   for shard in range(len(job.shards)):
-    for data in shard_files.read_records(job.final(shard)):
+    for data in shard_files.read_records(job.finished.path(shard)):
       kept.add(int(shards.decode(data).id.rpartition('/')[2]))
   kept = originals_first(corpus, kept)
   allowed = next(x.keep for x in job.unique if x.name == 'duplicate_text')

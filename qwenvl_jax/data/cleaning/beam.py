@@ -6,6 +6,7 @@ The one module that needs the package apache-beam.
 import contextlib
 import functools
 import logging
+import operator
 import threading
 from collections.abc import Callable, Sequence
 
@@ -69,11 +70,11 @@ def build(pipeline, job: Job):
     | 'Shards' >> beam.Create(numbers)
     # Or a runner would hand all of them to one worker.
     | 'SpreadShards' >> beam.Reshuffle()
-    | 'Clean' >> beam.Map(functools.partial(_clean, job))
+    | 'Clean' >> beam.Map(functools.partial(shards.clean_shard, job))
   )
   # Of finished shards too: the best of a group may be in one.
   survivors = cleaned | 'Entries' >> beam.FlatMap(
-    functools.partial(_entries, job)
+    functools.partial(shards.entries, job)
   )
   kept = {}
   for rule in job.unique:
@@ -81,9 +82,11 @@ def build(pipeline, job: Job):
       survivors
       | f'Key/{rule.name}' >> beam.Map(functools.partial(_keyed, rule))
       | f'Best/{rule.name}' >> beam.CombinePerKey(_Best(rule))
-      | f'Survivors/{rule.name}' >> beam.FlatMap(_values)
+      | f'Survivors/{rule.name}' >> beam.FlatMap(operator.itemgetter(1))
     )
-    kept[rule.name] = survivors | f'Kept/{rule.name}' >> beam.Map(_index)
+    kept[rule.name] = survivors | f'Kept/{rule.name}' >> beam.Map(
+      operator.attrgetter('place')
+    )
   return (
     {'': cleaned | 'All' >> beam.Map(_with_nothing), **kept}
     | 'Gather' >> beam.CoGroupByKey()
@@ -113,24 +116,8 @@ class _Best(beam.CombineFn):
     return best(self._rule, accumulator)
 
 
-def _clean(job, shard):
-  return shards.clean_shard(job, shard)
-
-
-def _entries(job, shard):
-  return shards.entries(job, shard)
-
-
 def _keyed(rule, entry):
   return rule.key(entry), entry
-
-
-def _values(group):
-  return group[1]
-
-
-def _index(entry):
-  return entry.shard, entry.index
 
 
 def _with_nothing(shard):
@@ -173,8 +160,8 @@ def _watching(job, progress):
 
   def look():
     left = {
-      'cleaning': (job.is_cleaned, set(range(total))),
-      'writing': (job.is_finished, set(range(total))),
+      'cleaning': (job.candidates.is_finished, set(range(total))),
+      'writing': (job.finished.is_finished, set(range(total))),
     }
     while True:
       last = stop.wait(_LOOK)

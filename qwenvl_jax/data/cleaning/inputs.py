@@ -6,14 +6,13 @@ beside it. Nothing outside a shard's folder is opened and no address is fetched.
 
 import dataclasses
 import glob
-import json
 import os
 from collections.abc import Iterator
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import roots
 from qwenvl_jax.data.cleaning.pair import Broken, Pair, Picture
-from qwenvl_jax.data.readers import archives, fields
+from qwenvl_jax.data.readers import archives, fields, json_lines
 from qwenvl_jax.data.readers.archives import PICTURES, TEXTS, Names, Sample
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
@@ -118,26 +117,28 @@ class Shard:
       source.pictures, source.texts, (*source.scores, 'error_message')
     )
     read = _lines if path.suffix == '.jsonl' else archives.read
+    id_ = path.name
     try:
       for number, sample in enumerate(read(path, names)):
-        if isinstance(sample, BadRecordError):
-          broken = f'{path.name}/{number}'
-          yield Broken(broken, source.name, sample.reason, str(sample)[:200])
-        else:
-          yield self._pair(f'{path.name}/{sample.key}', sample, names)
+        id_ = f'{path.name}/{getattr(sample, "key", number)}'
+        for found in fields.attempt(self._pair, id_, sample, names, record=id_):
+          if isinstance(found, BadRecordError):
+            found = Broken(id_, source.name, found.reason, str(found)[:200])
+          yield found
     except archives.NoPicturesError as error:
-      yield Broken(path.name, source.name, 'missing_image', str(error))
+      yield Broken(id_, source.name, 'missing_image', str(error))
 
-  def _pair(self, id_: str, sample: Sample, names: Names) -> Pair | Broken:
+  def _pair(
+    self, id_: str, sample: Sample | BadRecordError, names: Names
+  ) -> Pair:
     source = self.source
+    if isinstance(sample, BadRecordError):
+      raise sample
     picture = sample.picture(names)
     if picture is None:
       why = sample.fields.get('error_message') or 'no picture in the record'
-      return Broken(id_, source.name, 'missing_image', str(why)[:200])
-    try:
-      text = fields.text_field(sample.text(names, id_), '', id_)
-    except BadRecordError as error:
-      return Broken(id_, source.name, error.reason, str(error)[:200])
+      raise BadRecordError('missing_image', str(why))
+    text = fields.text_field(sample.text(names, id_), '', id_)
     return Pair(
       id_,
       source.name,
@@ -158,22 +159,17 @@ def _number(value) -> float | None:
 def _lines(path, names: Names) -> archives.Samples:
   """Objects of a JSONL file, and the pictures beside it that they name."""
   try:
-    with buckets.open_regular(path) as file:
-      for number, (name, line) in enumerate(fields.lines(file, path.name)):
-        if line is None:
-          yield fields.too_long(name)
-        elif line.strip():
-          yield from fields.attempt(
-            _line, path.parent, line, number, names, name, record=name
-          )
-  except OSError as error:
-    yield BadRecordError('unreadable_record', f'{path}: {error}')
+    for number, (record, line) in enumerate(json_lines.lines(path)):
+      if isinstance(line, BadRecordError) or line.strip():
+        yield from fields.attempt(
+          _line, path.parent, line, number, names, record, record=record
+        )
+  except DataError as error:
+    yield BadRecordError('unreadable_record', str(error))
 
 
-def _line(
-  folder, line: bytes, number: int, names: Names, record: str
-) -> Sample:
-  row = json.loads(fields.decode(line, record))
+def _line(folder, line, number: int, names: Names, record: str) -> Sample:
+  row = json_lines.parse(line, record)
   if not isinstance(row, dict):
     raise BadRecordError('malformed', f'{record} holds no JSON object')
   for name in names.pictures:

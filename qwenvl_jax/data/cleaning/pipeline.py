@@ -140,7 +140,7 @@ def begin(job: Job, again: bool = False) -> list[str]:
       shard
       for shard in job.candidates.shards
       if missing
-      and job.is_cleaned(shard)
+      and job.candidates.is_finished(shard)
       and not job.candidates.path(shard).exists()
     ]
     for shard in lost:
@@ -197,8 +197,8 @@ def complete(job: Job) -> Tally:
         description='Pictures with their texts, cleaned; see report.html.',
       )
     for shard in job.finished.shards:
-      for suffix in ('array_record', 'npy'):
-        job.work('candidates', shard, suffix).unlink(missing_ok=True)
+      job.candidates.path(shard).unlink(missing_ok=True)
+      job.candidates.fingerprints_path(shard).unlink(missing_ok=True)
     for place in (folder, folder / 'work', job.folder):
       buckets.remove_partial(place)
   except OSError as error:

@@ -9,6 +9,7 @@ whatever a killed run leaves besides is overwritten.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ class Candidates(_Stage):
   def report_path(self, shard: int) -> Path:
     return self.path(shard).with_suffix('.json')
 
+  def fingerprints_path(self, shard: int) -> Path:
+    return self.path(shard).with_suffix('.npy')
+
   def is_finished(self, shard: int) -> bool:
     return self.report_path(shard).exists()
 
@@ -92,12 +96,6 @@ class Job:
     )
     object.__setattr__(self, 'origins', self.origins or tuple(origins))
 
-  def work(self, kind: str, shard: int, suffix: str) -> Path:
-    """A file of the folder for what is only needed until all is done."""
-    return (
-      buckets.as_path(self.output) / 'work' / f'{kind}-{shard:05d}.{suffix}'
-    )
-
   @property
   def name(self) -> str:
     """Of the data set that is written: the folder's."""
@@ -108,31 +106,21 @@ class Job:
     """Of the result, where `sources.Prepared` looks for it."""
     return buckets.as_path(self.output) / storage.VERSION
 
-  @property
+  @functools.cached_property
   def candidates(self) -> Candidates:
     folder = buckets.as_path(self.output) / 'work'
     return Candidates(folder, self.name, 'candidates', self.origins)
 
-  @property
+  @functools.cached_property
   def finished(self) -> Finished:
     # What is kept of a shard depends on all others.
     among = sharded_job.digest(self.origins)
     origins = tuple(f'{x} among {among}' for x in self.origins)
     return Finished(self.folder, self.name, 'train', origins)
 
-  def final(self, shard: int) -> Path:
-    """A file of the result."""
-    return self.finished.path(shard)
-
   @property
   def is_complete(self) -> bool:
     return (self.folder / storage.INFO).exists()
-
-  def is_cleaned(self, shard: int) -> bool:
-    return self.work('candidates', shard, 'json').exists()
-
-  def is_finished(self, shard: int) -> bool:
-    return self.work('finished', shard, 'json').exists()
 
 
 def encode(pair: Pair) -> bytes:
@@ -161,7 +149,7 @@ def clean_shard(job: Job, shard: int) -> int:
   Raises:
     DataError: the shard is not there, or nothing can be written.
   """
-  if job.is_cleaned(shard):
+  if job.candidates.is_finished(shard):
     return shard
   tally, prints = Tally(), []
   with _writing(job):
@@ -170,7 +158,7 @@ def clean_shard(job: Job, shard: int) -> int:
     )
     table = np.array(prints, unique.FINGERPRINT)
     with (
-      buckets.atomic_write(job.work('candidates', shard, 'npy')) as local,
+      buckets.atomic_write(job.candidates.fingerprints_path(shard)) as local,
       local.open('wb') as file,
     ):
       np.save(file, table, allow_pickle=False)
@@ -192,7 +180,7 @@ def _candidates(job, shard, tally, prints) -> Iterator[bytes]:
 
 def entries(job: Job, shard: int) -> Iterator[unique.Entry]:
   """What passed the rules of a cleaned shard, to be compared."""
-  with job.work('candidates', shard, 'npy').open('rb') as file:
+  with job.candidates.fingerprints_path(shard).open('rb') as file:
     table = np.load(file, allow_pickle=False)
   for index, (image, text, length) in enumerate(table.tolist()):
     yield unique.Entry(image, text, length, shard, index)
@@ -212,17 +200,18 @@ def finish_shard(
   Raises:
     DataError: the candidates are damaged, or nothing can be written.
   """
-  if job.is_finished(shard):
+  if job.finished.is_finished(shard):
     return shard
   tally = Tally()
   with _writing(job):
-    shard_files.write_records(job.final(shard), _kept(job, shard, kept, tally))
+    path = job.finished.path(shard)
+    shard_files.write_records(path, _kept(job, shard, kept, tally))
     job.finished.finish(shard, {'tally': tally.to_json()})
   return shard
 
 
 def _kept(job, shard, kept, tally) -> Iterator[bytes]:
-  path = job.work('candidates', shard, 'array_record')
+  path = job.candidates.path(shard)
   try:
     for index, data in enumerate(shard_files.read_records(path)):
       reason = KEPT

@@ -146,7 +146,10 @@ def test_killed_at_any_write_it_goes_on_to_the_same_result(
   # Six shards' files in all, each attempt finished one and broke one.
   assert len(writes) == 6 + 5
   for number in range(len(job.shards)):
-    assert job.final(number).read_bytes() == whole.final(number).read_bytes()
+    assert (
+      job.finished.path(number).read_bytes()
+      == whole.finished.path(number).read_bytes()
+    )
 
 
 def _then(records, error):
@@ -178,7 +181,7 @@ def test_a_damaged_candidate_is_named(folder, tmp_path):
   job = corpus.job(folder, tmp_path / 'pairs')
   pipeline.begin(job)
   shards.clean_shard(job, 0)
-  path = job.work('candidates', 0, 'array_record')
+  path = job.candidates.path(0)
   path.write_bytes(path.read_bytes()[:100])
   kept = {rule.name: range(99) for rule in job.unique}
   with pytest.raises(DataError, match='candidates-00000.array_record'):
@@ -227,7 +230,11 @@ def test_changed_input_is_cleaned_again(folder, tmp_path):
   job = corpus.job(tmp_path, output)
   (line,) = pipeline.begin(job)
   assert '1 of 3 shards' in line and '00001.tar' in line
-  assert [job.is_cleaned(x) for x in range(3)] == [True, False, True]
+  assert [job.candidates.is_finished(x) for x in range(3)] == [
+    True,
+    False,
+    True,
+  ]
   before = run(job)
   assert before.outcomes['web', KEPT] == 3 and job.is_complete
   assert pipeline.begin(job) == [] and job.is_complete
@@ -255,7 +262,7 @@ def test_again_takes_other_settings(folder, tmp_path):
   assert job.is_complete
   (line,) = pipeline.begin(other, again=True)
   assert 'everything is cleaned again' in line
-  assert not any(other.is_cleaned(x) for x in range(3))
+  assert not any(other.candidates.is_finished(x) for x in range(3))
   assert not other.is_complete
 
 
@@ -304,7 +311,9 @@ def test_from_bucket_to_bucket(folder, finished, bucket, tmp_path):
   # Pictures that JSONL names are read from a disk only.
   assert tally.outcomes['web', KEPT] == 4
   assert tally.outcomes['sbu', 'missing_image'] == 3
-  assert job.final(0).read_bytes() == whole.final(0).read_bytes()
+  assert (
+    job.finished.path(0).read_bytes() == whole.finished.path(0).read_bytes()
+  )
   assert not any('candidates-00000.array' in x for x in bucket.objects)
   assert pipeline.begin(made()) == []
   corpus.write_tar(tmp_path / 'new.tar', [('new', 'a red boat', b'x', 0.4)])
