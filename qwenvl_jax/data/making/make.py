@@ -100,7 +100,7 @@ _TRIES = 100
 
 
 class Maker:
-  """Makes pages; one in every process. Close it after use."""
+  """Makes pages; to be closed after use."""
 
   def __init__(self, making: Making):
     self._making = making
@@ -146,8 +146,7 @@ class Maker:
 
   def _draw(self, rng, number) -> tuple[Page, str]:
     for _ in range(_TRIES):
-      language, side = self._language_and_side(rng)
-      del side
+      language, _ = self._language_and_side(rng)
       page = pages.draw(
         rng, self._style, self._words, self._faces, language,
         self._making.backgrounds,
@@ -278,17 +277,16 @@ def make(
     tell = None
     if workers == 1:
       tell = functools.partial(_tell, progress, total)
-    with _closing_makers():
-      sharded_job.run(
-        {
-          shard: functools.partial(
-            _write_shard, making, job, shard, ranges[shard], tell
-          )
-          for shard in left
-        },
-        workers,
-        (lambda done, count: None) if tell else progress,
-      )
+    sharded_job.run(
+      {
+        shard: functools.partial(
+          _write_shard, making, job, shard, ranges[shard], tell
+        )
+        for shard in left
+      },
+      workers,
+      (lambda done, count: None) if tell else progress,
+    )
     lengths, counts = job.totals()
     refused = counts.of(_PAGES)
     if not sum(lengths):
@@ -349,9 +347,9 @@ def _write_shard(
   tell: Callable[[int], None] | None,
 ) -> None:
   """Writes a shard, and what was refused."""
-  maker, counts = _maker(making), Counts()
+  counts = Counts()
 
-  def records() -> Iterator[bytes]:
+  def records(maker: Maker) -> Iterator[bytes]:
     for number in numbers:
       counts.seen(_PAGES)
       try:
@@ -361,26 +359,6 @@ def _write_shard(
       if tell:
         tell(number)
 
-  length = shard_files.write_records(job.path(shard), records())
+  with contextlib.closing(Maker(making)) as maker:
+    length = shard_files.write_records(job.path(shard), records(maker))
   job.finish(shard, {'length': length, 'counts': counts.as_dict()})
-
-
-@functools.lru_cache(maxsize=1)
-def _maker(making: Making) -> Maker:
-  """That of this process."""
-  _MADE.append(Maker(making))
-  return _MADE[-1]
-
-
-_MADE = []
-
-
-@contextlib.contextmanager
-def _closing_makers() -> Iterator[None]:
-  """A worker's browser ends with the worker, that of this process here."""
-  try:
-    yield
-  finally:
-    _maker.cache_clear()
-    while _MADE:
-      _MADE.pop().close()
