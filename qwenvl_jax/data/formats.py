@@ -19,14 +19,17 @@ each ended by `<|endoftext|>`.
 """
 
 import dataclasses
-import random
 from collections.abc import Callable, Sequence
+from random import Random
 
 from qwenvl_jax.data import wording
 from qwenvl_jax.data.examples import END, Sample
 from qwenvl_jax.data.records import Record, Region, Span
 from qwenvl_jax.text import chatml, grounding
 from qwenvl_jax.text.chatml import TextSpan
+
+# What gives a further record, which nothing here needs.
+Another = Callable[[], Record]
 
 _IMAGE = TextSpan('<img>0</img>')
 
@@ -36,22 +39,8 @@ _ANSWER = {'en': '{} Answer:', 'zh': '{}回答：'}
 _IS = {'en': ' is ', 'zh': '是'}
 
 
-class _Format:
-  """What makes samples of one record, and needs no other."""
-
-  def __call__(
-    self, record: Record, rng: random.Random, another: Callable[[], Record]
-  ) -> list[Sample]:
-    del another
-    return self.samples(record, rng)
-
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
-    """Returns the samples of a record; none if it does not allow any."""
-    raise NotImplementedError
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Captions(_Format):
+class Captions:
   """The longest caption of a picture, or one at random.
 
   Attributes:
@@ -60,7 +49,7 @@ class Captions(_Format):
 
   longest: bool = True
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     if not record.captions:
       return []
     caption = max(record.captions, key=len)
@@ -72,7 +61,7 @@ class Captions(_Format):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Branching(_Format):
+class _Branching:
   """Several questions about one picture.
 
   Attributes:
@@ -94,7 +83,7 @@ class _Branching(_Format):
 class Answers(_Branching):
   """Questions with their answers."""
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     language = record.language
     asked = [
       _asked(_ANSWER[language].format(x.question), _SPACE[language] + x.answer)
@@ -104,10 +93,10 @@ class Answers(_Branching):
 
 
 @dataclasses.dataclass(frozen=True)
-class GroundedCaptions(_Format):
+class GroundedCaptions:
   """A caption with boxes after its phrases; see `without_nesting`."""
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     found = [x for x in record.grounded if x.spans]
     if not found:
       return []
@@ -146,7 +135,7 @@ def without_nesting(spans: Sequence[Span]) -> list[Span]:
 class Referring(_Branching):
   """Where is what a phrase says?"""
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     asked = [
       _asked(_ref(x.phrase), _boxes(record, x.boxes)) for x in record.regions
     ]
@@ -157,7 +146,7 @@ class Referring(_Branching):
 class GroundedCaptioning(_Branching):
   """What is in this box?"""
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     asked = [self._ask(record, x) for x in record.regions]
     return self._some(record, asked, rng)
 
@@ -169,11 +158,10 @@ class GroundedCaptioning(_Branching):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ocr(_Format):
+class Ocr:
   """All words of a picture with their corners."""
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
-    del rng
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     if not record.words or not record.images:
       return []
     words = []
@@ -187,18 +175,17 @@ class Ocr(_Format):
 
 
 @dataclasses.dataclass(frozen=True)
-class Text(_Format):
+class Text:
   """A document without a picture; all of it is learned."""
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
-    del rng
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     if not record.text:
       return []
     return [Sample(record.id, (_learned(record.text + END),))]
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversations(_Format):
+class Conversations:
   """ChatML conversations about any number of pictures, as they were written.
 
   Attributes:
@@ -207,15 +194,14 @@ class Conversations(_Format):
 
   system: str = chatml.DEFAULT_SYSTEM
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
-    del rng
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     turns = [(turn.role, turn.text) for turn in record.turns]
     spans = chatml.conversation_spans(turns, self.system)
     return [Sample(record.id, spans, images=record.images)] if spans else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Interleaved(_Format):
+class Interleaved:
   """Documents of texts and pictures in order; the texts are learned.
 
   Of a longer document another part is taken each time, and what does not fit
@@ -227,7 +213,7 @@ class Interleaved(_Format):
 
   images: int = 7
 
-  def samples(self, record: Record, rng: random.Random) -> list[Sample]:
+  def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     count = len(record.images)
     if not record.texts or not count:
       return []
