@@ -198,6 +198,8 @@ def test_a_missing_file_and_a_missing_value_are_named(here):
     ('STEPS=10**10', 'no Python literal'),
     ('STEPS=None', '= None: wanted is a whole number'),
     ('PEAK=1e999', '= inf: wanted is a number that float32 holds'),
+    (f'STEPS=0x{"9" * 5000}', 'STEPS is a number of 20,000 bits'),
+    (f'PEAK=[0x{"9" * 5000}]', 'PEAK is a number of 20,000 bits'),
     (f'PEAK={10**400}', 'wanted is a number that float32 holds'),
     ('PEAK=1e-39', 'wanted is a number that float32 holds'),
     (f'STEPS={2**31}', 'counted in int32'),

@@ -40,6 +40,7 @@ from qwenvl_jax.errors import ConfigError, did_you_mean
 _MAX_FILES = 100
 _MAX_DEPTH = 20
 _MAX_VALUES = 20_000
+_MAX_BITS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +288,11 @@ class Configuration:
       count += 1
       if count > _MAX_VALUES:
         raise ConfigError(f'{binding.where}: more than {_MAX_VALUES} values')
+      if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise ConfigError(
+          f'{binding.where}: {binding.key} is a number of '
+          f'{value.bit_length():,} bits'
+        )
       if isinstance(value, Macro) and value.name != REQUIRED:
         if value.name in seen:
           raise ConfigError(
