@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from qwenvl_jax.data import things
+from qwenvl_jax.data.records import Object, Word
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text import fonts
 
@@ -53,31 +54,18 @@ class Style:
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
-  """A sprite: class id and x1, y1, x2, y2 in pixels, upper bounds excluded."""
-
-  thing: int
-  box: tuple[int, int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Painted:
-  """A word and its corners, clockwise from the upper left, in pixels."""
-
-  word: str
-  language: str
-  quad: tuple[tuple[float, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Drawing:
-  """A finished scene: the picture and everything that is true of it."""
+  """A finished scene: the picture and everything that is true of it.
+
+  Upper bounds of boxes are excluded; corners of words are clockwise from the
+  upper left.
+  """
 
   picture: Image.Image
-  objects: tuple[Placed, ...]
+  objects: tuple[Object, ...]
   colour: int
   texture: str
-  texts: tuple[Painted, ...]
+  words: tuple[Word, ...]
 
 
 def compose(rng: random.Random, style: Style, combos: bool = False) -> Drawing:
@@ -92,13 +80,13 @@ def compose(rng: random.Random, style: Style, combos: bool = False) -> Drawing:
   colour = rng.randrange(len(things.COLOURS))
   texture = rng.choice(things.TEXTURES)
   picture = _background(rng, style.side, things.COLOURS[colour], texture)
-  boxes, texts = [], []
+  boxes, words = [], []
   if rng.random() < style.text:
     painted, around = _paint_word(rng, style, picture)
-    texts.append(painted)
+    words.append(painted)
     boxes.append(around)
   count = rng.choices(range(1, len(style.counts) + 1), style.counts)[0]
-  if texts:
+  if words:
     count = min(count, 2)
   objects = []
   for thing in _choose_things(rng, style, colour, count, combos):
@@ -110,8 +98,8 @@ def compose(rng: random.Random, style: Style, combos: bool = False) -> Drawing:
       thing, max(box[2] - box[0], box[3] - box[1]), style.lattice
     )
     picture.paste(sprite, box[:2], sprite)
-    objects.append(Placed(thing, box))
-  return Drawing(picture, tuple(objects), colour, texture, tuple(texts))
+    objects.append(Object(thing, box))
+  return Drawing(picture, tuple(objects), colour, texture, tuple(words))
 
 
 def _choose_things(rng, style, colour, count, combos):
@@ -235,9 +223,9 @@ def _word_mask(word: str, size: int) -> Image.Image:
   return mask.crop(mask.getbbox())
 
 
-def _paint_word(rng, style, picture) -> tuple[Painted, tuple]:
+def _paint_word(rng, style, picture) -> tuple[Word, tuple]:
   """Paints a word and returns it with the upright box around it."""
-  word, language = rng.choice(things.WORDS)
+  word, _ = rng.choice(things.WORDS)
   mask = _word_mask(word, rng.randint(*style.font))
   width, height = mask.size
   angle = math.radians(rng.uniform(-style.tilt, style.tilt))
@@ -272,4 +260,4 @@ def _paint_word(rng, style, picture) -> tuple[Painted, tuple]:
     x + outer_width / 2,
     y + outer_height / 2,
   )
-  return Painted(word, language, quad), around
+  return Word(word, quad), around

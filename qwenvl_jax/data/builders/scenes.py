@@ -62,8 +62,8 @@ def to_scene(scene_id: str, drawing: compose.Drawing) -> records.Scene:
     scene_id,
     encoded.getvalue(),
     drawing.picture.width,
-    [records.Object(x.thing, x.box) for x in drawing.objects],
+    drawing.objects,
     drawing.colour,
     drawing.texture,
-    [records.Word(x.word, x.quad) for x in drawing.texts],
+    drawing.words,
   )

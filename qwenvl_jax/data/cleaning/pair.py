@@ -142,11 +142,11 @@ def clean(pair: Pair, rules: Sequence[Rule]) -> Outcome:
   return Outcome(pair, changed=tuple(changed))
 
 
-def thumbnail(picture: Picture, side: int = 96) -> bytes:
+def thumbnail(picture: Picture) -> bytes:
   """A small JPEG for reports; empty if the picture cannot be opened."""
   with contextlib.suppress(DataError):
     small = picture.decoded.copy()
-    small.thumbnail((side, side))
+    small.thumbnail((96, 96))
     encoded = io.BytesIO()
     small.save(encoded, 'JPEG', quality=70)
     return encoded.getvalue()

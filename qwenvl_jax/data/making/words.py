@@ -29,6 +29,8 @@ _SHORT = tuple(_SHORT_WORDS.split())
 _CHINESE = re.compile('[\u4e00-\u9fff]{1,4}')
 # The vocabulary's frequent words are words; its rare ones often are not.
 _FREQUENT = {'en': 6000, 'zh': 6000}
+# Of a file, so many are read.
+_MOST_LINES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +137,12 @@ def _figure(rng):
   )
 
 
-@functools.lru_cache(maxsize=4)
-def from_vocabulary(path: str | None = None) -> Words:
-  """Words of a `.tiktoken` vocabulary; None is the released one."""
+@functools.lru_cache(maxsize=1)
+def from_vocabulary() -> Words:
+  """Words of the released vocabulary."""
   found = {'en': list(_SHORT), 'zh': []}
   seen = set(_SHORT)
-  for token in Tokenizer(path).vocabulary:
+  for token in Tokenizer().vocabulary:
     try:
       text = token.decode('utf-8')
     except UnicodeDecodeError:
@@ -161,12 +163,8 @@ def from_vocabulary(path: str | None = None) -> Words:
 
 
 @functools.lru_cache(maxsize=4)
-def from_file(path: str | os.PathLike, most: int = 1_000_000) -> Words:
+def from_file(path: str | os.PathLike) -> Words:
   """Sentences of a UTF-8 text file, one or more a line.
-
-  Args:
-    path: of the file.
-    most: lines that are read.
 
   Raises:
     DataError: it cannot be read or holds neither language.
@@ -174,7 +172,7 @@ def from_file(path: str | os.PathLike, most: int = 1_000_000) -> Words:
   sentences = {'en': [], 'zh': []}
   try:
     with buckets.open_regular(pathlib.Path(path)) as file:
-      for name, line in itertools.islice(fields.lines(file, path), most):
+      for name, line in itertools.islice(fields.lines(file, path), _MOST_LINES):
         text = readable(fields.decode(line or b'', name))
         if is_chinese(text):
           sentences['zh'].append(text)

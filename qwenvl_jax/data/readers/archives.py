@@ -7,7 +7,6 @@ address that a sample holds is opened, and what is read into memory is limited.
 import dataclasses
 import gzip
 import io
-import json
 import os
 import tarfile
 import zlib
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data.readers import fields
+from qwenvl_jax.data.readers import fields, json_lines
 from qwenvl_jax.data.roots import MAX_PICTURE
 from qwenvl_jax.errors import BadRecordError, DataError
 
@@ -272,10 +271,7 @@ def _entries(data: bytes, record: str) -> dict[str, Any]:
   """The entries of a sample's JSON."""
   if len(data) > _MAX_TEXT:
     raise _too_large(record, len(data))
-  try:
-    found = json.loads(fields.decode(data, record))
-  except (ValueError, RecursionError) as error:
-    raise BadRecordError('malformed', f'{record}: {error}') from error
+  found = json_lines.parse(data, record)
   if not isinstance(found, dict):
     raise BadRecordError('malformed', f'{record} holds no JSON object')
   return found

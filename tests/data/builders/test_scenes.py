@@ -22,7 +22,7 @@ def test_the_same_seed_draws_the_same_scene():
   style = compose.Style(text=0.5)
   for first, second in zip(_drawings(20, style), _drawings(20, style)):
     assert first.picture.tobytes() == second.picture.tobytes()
-    assert first.objects == second.objects and first.texts == second.texts
+    assert first.objects == second.objects and first.words == second.words
 
 
 def test_boxes_hold_exactly_the_sprites():
@@ -50,8 +50,8 @@ def test_boxes_hold_exactly_the_sprites():
 def test_quads_hold_the_words():
   style = compose.Style(text=1, tilt=20)
   for drawing in _drawings(60, style):
-    (painted,) = drawing.texts
-    assert (painted.word, painted.language) in things.WORDS
+    (painted,) = drawing.words
+    assert painted.word in dict(things.WORDS)
     quad = np.array(painted.quad)
     assert (quad > -0.5).all() and (quad < style.side + 0.5).all()
     # Clockwise from the upper left: the first side runs to the right.
@@ -100,7 +100,7 @@ def test_sizes_counts_and_overlap_follow_the_style():
 def test_a_full_picture_still_has_its_object():
   style = compose.Style(side=60, text=1, font=(26, 26), sprite=(56, 58))
   for drawing in _drawings(50, style):
-    assert len(drawing.objects) == 1 and len(drawing.texts) == 1
+    assert len(drawing.objects) == 1 and len(drawing.words) == 1
 
 
 def test_held_out_combinations():
@@ -145,7 +145,7 @@ def test_records_read_back(small_scenes):
       x.box for x in drawing.objects
     )
     assert scene.colour == drawing.colour and scene.texture == drawing.texture
-    assert [x.word for x in scene.words] == [x.word for x in drawing.texts]
+    assert [x.word for x in scene.words] == [x.word for x in drawing.words]
     assert [x.x for x in scene.objects] == sorted(x.x for x in scene.objects)
 
 
