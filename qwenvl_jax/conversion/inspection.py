@@ -45,9 +45,8 @@ class Report:
     parts: parameters by part of the model as in the paper's Table 1.
     extras: files beside the weights.
     notes: what else there is to say.
-    problem: what does not match config.json, None if all is there.
-    problems: that, what is wrong beside the weights, and values that are not
-      finite.
+    problems: what does not match config.json, what is wrong beside the weights,
+      and values that are not finite.
   """
 
   family: str
@@ -56,7 +55,6 @@ class Report:
   parts: tuple[Part, ...]
   extras: tuple[str, ...]
   notes: tuple[str, ...]
-  problem: str | None
   problems: tuple[str, ...]
 
 
@@ -95,7 +93,6 @@ def inspect(
     _table(found.tensors, parts),
     tuple(_printable(path.name) for path in assets.assets(folder)),
     (*_notes(found, config), *found.notes),
-    problem,
     tuple(filter(None, problems)),
   )
 

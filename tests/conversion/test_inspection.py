@@ -33,7 +33,7 @@ def nothing_is_loaded(monkeypatch):
 def test_released():
   report = inspect(golden.FOLDER)
   assert report.family == 'Qwen-VL'
-  assert report.problem is None
+  assert not report.problems
   rows = {part.name: part for part in report.parts}
   assert [*rows] == ['vision encoder', 'VL adapter', 'LLM', 'total']
   assert rows['total'].parameters == 2_154_672
@@ -57,7 +57,7 @@ def test_ours_and_a_training_run(tmp_path):
   ours = tmp_path / 'ours'
   convert.from_hf(golden.FOLDER, ours)
   report = inspect(ours)
-  assert (report.layout, report.problem) == ('Orbax', None)
+  assert (report.layout, report.problems) == ('Orbax', ())
   assert report.parts[-1].parameters == 2_154_672
   run = tmp_path / 'run'
   shutil.copytree(ours / 'params', run / 'checkpoints' / '30' / 'params')
@@ -69,7 +69,7 @@ def test_ours_and_a_training_run(tmp_path):
 def test_openclip():
   report = inspect(GOLDENS / 'openclip')
   assert report.family == 'OpenCLIP vision transformer'
-  assert report.problem is None
+  assert not report.problems
   assert report.parts[-1].tensors == 28
   assert 'text tower' in report.notes[0]
 
@@ -77,7 +77,7 @@ def test_openclip():
 def test_int4():
   report = inspect(GOLDENS / 'int4')
   assert 'int4' in report.layout
-  assert report.problem is None
+  assert not report.problems
   assert report.notes[0].startswith('87 tensors as stored')
   # What the packed weights stand for.
   (decoder,) = (part for part in report.parts if part.name == 'LLM')
@@ -99,8 +99,8 @@ def test_a_decoder_alone_and_what_is_wrong(tmp_path):
   report = inspect(tmp_path)
   assert [part.name for part in report.parts] == ['LLM', 'total']
   assert report.parts[0].dtypes == ('bfloat16', 'float32')
-  assert '1 missing: lm_head.weight' in report.problem
-  assert '1 unknown: transformer.h.7.ln_1.weight' in report.problem
+  assert '1 missing: lm_head.weight' in report.problems[0]
+  assert '1 unknown: transformer.h.7.ln_1.weight' in report.problems[0]
 
 
 def test_no_checkpoint_at_all(tmp_path):
