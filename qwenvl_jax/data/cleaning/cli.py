@@ -9,7 +9,6 @@ import rich.table
 from qwenvl_jax import buckets, configuration, entry
 from qwenvl_jax.data import storage
 from qwenvl_jax.data.cleaning import inputs, pipeline, report
-from qwenvl_jax.data.cleaning.tally import KEPT
 from qwenvl_jax.errors import ConfigError, did_you_mean
 from qwenvl_jax.progress import bars
 
@@ -147,16 +146,13 @@ def _source(text: str) -> inputs.Source:
 def _table(job, tally):
   table = rich.table.Table(title=job.output)
   table.add_column('outcome')
-  sources = list(dict.fromkeys(shard.source.name for shard in job.shards))
-  for source in (*sources, 'share'):
+  for source in (*report.sources(job), 'share'):
     table.add_column(source, justify='right')
-  everything = max(sum(tally.outcomes.values()), 1)
-  for reason in (*report.reasons(job, tally), KEPT):
-    counts = [tally.outcomes[source, reason] for source in sources]
+  for reason, counts, share in report.outcomes(job, tally):
     table.add_row(
       reason or 'kept',
       *(f'{n:,}' for n in counts),
-      f'{sum(counts) / everything:.2%}',
+      f'{share:.2%}',
       style='' if reason else 'bold',
     )
   return table

@@ -12,8 +12,8 @@ from typing import Any
 from qwenvl_jax import buckets
 from qwenvl_jax.data import sharded_job, storage
 from qwenvl_jax.data.cleaning import inputs, report
+from qwenvl_jax.data.cleaning.rule_stats import RuleStats
 from qwenvl_jax.data.cleaning.shards import Job
-from qwenvl_jax.data.cleaning.tally import Tally
 from qwenvl_jax.data.cleaning.unique import Fingerprints, default_rules
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -82,7 +82,7 @@ def run(
   progress: Callable[[str, int, int], None] = lambda what, done, total: None,
   again: bool = False,
   say: Callable[[str], None] = lambda line: None,
-) -> Tally:
+) -> RuleStats:
   """Cleans all shards and writes the report; goes on where a run stopped.
 
   Args:
@@ -167,7 +167,7 @@ def describe(job: Job) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def complete(job: Job) -> Tally:
+def complete(job: Job) -> RuleStats:
   """Writes the report and what makes the folder a data set.
 
   Raises:
@@ -179,7 +179,7 @@ def complete(job: Job) -> Tally:
       f'{job.output}: {len(missing)} of {len(job.shards)} shards are not '
       'finished; run the same command again'
     )
-  total, lengths = Tally(), []
+  total, lengths = RuleStats(), []
   for shard in job.finished.shards:
     cleaned, finished = job.candidates.tally(shard), job.finished.tally(shard)
     counts = finished.counts
@@ -189,13 +189,12 @@ def complete(job: Job) -> Tally:
     folder = buckets.as_path(job.output)
     buckets.write(folder / 'report.html', report.page(job, total))
     buckets.write(folder / 'report.json', report.figures(job, total))
-    if not job.is_complete:
-      storage.write_info(
-        job.folder,
-        job.name,
-        {'train': lengths},
-        description='Pictures with their texts, cleaned; see report.html.',
-      )
+    storage.write_info(
+      job.folder,
+      job.name,
+      {'train': lengths},
+      description='Pictures with their texts, cleaned; see report.html.',
+    )
     for shard in job.finished.shards:
       job.candidates.path(shard).unlink(missing_ok=True)
       job.candidates.fingerprints_path(shard).unlink(missing_ok=True)

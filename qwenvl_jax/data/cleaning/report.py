@@ -1,13 +1,15 @@
 """What cleaning did, as a page for people and as figures for programs."""
 
 import base64
+import collections
 import json
+from collections.abc import Iterator
 from html import escape
 
 from qwenvl_jax.data import html_page
 from qwenvl_jax.data.bad import DROPPED
+from qwenvl_jax.data.cleaning.rule_stats import KEPT, Example, RuleStats
 from qwenvl_jax.data.cleaning.shards import Job
-from qwenvl_jax.data.cleaning.tally import KEPT, Example, Tally
 
 _STYLE = """
 tr.kept { background: #eaf6ec; font-weight: 600; }
@@ -25,7 +27,7 @@ td .bar { float: left; height: .7em; background: #7a9fd4; }
 """
 
 
-def reasons(job: Job, tally: Tally) -> list[str]:
+def reasons(job: Job, tally: RuleStats) -> list[str]:
   """Why records are dropped, in the order in which they are."""
   rules = [rule.name for rule in (*job.rules, *job.unique)]
   met = sorted({reason for _, reason in tally.outcomes if reason != KEPT})
@@ -35,21 +37,37 @@ def reasons(job: Job, tally: Tally) -> list[str]:
   return reading + [x for x in rules if x in met or x not in changing]
 
 
-def figures(job: Job, tally: Tally) -> str:
+def sources(job: Job) -> list[str]:
+  """Names of what is cleaned, in order."""
+  return list(dict.fromkeys(shard.source.name for shard in job.shards))
+
+
+def outcomes(
+  job: Job, tally: RuleStats
+) -> Iterator[tuple[str, list[int], float]]:
+  """Yields each of `reasons` and then KEPT, records by source, their share."""
+  found = tally.outcomes
+  everything = max(found.total(), 1)
+  for reason in (*reasons(job, tally), KEPT):
+    counts = [found[source, reason] for source in sources(job)]
+    yield reason, counts, sum(counts) / everything
+
+
+def figures(job: Job, tally: RuleStats) -> str:
   """The counts as JSON: by source, and of dropped and changed by rule."""
-  sources, changed = {}, tally.changed
-  for source in dict.fromkeys(shard.source.name for shard in job.shards):
-    outcomes = {r: n for (s, r), n in tally.outcomes.items() if s == source}
-    sources[source] = {
-      'records': sum(outcomes.values()),
-      'kept': outcomes.get(KEPT, 0),
-      'dropped': {r: outcomes.get(r, 0) for r in reasons(job, tally)},
+  found, changed = {}, tally.changed
+  names, counts, _ = zip(*outcomes(job, tally))
+  for source, (*dropped, kept) in zip(sources(job), zip(*counts)):
+    found[source] = {
+      'records': sum(dropped) + kept,
+      'kept': kept,
+      'dropped': dict(zip(names, dropped)),
       'changed': {r: n for (s, r), n in changed.items() if s == source},
     }
-  return json.dumps(sources, indent=2) + '\n'
+  return json.dumps(found, indent=2) + '\n'
 
 
-def page(job: Job, tally: Tally) -> str:
+def page(job: Job, tally: RuleStats) -> str:
   """One HTML file without external parts."""
   body = (
     '<p>Every record is counted once: where it is kept, or at the first rule '
@@ -65,26 +83,20 @@ def page(job: Job, tally: Tally) -> str:
 
 
 def _outcomes(job, tally):
-  sources = list(dict.fromkeys(shard.source.name for shard in job.shards))
-  totals = [tally.counts.seen_of(source) for source in sources]
-  rules = {rule.name for rule in job.rules}
-
-  def row(name, title, kind=''):
-    counts = [tally.outcomes[source, name] for source in sources]
-    share = sum(counts) / max(sum(totals), 1)
+  names, totals = sources(job), collections.Counter()
+  rules, rows = {rule.name for rule in job.rules}, []
+  for reason, counts, share in outcomes(job, tally):
+    title = escape(reason) or 'kept'
+    if reason in DROPPED and reason not in rules:
+      title += f' <small>{escape(DROPPED[reason])}</small>'
     bar = f'<span class="bar" style="width:{12 * share:.2f}em"></span>'
-    cells = (*counts, sum(counts))
-    return kind, [title, *(f'{n:,}' for n in cells), f'{share:.2%}', bar]
-
-  rows = []
-  for reason in reasons(job, tally):
-    is_reading = reason in DROPPED and reason not in rules
-    note = f' <small>{escape(DROPPED[reason])}</small>' if is_reading else ''
-    rows.append(row(reason, escape(reason) + note))
-  rows.append(row(KEPT, 'kept', 'kept'))
-  cells = (*totals, sum(totals))
+    cells = [f'{n:,}' for n in (*counts, sum(counts))]
+    kind = '' if reason else 'kept'
+    rows.append((kind, [title, *cells, f'{share:.2%}', bar]))
+    totals.update(dict(zip(names, counts)))
+  cells = (*(totals[name] for name in names), totals.total())
   rows.append(('total', ['records', *(f'{n:,}' for n in cells)]))
-  return html_page.table(['', *map(escape, sources), 'all', 'share', ''], rows)
+  return html_page.table(['', *map(escape, names), 'all', 'share', ''], rows)
 
 
 def _changed(tally):

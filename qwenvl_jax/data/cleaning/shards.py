@@ -26,23 +26,23 @@ from qwenvl_jax.data.cleaning.pair import (
   Picture,
   clean,
 )
-from qwenvl_jax.data.cleaning.tally import KEPT, Tally
+from qwenvl_jax.data.cleaning.rule_stats import KEPT, RuleStats
 from qwenvl_jax.data.languages import language_of
 from qwenvl_jax.data.records import Record
 from qwenvl_jax.errors import BadRecordError, DataError
 
 
 class _Stage(sharded_job.ShardedJob):
-  """Shards whose reports hold a tally."""
+  """Shards whose reports hold counts."""
 
-  def tally(self, shard: int) -> Tally:
+  def tally(self, shard: int) -> RuleStats:
     """Returns what a report counts.
 
     Raises:
       DataError: it is damaged.
     """
     try:
-      return Tally.from_json(self.report(shard)['tally'])
+      return RuleStats.from_json(self.report(shard)['tally'])
     except (ValueError, KeyError, TypeError) as error:
       raise self._damage(shard, error) from error
 
@@ -151,7 +151,7 @@ def clean_shard(job: Job, shard: int) -> int:
   """
   if job.candidates.is_finished(shard):
     return shard
-  tally, prints = Tally(), []
+  tally, prints = RuleStats(), []
   with _writing(job):
     shard_files.write_records(
       job.candidates.path(shard), _candidates(job, shard, tally, prints)
@@ -202,7 +202,7 @@ def finish_shard(
   """
   if job.finished.is_finished(shard):
     return shard
-  tally = Tally()
+  tally = RuleStats()
   with _writing(job):
     path = job.finished.path(shard)
     shard_files.write_records(path, _kept(job, shard, kept, tally))

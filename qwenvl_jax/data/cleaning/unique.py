@@ -119,7 +119,7 @@ class Fingerprints:
     """Key of the picture, key of the text, characters of the text."""
     look = None
     if self.images == 'look':
-      look = look_of(pair.picture.decoded)
+      look = perceptual_hash(pair.picture.decoded)
     image = look or _digest(pair.picture.encoded)
     return image, text_key(pair.text), len(pair.text)
 
@@ -137,7 +137,7 @@ _COARSE_FREQUENCIES = 5
 _COARSE_STRENGTH = 30.0
 
 
-def look_of(picture: Image.Image) -> bytes | None:
+def perceptual_hash(picture: Image.Image) -> bytes | None:
   """16 bytes that mostly stay when a picture is resized or compressed again.
 
   Which of the 63 lowest frequencies (but the mean) of its brightness are

@@ -18,7 +18,7 @@ from qwenvl_jax.data.cleaning import (
   shards,
   unique,
 )
-from qwenvl_jax.data.cleaning.tally import KEPT, Tally
+from qwenvl_jax.data.cleaning.rule_stats import KEPT, RuleStats
 from qwenvl_jax.errors import ConfigError, DataError
 
 
@@ -45,7 +45,7 @@ def compare(job):
   return [{name: k[i] for name, k in kept.items()} for i in numbers]
 
 
-def run(job) -> Tally:
+def run(job) -> RuleStats:
   pipeline.begin(job)
   for number in corpus.shuffled(range(len(job.shards))):
     shards.clean_shard(job, number)
@@ -208,7 +208,7 @@ def test_what_a_configuration_may_not_say(folder, tmp_path):
 
 def test_tallies_add_up_and_survive_json(finished):
   _, tally = finished
-  again = Tally.from_json(tally.to_json())
+  again = RuleStats.from_json(tally.to_json())
   assert again == tally
   assert (tally + again).outcomes['web', KEPT] == 8
   assert len((tally + again).thinned(1).altered) == 2

@@ -22,7 +22,10 @@ def test_a_look_survives_another_size_and_compression():
     out = io.BytesIO()
     small = corpus.photo(seed).resize((120, 90), Image.Resampling.LANCZOS)
     small.save(out, 'JPEG', quality=60)
-    looks = unique.look_of(Image.open(out)), unique.look_of(corpus.photo(seed))
+    looks = (
+      unique.perceptual_hash(Image.open(out)),
+      unique.perceptual_hash(corpus.photo(seed)),
+    )
     fine += alike(unique.LongestText(), *looks)
     # Under the same text, less has to be alike.
     coarse += alike(unique.DuplicatePairs(), *looks)
@@ -30,14 +33,14 @@ def test_a_look_survives_another_size_and_compression():
 
 
 def test_looks_of_different_pictures_differ():
-  looks = [unique.look_of(corpus.photo(seed)) for seed in range(200)]
+  looks = [unique.perceptual_hash(corpus.photo(seed)) for seed in range(200)]
   for rule in (unique.LongestText(), unique.DuplicatePairs()):
     assert len({rule.key(entry(x, b'text', 1, 0, 0)) for x in looks}) == 200
 
 
 def test_plain_pictures_are_told_apart_by_their_bytes():
   white, grey = (Image.new('RGB', (200, 200), c) for c in ('white', '#eee'))
-  assert unique.look_of(white) is None
+  assert unique.perceptual_hash(white) is None
   keys = []
   for picture in (white, grey):
     out = io.BytesIO()

@@ -1,0 +1,177 @@
+"""What happened to the pairs of a shard: counts, and a few of each to look at.
+
+They add up, in any order, to those of everything.
+"""
+
+import base64
+import collections
+import dataclasses
+import json
+
+from qwenvl_jax.data.bad import Counts
+from qwenvl_jax.data.cleaning.pair import Broken, Outcome, Pair, thumbnail
+
+KEPT = ''
+# Of each reason, source and shard.
+_EXAMPLES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A pair to look at.
+
+  Attributes:
+    reason: why it was dropped; KEPT if it was not; of a changed text, the name
+      of the rule that changed it.
+    before: its text before it was cleaned, if that changed.
+    thumbnail: base64 of a JPEG; '' if there is no picture.
+  """
+
+  reason: str
+  source: str
+  id: str
+  text: str
+  detail: str = ''
+  before: str = ''
+  thumbnail: str = ''
+
+
+@dataclasses.dataclass
+class RuleStats:
+  """Counts by source and reason.
+
+  Attributes:
+    counts: every record once; dropped by a rule or a reason of reading, and
+      repaired where a rule changed the text.
+    dropped: examples of outcomes, of kept ones too.
+    altered: examples of changed texts.
+  """
+
+  counts: Counts = dataclasses.field(default_factory=Counts)
+  dropped: list[Example] = dataclasses.field(default_factory=list)
+  altered: list[Example] = dataclasses.field(default_factory=list)
+
+  @property
+  def outcomes(self) -> collections.Counter:
+    """Records by (source, reason), KEPT being one."""
+    found = self._by_source('dropped')
+    for source in self.counts.sources():
+      kept = self.counts.kept_of(source)
+      if kept:
+        found[source, KEPT] = kept
+    return found
+
+  @property
+  def changed(self) -> collections.Counter:
+    """Texts that a rule changed, by (source, name of the rule)."""
+    return self._by_source('repaired')
+
+  def _by_source(self, kind) -> collections.Counter:
+    return collections.Counter(
+      {
+        (source, reason): count
+        for source in self.counts.sources()
+        for reason, count in self.counts.of(source, kind).items()
+      }
+    )
+
+  def add(self, outcome: Outcome, before: str) -> None:
+    """Counts what the rules of a shard say of a pair.
+
+    One that passes is counted by `add_compared`, when all are compared.
+
+    Args:
+      outcome: of `pair.clean`.
+      before: its text before.
+    """
+    if outcome.reason:
+      self._count(outcome, before)
+    source = outcome.pair.source
+    self.counts.repaired(source, outcome.changed)
+    for name in outcome.changed:
+      _keep(self.altered, name, outcome, before)
+
+  def add_compared(self, pair: Pair, reason: str) -> None:
+    """Counts a pair that passed its shard's rules: kept, or one too many."""
+    self._count(Outcome(pair, reason), pair.text)
+
+  def add_broken(self, broken: Broken) -> None:
+    """Counts a record without a pair."""
+    self.counts.seen(broken.source)
+    self.counts.dropped(broken.source, broken.reason)
+    if _count_of(self.dropped, broken.source, broken.reason) < _EXAMPLES:
+      self.dropped.append(
+        Example(broken.reason, broken.source, broken.id, '', broken.detail)
+      )
+
+  def _count(self, outcome, before):
+    source = outcome.pair.source
+    self.counts.seen(source)
+    if outcome.reason:
+      self.counts.dropped(source, outcome.reason)
+    _keep(self.dropped, outcome.reason, outcome, before)
+
+  def __add__(self, other: 'RuleStats') -> 'RuleStats':
+    counts = Counts(self.counts.as_dict())
+    counts.add(other.counts.as_dict())
+    return RuleStats(
+      counts, self.dropped + other.dropped, self.altered + other.altered
+    )
+
+  def thinned(self, examples: int) -> 'RuleStats':
+    """With at most so many examples of each reason and source."""
+
+    def thin(kept):
+      seen, chosen = collections.Counter(), []
+      for example in kept:
+        key = example.source, example.reason
+        seen[key] += 1
+        if seen[key] <= examples:
+          chosen.append(example)
+      return chosen
+
+    return dataclasses.replace(
+      self, dropped=thin(self.dropped), altered=thin(self.altered)
+    )
+
+  def to_json(self) -> str:
+    return json.dumps(
+      {
+        'counts': self.counts.as_dict(),
+        'dropped': [dataclasses.asdict(x) for x in self.dropped],
+        'altered': [dataclasses.asdict(x) for x in self.altered],
+      },
+      ensure_ascii=False,
+    )
+
+  @classmethod
+  def from_json(cls, text: str) -> 'RuleStats':
+    """Raises ValueError or KeyError on what `to_json` did not write."""
+    read = json.loads(text)
+    return cls(
+      Counts(read['counts']),
+      [Example(**x) for x in read['dropped']],
+      [Example(**x) for x in read['altered']],
+    )
+
+
+def _count_of(examples, source, reason) -> int:
+  return sum(x.source == source and x.reason == reason for x in examples)
+
+
+def _keep(examples, reason, outcome, before) -> None:
+  """Adds an example, unless there are enough of its reason and source."""
+  pair = outcome.pair
+  if _count_of(examples, pair.source, reason) < _EXAMPLES:
+    encoded = thumbnail(pair.picture)
+    examples.append(
+      Example(
+        reason,
+        pair.source,
+        pair.id,
+        pair.text[:400],
+        outcome.detail,
+        before[:400] if before != pair.text else '',
+        base64.b64encode(encoded).decode(),
+      )
+    )
