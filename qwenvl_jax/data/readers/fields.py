@@ -38,6 +38,18 @@ class Annotated:
     return root / self.folder
 
 
+def files(
+  root: pathlib.Path, endings: tuple[str, ...], pattern: str = '*'
+) -> list[pathlib.Path]:
+  """Returns the files of a folder that have one of some endings, in order."""
+  return sorted(
+    x
+    for x in root.glob(pattern)
+    # What macOS lays beside each file begins with a dot.
+    if x.name.lower().endswith(endings) and x.name[0] != '.'
+  )
+
+
 def load_json(root: pathlib.Path, name: str) -> Any:
   """The contents of an annotation file.
 

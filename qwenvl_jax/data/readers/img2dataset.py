@@ -34,11 +34,8 @@ class Img2Dataset:
     Raises:
       DataError: there is none.
     """
-    # What macOS lays beside each file begins with a dot.
-    shown = [x for x in sorted(root.glob('**/*.*')) if x.name[0] != '.']
-    found = [x for x in shown if x.name.endswith(archives.TAR_SUFFIXES)]
-    if not found:
-      found = [x for x in shown if x.suffix == '.parquet']
+    found = fields.files(root, archives.TAR_SUFFIXES, '**/*')
+    found = found or fields.files(root, ('.parquet',), '**/*')
     if not found:
       raise DataError(
         f'{root} holds neither .tar nor .parquet files; run img2dataset with '

@@ -28,12 +28,7 @@ def files(
   Raises:
     DataError: there is none.
   """
-  found = sorted(
-    x
-    for x in root.glob('*')
-    # What macOS lays beside each file begins with a dot.
-    if x.suffix.lower() in endings and x.name[0] != '.'
-  )
+  found = fields.files(root, endings)
   if not found:
     raise DataError(f'{root} holds no file that ends in {" or ".join(endings)}')
   return found

@@ -85,7 +85,7 @@ class PlainText:
   files = ()
 
   def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
-    return sorted([*root.glob('**/*.txt'), *root.glob('**/*.jsonl')])
+    return fields.files(root, ('.txt', '.jsonl'), '**/*')
 
   def read(self, part: pathlib.Path) -> fields.Found:
     """One record a piece of a document."""
