@@ -353,38 +353,29 @@ def make_row(
     int32 [T] tokens, targets, positions, segment_ids, branch_ids, float32 [T]
     loss_weights, uint8 [I,R,R,3] pixels, int32 [I] image_starts.
   """
-  length, side = shape.length, shape.image_size
-  tokens = np.full(length, pad_id, np.int32)
-  targets = np.zeros(length, np.int32)
-  loss_weights = np.zeros(length, np.float32)
-  positions = np.zeros(length, np.int32)
-  segment_ids = np.zeros(length, np.int32)
-  branch_ids = np.zeros(length, np.int32)
-  pixels = np.zeros((shape.image_slots, side, side, 3), np.uint8)
-  image_starts = np.full(shape.image_slots, NO_IMAGE, np.int32)
+  slots, side = shape.image_slots, shape.image_size
+  ids = 'targets', 'positions', 'segment_ids', 'branch_ids'
+  row = {
+    'tokens': np.full(shape.length, pad_id, np.int32),
+    **{name: np.zeros(shape.length, np.int32) for name in ids},
+    'loss_weights': np.zeros(shape.length, np.float32),
+    'pixels': np.zeros((slots, side, side, 3), np.uint8),
+    'image_starts': np.full(slots, NO_IMAGE, np.int32),
+  }
   start, slot = 0, 0
   for segment, sample in enumerate(samples, start=1):
     for image_start, picture in zip(sample.image_starts, sample.images):
-      pixels[slot] = picture
-      image_starts[slot] = start + image_start
+      row['pixels'][slot] = picture
+      row['image_starts'][slot] = start + image_start
       slot += 1
     end = start + len(sample)
-    tokens[start:end] = sample.tokens
-    positions[start:end] = sample.positions
-    branch_ids[start:end] = sample.branch_ids
-    segment_ids[start:end] = segment
+    row['tokens'][start:end] = sample.tokens
+    row['positions'][start:end] = sample.positions
+    row['branch_ids'][start:end] = sample.branch_ids
+    row['segment_ids'][start:end] = segment
     # A token is the target of the one before it. Where a continuation begins
     # that one belongs to another, but there the weight is 0.
-    targets[start : end - 1] = sample.tokens[1:]
-    loss_weights[start : end - 1] = sample.weights[1:]
+    row['targets'][start : end - 1] = sample.tokens[1:]
+    row['loss_weights'][start : end - 1] = sample.weights[1:]
     start = end
-  return {
-    'tokens': tokens,
-    'targets': targets,
-    'loss_weights': loss_weights,
-    'positions': positions,
-    'segment_ids': segment_ids,
-    'branch_ids': branch_ids,
-    'pixels': pixels,
-    'image_starts': image_starts,
-  }
+  return row
