@@ -188,16 +188,16 @@ def _list(arguments, console):
   known = list(catalogue.DATA_SETS)
   extra = [x.parents[1].name for x in base.glob(f'*/*/{storage.INFO}')]
   for name in [*known, *sorted(set(extra) - {*known, *_OWN})]:
-    entry = catalogue.DATA_SETS.get(name)
+    data_set = catalogue.DATA_SETS.get(name)
     lengths = storage.split_lengths(storage.folder(base, name))
     state = '\n'.join(f'{k}: {sum(v):,}' for k, v in lengths.items())
-    about = (entry.task, entry.size) if entry else ('', '')
+    about = (data_set.task, data_set.size) if data_set else ('', '')
     table.add_row(name, about[0], state or 'no', about[1])
   console.print(table)
   # Not in the table, which would break addresses to fit the terminal.
   console.print('where to get them:')
-  for name, entry in catalogue.DATA_SETS.items():
-    _print_whole(console, f'  {name:<14} {entry.url}')
+  for name, data_set in catalogue.DATA_SETS.items():
+    _print_whole(console, f'  {name:<14} {data_set.url}')
   console.print(
     '`qwenvl-data list --name NAME` tells what to download and under which '
     'licence.'
@@ -239,17 +239,17 @@ def _describe(name, data_dir, console):
     for split, sizes in lengths.items():
       console.print(f'  {split}: {sum(sizes):,} records')
     return
-  entry = _known(name)
+  data_set = _known(name)
   for label, text in (
-    ('task', entry.task),
-    ('size', entry.size),
-    ('from', entry.url),
-    ('licence', entry.licence),
-    ('put into --manual_dir', entry.put),
-    ('splits', ', '.join(entry.splits)),
+    ('task', data_set.task),
+    ('size', data_set.size),
+    ('from', data_set.url),
+    ('licence', data_set.licence),
+    ('put into --manual_dir', data_set.put),
+    ('splits', ', '.join(data_set.splits)),
   ):
     _print_whole(console, f'{label}: {text}')
-  files = {x for reader in entry.splits.values() for x in reader.files}
+  files = {x for reader in data_set.splits.values() for x in reader.files}
   if files:
     console.print('\nfiles and folders it reads:')
     for file in sorted(files):
@@ -309,9 +309,9 @@ def _prepare_public(arguments, console):
     readers = {arguments.split: catalogue.FORMATS[arguments.format]}
     about = {}
   else:
-    entry = _known(name)
-    readers = entry.splits
-    about = {'homepage': entry.url, 'license': entry.licence}
+    data_set = _known(name)
+    readers = data_set.splits
+    about = {'homepage': data_set.url, 'license': data_set.licence}
   if not arguments.manual_dir:
     raise ConfigError(
       f'{name} has to be downloaded by hand (`qwenvl-data list --name {name}` '

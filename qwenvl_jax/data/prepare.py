@@ -65,15 +65,14 @@ def scenes(
         objects = [len(x.objects) for x in made]
         job.finish(shard, {'length': count, 'counts': {}, 'objects': objects})
       lengths[split], _ = job.totals()
-    if storage.split_lengths(folder) != lengths:
-      storage.write_info(
-        folder,
-        'scenes',
-        lengths,
-        description=drawn.__doc__,
-        homepage='https://github.com/googlefonts/noto-emoji',
-        license='Sprites: Apache-2.0 (Noto Emoji, Google)',
-      )
+    storage.write_info(
+      folder,
+      'scenes',
+      lengths,
+      description=drawn.__doc__,
+      homepage='https://github.com/googlefonts/noto-emoji',
+      license='Sprites: Apache-2.0 (Noto Emoji, Google)',
+    )
     progress('reducing the vocabulary', 0, 1)
     small = vocabulary.build(Tokenizer(vocabulary_file), settings.style.classes)
     small.save(base / sources.VOCABULARY)

@@ -94,8 +94,7 @@ def prepare(
       _check(job, root, sum(lengths[split]), found, limit)
       counts.add(found.as_dict())
     others = storage.split_lengths(folder)
-    if {**others, **lengths} != others:
-      storage.write_info(folder, name, {**others, **lengths}, **about)
+    storage.write_info(folder, name, {**others, **lengths}, **about)
   except OSError as error:
     raise DataError(
       f'cannot write to {folder} ({error}); free some space, or name another '

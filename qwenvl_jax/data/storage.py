@@ -195,7 +195,7 @@ def write_shard(path: pathlib.Path, records: Iterable[Record]) -> int:
 def write_info(
   directory: pathlib.Path, name: str, lengths: dict[str, Sequence[int]], **about
 ) -> None:
-  """Writes what makes the shards a TFDS data set; the last thing written.
+  """Writes what makes the shards a TFDS data set, if that has changed.
 
   Args:
     directory: of the shards.
@@ -203,6 +203,8 @@ def write_info(
     lengths: records of each shard, by split.
     **about: `description`, `homepage`, `license`.
   """
+  if split_lengths(directory) == lengths:
+    return
   # Imported here: it takes a second, and only preparing needs it.
   import tensorflow_datasets as tfds
 

@@ -293,13 +293,12 @@ def make(
       raise DataError(
         f'none of {total} pages of {making.documents} can be used: {refused}'
       )
-    if storage.split_lengths(folder) != {'train': lengths}:
-      storage.write_info(
-        folder,
-        output.name,
-        {'train': lengths},
-        description=f'Pages with text and its places: {making.kind}.',
-      )
+    storage.write_info(
+      folder,
+      output.name,
+      {'train': lengths},
+      description=f'Pages with text and its places: {making.kind}.',
+    )
   except OSError as error:
     raise DataError(
       f'cannot write to {output} ({error}); free some space or name another '
