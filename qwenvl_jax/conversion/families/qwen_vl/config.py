@@ -20,6 +20,28 @@ from qwenvl_jax.model.config import (
 # The release's adapter has one head per this many channels.
 _ADAPTER_HEAD_DIM = 128
 
+# Keys of config.json that hold fields of the decoder as they are.
+_DECODER = {
+  'layer_norm_epsilon': 'norm_eps',
+  'max_position_embeddings': 'max_position_embeddings',
+  'use_dynamic_ntk': 'dynamic_ntk',
+  'use_logn_attn': 'logn',
+  'vocab_size': 'vocab_size',
+  'hidden_size': 'dim',
+  'num_hidden_layers': 'layers',
+  'num_attention_heads': 'heads',
+  'kv_channels': 'head_dim',
+  'seq_length': 'seq_length',
+}
+
+# The same of `visual` and the vision transformer; and all of its keys that only
+# our files have, where they differ from the release.
+_VISION = (
+  'heads', 'image_size', 'layers', 'patch_size', 'width', 'position_grid',
+  'window', 'global_every',
+)  # fmt: skip
+_OURS = ('queries', 'adapter_heads', 'position_grid', 'window', 'global_every')
+
 # How packed kernels are, in the words of the release.
 _GPTQ = {'quant_method': 'gptq', 'bits': 4, 'desc_act': False}
 
@@ -68,18 +90,9 @@ def _decoder(values: dict, int4: bool) -> DecoderConfig:
   packed = values['quantization_config'] if int4 else None
   form = packed and packed['checkpoint_format'] or 'gptq'
   return DecoderConfig(
-    vocab_size=values['vocab_size'],
-    dim=values['hidden_size'],
-    layers=values['num_hidden_layers'],
-    heads=values['num_attention_heads'],
-    head_dim=values['kv_channels'],
+    **{field: values[key] for key, field in _DECODER.items()},
     mlp_dim=values['intermediate_size'] // 2,
-    norm_eps=values['layer_norm_epsilon'],
     rope_base=float(values['rotary_emb_base']),
-    seq_length=values['seq_length'],
-    max_position_embeddings=values['max_position_embeddings'],
-    dynamic_ntk=values['use_dynamic_ntk'],
-    logn=values['use_logn_attn'],
     int4_group=packed and packed['group_size'],
     int4_zero_offset=ZERO_OFFSETS[form],
   )
@@ -90,15 +103,8 @@ def _with_visual(decoder: DecoderConfig, visual: dict) -> QwenVLConfig:
   return QwenVLConfig(
     decoder=decoder,
     vision=VisionConfig(
-      image_size=visual['image_size'],
-      patch_size=visual['patch_size'],
-      width=visual['width'],
-      layers=visual['layers'],
-      heads=visual['heads'],
+      **{key: visual[key] for key in _VISION},
       mlp_dim=int(visual['width'] * visual['mlp_ratio']),
-      position_grid=visual['position_grid'],
-      window=visual['window'],
-      global_every=visual['global_every'],
     ),
     adapter=AdapterConfig(
       queries=visual['queries'],
@@ -116,26 +122,16 @@ def _adapter_heads(dim: int) -> int:
 def config_to_hf(config: QwenVLConfig) -> dict:
   """Inverts `config_from_hf`, with every key the release has."""
   decoder, vision, adapter = config.decoder, config.vision, config.adapter
-  visual = {
-    'heads': vision.heads,
-    'image_size': vision.image_size,
+  visual = {key: getattr(vision, key) for key in _VISION} | {
     'image_start_id': config.image_start_id,
-    'layers': vision.layers,
     'mlp_ratio': _mlp_ratio(vision),
     'output_dim': adapter.dim,
-    'patch_size': vision.patch_size,
-    'width': vision.width,
-  }
-  extras = {
     'queries': adapter.queries,
     'adapter_heads': adapter.heads,
-    'position_grid': vision.position_grid,
-    'window': vision.window,
-    'global_every': vision.global_every,
   }
-  released = {key: schemas.VISUAL[key].default for key in extras}
+  released = {key: schemas.VISUAL[key].default for key in _OURS}
   released['adapter_heads'] = _adapter_heads(adapter.dim)
-  visual |= {k: v for k, v in extras.items() if v != released[k]}
+  visual = {k: v for k, v in visual.items() if released.get(k, ...) != v}
   raw = {
     'architectures': ['QWenLMHeadModel'],
     'auto_map': {
@@ -146,24 +142,15 @@ def config_to_hf(config: QwenVLConfig) -> dict:
     'attn_dropout_prob': 0.0,
     'emb_dropout_prob': 0.0,
     'initializer_range': 0.02,
-    'layer_norm_epsilon': decoder.norm_eps,
-    'max_position_embeddings': decoder.max_position_embeddings,
     'no_bias': True,
     'rotary_emb_base': int(decoder.rope_base),
     'rotary_pct': 1.0,
     'scale_attn_weights': True,
     'tie_word_embeddings': False,
     'use_cache': True,
-    'use_dynamic_ntk': decoder.dynamic_ntk,
-    'use_logn_attn': decoder.logn,
     'torch_dtype': 'bfloat16',
-    'vocab_size': decoder.vocab_size,
-    'hidden_size': decoder.dim,
-    'num_hidden_layers': decoder.layers,
-    'num_attention_heads': decoder.heads,
-    'kv_channels': decoder.head_dim,
+    **{key: getattr(decoder, field) for key, field in _DECODER.items()},
     'intermediate_size': 2 * decoder.mlp_dim,
-    'seq_length': decoder.seq_length,
     'visual': visual,
   }
   if decoder.int4_group is not None:
