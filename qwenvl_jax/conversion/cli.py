@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from qwenvl_jax import api, buckets, configuration, entry
-from qwenvl_jax.conversion import checkpoint_io, inspection, reference
+from qwenvl_jax.conversion import checkpoint_io, inspection, layout, reference
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.job import Conversion, byte_size
 from qwenvl_jax.conversion.verify import verify
@@ -303,21 +303,16 @@ def _verify(args) -> int:
     (f'only in {destination}', found.added),
   ):
     if names:
-      print(f'{title}: {len(names)} tensors: {_some(names)}')
+      print(f'{title}: {len(names)} tensors: {layout.some(names, 8)}')
   if found.differing:
     texts = [f'{k} (by up to {v:g})' for k, v in found.differing.items()]
-    print(f'{len(texts)} tensors differ: {_some(texts)}')
+    print(f'{len(texts)} tensors differ: {layout.some(texts, 8)}')
   for line in (*found.settings, *found.notes):
     print(line)
   same = found.same
   if args.logits:
     same &= _compare_logits(source, destination)
   return 0 if same else 1
-
-
-def _some(texts: Sequence[str], limit: int = 8) -> str:
-  more = f' and {len(texts) - limit} more' if len(texts) > limit else ''
-  return ', '.join(texts[:limit]) + more
 
 
 def _compare_logits(source: Path, destination: Path) -> bool:

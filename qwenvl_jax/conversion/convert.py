@@ -1,12 +1,13 @@
 """Conversions between checkpoint folders, as functions.
 
+`job.Conversion` says what their arguments mean; `progress` is a `Progress`, and
+`saved` the config file that made the conversion, to be written beside it.
 Each reads and writes one block of a few megabytes after the other, in a few
 threads: neither side is ever held in memory.
 """
 
 import collections
 import dataclasses
-import math
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -24,7 +25,7 @@ from qwenvl_jax.conversion.families import openclip
 from qwenvl_jax.conversion.families.names import RELEASED, TensorNames
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.orbax_store import OrbaxWriter
-from qwenvl_jax.conversion.rules import Rule
+from qwenvl_jax.conversion.rules import Rule, nbytes
 from qwenvl_jax.conversion.source import (
   ArraySource,
   CastSource,
@@ -78,19 +79,8 @@ def from_hf(
 ) -> Converted:
   """Converts the released layout to Orbax.
 
-  Args:
-    source: folder with config.json and weights.
-    destination: a new folder.
-    dtype: to cast to; None keeps the stored dtype (bfloat16 for Int4).
-    progress: see `Progress`.
-    keep_int4: keep the packed weights of an Int4 checkpoint as they are, for
-      inference, and all else in its stored dtype unless `dtype` is given.
-      Otherwise they are dequantized.
-    names: what the checkpoint calls its tensors, and what of it is left out.
-    vocab_size: rows of the vocabulary, at least those stored, which None keeps;
-      new ones are drawn at random.
-    seed: of new rows.
-    saved: what made this conversion, a config file to be written beside it.
+  Int4 weights are dequantized (to bfloat16 unless `dtype` is given), or kept
+  packed with `keep_int4`; `dtype` is then of all others.
 
   Raises:
     CheckpointError: the source is incomplete, damaged or of another model, a
@@ -130,14 +120,6 @@ def to_hf(
 
   Int4 weights that were kept become the Int4 layout again.
 
-  Args:
-    source: see `checkpoint_io.params_folder`.
-    destination: a new folder.
-    dtype: of the tensors written; None keeps the stored dtype.
-    shard_bytes: upper bound on a shard.
-    progress: see `Progress`.
-    saved: see `from_hf`.
-
   Raises:
     CheckpointError: the source is no complete checkpoint, a value does not fit
       the dtype, or the destination is in use or too small.
@@ -154,7 +136,7 @@ def to_hf(
     (name, rule.shape, values.dtypes[rule.paths[0]])
     for name, rule in layout.released_order(table)
   ]
-  size = sum(math.prod(s) * np.dtype(d).itemsize for _, s, d in tensors)
+  size = sum(nbytes(s, d) for _, s, d in tensors)
   implied, group = {}, config.decoder.int4_group
   if group is not None:
     biases = values.dtypes['decoder/blocks/attn/q/bias']
@@ -187,7 +169,7 @@ def write_ours(
     destination: a new folder.
     progress: see `Progress`.
     code: whether the code in `source` is for this model as well.
-    saved: see `from_hf`.
+    saved: config file that made the conversion.
 
   Returns:
     What to say of it, a line each.
@@ -197,7 +179,7 @@ def write_ours(
     path: (shape, dtypes[path])
     for path, shape in layout.parameter_shapes(config).items()
   }
-  size = sum(math.prod(s) * d.itemsize for s, d in arrays.values())
+  size = sum(nbytes(s, d) for s, d in arrays.values())
   with new_folder(destination, size) as partial:
     writer = OrbaxWriter(partial / 'params', arrays, chunk_shapes(table))
     counts = copy(values, plan(table), writer.write, size, progress)
@@ -321,14 +303,12 @@ def init_stage1(
     decoder: folder in the released layout, with or without `visual`. If its
       vocabulary ends before `</img>` and `<imgpad>`, new rows are drawn as a
       decoder's first ones are, for the embedding and for the head.
-    destination: a new folder.
-    seed: of all new parameters.
+    destination, seed, names: see `job.Conversion`.
     dtype: of all parameters; None keeps what is stored, and float32 for the
       adapter.
     progress: see `Progress`.
-    names: what the decoder's checkpoint calls its tensors.
     vocab_size: rows of the vocabulary; None for `vocabulary_size`.
-    saved: see `from_hf`.
+    saved: config file that made the conversion.
 
   Raises:
     CheckpointError: tensors do not match the configs; see `from_hf`.

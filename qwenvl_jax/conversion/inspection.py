@@ -11,6 +11,7 @@ from qwenvl_jax.conversion import checkpoint_io, finite, gptq, layout
 from qwenvl_jax.conversion.blocks import plan
 from qwenvl_jax.conversion.convert import Progress, copy
 from qwenvl_jax.conversion.families.qwen_vl import assets
+from qwenvl_jax.conversion.rules import nbytes
 from qwenvl_jax.errors import CheckpointError, QwenVLError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.int4 import PER_WORD
@@ -117,7 +118,7 @@ def _notes(found: checkpoint_io.Contents, config: QwenVLConfig):
       f'{len(found.stored):,} tensors as stored; the table shows the weights '
       'that they stand for'
     )
-    size = sum(map(_bytes, found.stored.values()))
+    size = sum(nbytes(x.shape, x.dtype) for x in found.stored.values())
     yield f'{size / 1e9:,.2f} GB as stored'
 
 
@@ -180,7 +181,7 @@ def _row(name: str, group: Mapping) -> Part:
     name,
     len(group),
     sum(_weights(path, tensor) for path, tensor in group.items()),
-    sum(map(_bytes, group.values())),
+    sum(nbytes(x.shape, x.dtype) for x in group.values()),
     tuple(sorted({np.dtype(t.dtype).name for t in group.values()})),
   )
 
@@ -191,10 +192,6 @@ def _weights(path: str, tensor) -> int:
   if layout.is_packed(path):
     return size * PER_WORD if path.endswith('/words') else 0
   return size
-
-
-def _bytes(tensor) -> int:
-  return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
 def _problem(expected, tensors, folder) -> str | None:

@@ -28,7 +28,8 @@ class Conversion:
     destination: a new folder.
     vision: of 'init-stage1', OpenCLIP's folder or hub id.
     dtype: to cast to; None keeps what is stored.
-    keep_int4: of 'from-hf', keep packed weights at 4 bits.
+    keep_int4: of 'from-hf', keep the packed weights of an Int4 checkpoint at 4
+      bits, for inference.
     names: what the source calls its tensors, and which of them are left out.
     vocab_size: rows of the vocabulary, for more than are stored.
     seed: of what is drawn at random.

@@ -4,7 +4,7 @@ What a checkpoint must hold follows from the conversion table of its family,
 which converts both ways.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -136,13 +136,14 @@ def check_shapes(
     ('misshapen', misshapen),
   ):
     if names:
-      problems.append(f'{len(names)} {kind}: {_some(names)}')
+      problems.append(f'{len(names)} {kind}: {some(names)}')
   if problems:
     raise CheckpointError(
       f'{where}: tensors do not match config.json. ' + '; '.join(problems)
     )
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def some(names: Sequence[str], limit: int = 5) -> str:
+  """The first of some names, and how many more there are."""
   more = f' and {len(names) - limit} more' if len(names) > limit else ''
   return ', '.join(names[:limit]) + more

@@ -6,7 +6,6 @@ is: JAX takes the memory over if that starts at a cache line.
 """
 
 import collections
-import math
 from collections.abc import (
   Callable,
   Container,
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.rules import nbytes
 from qwenvl_jax.conversion.source import Source
 from qwenvl_jax.model.stacking import (
   apart_path,
@@ -112,25 +112,26 @@ class _Part(NamedTuple):
   Attributes:
     path: of the array.
     index: of the block's parameters, which one.
-    layer: of the block's layers, which one, if the array is of one layer.
+    apart: whether the array is of the block's layer alone.
     inputs: how many axes of the block's values are the last of the array.
     box: where in the array.
   """
 
   path: str
   index: int
-  layer: int | None
+  apart: bool
   inputs: int
   box: tuple[slice, ...]
 
   def as_block(self, values: np.ndarray) -> np.ndarray:
     """A view of values of the array with axes as the block has them."""
     last = range(-self.inputs, 0)
-    return np.moveaxis(values, tuple(last), tuple(range(self.inputs)))
+    moved = np.moveaxis(values, tuple(last), tuple(range(self.inputs)))
+    return moved[None] if self.apart else moved
 
   def as_array(self, values: np.ndarray) -> np.ndarray:
     """The inverse of `as_block`."""
-    last = range(-self.inputs, 0)
+    values, last = values[0] if self.apart else values, range(-self.inputs, 0)
     return np.moveaxis(values, tuple(range(self.inputs)), tuple(last))
 
 
@@ -146,20 +147,14 @@ class _Read(NamedTuple):
   ) -> '_Read':
     """The read of those arrays that are wanted, stacked or apart."""
     parts = []
-
-    def add(path, index, layer, box):
+    for index, path in enumerate(block.paths):
+      apart = path not in wanted and is_stacked(path)
+      path = apart_path(path, block.layer) if apart else path
       if path in wanted:
         moves = outputs_first and is_plain_kernel(path)
-        inputs = inputs_of(path) if moves else 0
+        inputs, box = inputs_of(path) if moves else 0, block.box[apart:]
         box = (*box[inputs:], *box[:inputs])
-        parts.append(_Part(path, index, layer, inputs, box))
-
-    for index, path in enumerate(block.paths):
-      add(path, index, None, block.box)
-      if is_stacked(path):
-        first, *inner = block.box
-        for layer in range(first.start, first.stop):
-          add(apart_path(path, layer), index, layer - first.start, inner)
+        parts.append(_Part(path, index, apart, inputs, box))
     return cls(block, tuple(parts))
 
   def run(self, source: Source, targets: Sequence['_Shards']) -> None:
@@ -169,7 +164,7 @@ class _Read(NamedTuple):
       return
     places = [target.view(part.box) for part, target in pairs]
     places = [
-      None if place is None else _with_layer(part.as_block(place), part)
+      None if place is None else part.as_block(place)
       for (part, _), place in zip(pairs, places, strict=True)
     ]
     whole = [self.block.box_shape] * len(self.block.paths)
@@ -178,14 +173,7 @@ class _Read(NamedTuple):
       return
     values = source.read(self.block)
     for part, target in pairs:
-      found = values[part.index]
-      found = found if part.layer is None else found[part.layer]
-      target.fill(part.box, part.as_array(found))
-
-
-def _with_layer(place: np.ndarray, part: _Part) -> np.ndarray:
-  """A view with the axis of layers that a block of them has."""
-  return place if part.layer is None else place[None]
+      target.fill(part.box, part.as_array(values[part.index]))
 
 
 def _stored_order(source: Source, reads: list[_Read]) -> list[_Read]:
@@ -260,7 +248,7 @@ class _Shards:
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   """An array with undefined values, as JAX takes it over."""
-  size = math.prod(shape) * dtype.itemsize
+  size = nbytes(shape, dtype)
   memory = np.empty(size + _ALIGNMENT, np.uint8)
   start = -memory.ctypes.data % _ALIGNMENT
   return memory[start : start + size].view(dtype).reshape(shape)

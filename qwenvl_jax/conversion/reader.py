@@ -6,7 +6,6 @@ time, by plain reads rather than a memory map, whose pages would count as ours.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion import json_schema, schemas
+from qwenvl_jax.conversion.rules import nbytes
 from qwenvl_jax.errors import CheckpointError
 
 _SAFETENSORS_DTYPES = {
@@ -257,7 +257,7 @@ def _parse_entry(path: Path, name: str, entry: Any):
       f'supported ({", ".join(_SAFETENSORS_DTYPES)})'
     )
   dtype, (first, last) = np.dtype(_SAFETENSORS_DTYPES[kind]), offsets
-  if last - first != math.prod(shape) * dtype.itemsize:
+  if last - first != nbytes(shape, dtype):
     raise CheckpointError(
       f'{path}: tensor {name} has {last - first} bytes, not what its '
       f'shape {shape} needs; the file is damaged'
@@ -313,7 +313,7 @@ class Stored:
 
   def read_into(self, start: int, rows: np.ndarray) -> None:
     """Fills `rows` [n,*shape[1:]], each contiguous, from row `start` on."""
-    row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+    row_bytes = nbytes(self.shape[1:], self.dtype)
     try:
       count = buckets.read_into(
         self.file, self.offset + start * row_bytes, rows

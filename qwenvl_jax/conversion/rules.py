@@ -8,7 +8,7 @@ the fused axis that splits over several paths (`attn/{q,k,v}`).
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import einops
 import numpy as np
@@ -63,6 +63,11 @@ class Rule:
     stacked = np.stack(arrays) if len(self.paths) > 1 else arrays[0]
     left, right = self.pattern.split(' -> ')
     return einops.rearrange(stacked, f'{right} -> {left}', **self.sizes)
+
+
+def nbytes(shape: Iterable[int], dtype: np.dtype) -> int:
+  """Bytes of an array."""
+  return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def make_rules(

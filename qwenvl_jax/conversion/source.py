@@ -7,7 +7,6 @@ each part of the tree, a cast around another.
 import contextlib
 import dataclasses
 import functools
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from qwenvl_jax.conversion import layout, orbax_store
 from qwenvl_jax.conversion.blocks import Block
 from qwenvl_jax.conversion.families.foreign import of_names
 from qwenvl_jax.conversion.reader import Tensor
-from qwenvl_jax.conversion.rules import Rule
+from qwenvl_jax.conversion.rules import Rule, nbytes
 from qwenvl_jax.conversion.transpose import copy_into, row_stride
 from qwenvl_jax.conversion.writer import DTYPES, narrow
 from qwenvl_jax.errors import CheckpointError
@@ -134,45 +133,32 @@ class ReleasedSource(Source):
     return wide
 
   def read_into(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
-    rules = [self._rules[path] for path in block.paths]
-    if not set(block.names) <= set(rules[0].released_names()):
+    tensor, rule = self._tensor(block), self._rules[block.paths[0]]
+    if block.name not in rule.released_names():
+      # Under this table, its rows lie elsewhere.
+      arrays = dict(zip(rule.paths, rule.to_ours(tensor.load()), strict=True))
       for path, box in zip(block.paths, boxes, strict=True):
-        box[...] = self._box(path, block)
+        box[...] = arrays[path][block.box[-arrays[path].ndim :]]
       return
-    tensors = [self._tensors[name] for name in block.names]
-    layers = boxes[0] if block.stacked else boxes[0][None]
-    views = [block.released_view(layer) for layer in layers]
-    if all(view is not None for view in views):
-      for tensor, rows in zip(tensors, views, strict=True):
-        tensor.read_into(block.start, rows)
-    else:
-      block.to_ours((self._rows(tensor, block) for tensor in tensors), boxes)
-
-  def _rows(self, tensor: Tensor, block: Block) -> np.ndarray:
-    """Rows of a tensor, valid until the same thread reads the next."""
+    rows = block.released_view(boxes[0])
+    if rows is not None:
+      tensor.read_into(block.start, rows)
+      return
     rows = self._scratch.rows(
       block.stop - block.start, block.row_shape, tensor.dtype
     )
     tensor.read_into(block.start, rows)
-    return rows
+    block.to_ours(rows, boxes)
 
   def position(self, block: Block) -> tuple:
-    names = self._rules[block.paths[0]].released_names()
-    tensor = self._tensors[names[block.box[0].start if block.stacked else 0]]
+    tensor = self._tensor(block)
     offset = tensor.stored.offset if tensor.stored else 0
     return str(tensor.file), offset, block.start
 
-  def _box(self, path: str, block: Block) -> np.ndarray:
-    """A box whose rows lie elsewhere under this table."""
-    rule = self._rules[path]
-    names, inner = rule.released_names(), block.box
-    if block.stacked:
-      names, inner = names[block.box[0]], block.box[1:]
-    layers = [
-      rule.to_ours(self._tensors[name].load())[rule.paths.index(path)][inner]
-      for name in names
-    ]
-    return np.stack(layers) if block.stacked else layers[0]
+  def _tensor(self, block: Block) -> Tensor:
+    """The tensor of a block, whatever it is called here."""
+    names = self._rules[block.paths[0]].released_names()
+    return self._tensors[names[block.layer or 0]]
 
 
 def _as_dtype(tensor: Tensor, dtype: np.dtype) -> Tensor:
@@ -190,7 +176,7 @@ class _Scratch(threading.local):
 
   def rows(self, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:
     """[count,*shape] with undefined values, its rows as far as is good."""
-    size = math.prod(shape) * dtype.itemsize
+    size = nbytes(shape, dtype)
     # Short rows are better read at once than transposed fast.
     stride = row_stride(size) if size >= _LONG_ROW else size
     if count * stride > self._buffer.size:
@@ -340,11 +326,10 @@ class CastSource(Source):
   def read(self, block: Block) -> list[np.ndarray]:
     if layout.is_packed(block.paths[0]):
       return self.source.read(block)
-    names = block.names[0]
-    if len(block.names) > 1:
-      names += f' to {block.names[-1]}'
     try:
-      return [narrow(names, x, self.dtype) for x in self.source.read(block)]
+      return [
+        narrow(block.name, x, self.dtype) for x in self.source.read(block)
+      ]
     except OverflowError as error:
       raise CheckpointError(f'{self.where}: {error}') from error
 

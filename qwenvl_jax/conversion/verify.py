@@ -85,11 +85,10 @@ def verify(
     for path, x, y in zip(block.paths, boxes, b.read(block), strict=True):
       if x.dtype != y.dtype:
         casts.add((x.dtype.name, y.dtype.name))
-      pairs = zip(x, y) if block.stacked else ((x, y),)
-      for name, (one, two) in zip(block.names, pairs, strict=True):
-        difference = _difference(path, one, two)
-        if difference is not None:
-          differing[name] = max(differing.get(name, 0.0), difference)
+      difference = _difference(path, x, y)
+      if difference is not None:
+        before = differing.get(block.name, 0.0)
+        differing[block.name] = max(before, difference)
 
   size = sum(
     block.values * a.dtypes[block.paths[0]].itemsize for block in blocks

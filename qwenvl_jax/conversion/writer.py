@@ -6,7 +6,6 @@ written to its place as soon as it is there.
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.rules import nbytes
 
 _INDEX = 'model.safetensors.index.json'
 
@@ -69,7 +69,7 @@ class ReleasedWriter:
       self._make(folder / file, shard)
     if len(shards) > 1:
       index = {
-        'metadata': {'total_size': sum(_size(*t[1:]) for t in tensors)},
+        'metadata': {'total_size': sum(nbytes(*t[1:]) for t in tensors)},
         'weight_map': {name: p.file for name, p in self._places.items()},
       }
       text = json.dumps(index, indent=2) + '\n'
@@ -78,7 +78,7 @@ class ReleasedWriter:
   def _make(self, path: Path, shard):
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     for name, shape, dtype in shard:
-      begin, end = end, end + _size(shape, dtype)
+      begin, end = end, end + nbytes(shape, dtype)
       header[name] = {
         'dtype': _NAMES[np.dtype(dtype)],
         'shape': list(shape),
@@ -88,7 +88,7 @@ class ReleasedWriter:
     text += b' ' * (-len(text) % 8)  # Values start at a multiple of 8.
     for name, shape, dtype in shard:
       begin = header[name]['data_offsets'][0]
-      row = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+      row = nbytes(shape[1:], dtype)
       self._places[name] = Place(path.name, 8 + len(text) + begin, row)
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
     self._files[path.name] = file
@@ -102,8 +102,7 @@ class ReleasedWriter:
       block: says where.
       boxes: the values as our parameters have them, one for each path.
     """
-    for name, rows in zip(block.names, block.to_released(boxes), strict=True):
-      self.write_rows(name, block.start, rows)
+    self.write_rows(block.name, block.start, block.to_released(boxes))
 
   def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
     """Writes rows of a tensor, C-ordered, from row `start` on."""
@@ -129,16 +128,12 @@ class ReleasedWriter:
 def _split(tensors, shard_bytes):
   shards, size = [[]], 0
   for tensor in tensors:
-    if shards[-1] and size + _size(*tensor[1:]) > shard_bytes:
+    if shards[-1] and size + nbytes(*tensor[1:]) > shard_bytes:
       shards.append([])
       size = 0
     shards[-1].append(tensor)
-    size += _size(*tensor[1:])
+    size += nbytes(*tensor[1:])
   return shards
-
-
-def _size(shape, dtype) -> int:
-  return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def narrow(name: str, array: np.ndarray, dtype) -> np.ndarray:

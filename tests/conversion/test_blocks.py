@@ -21,14 +21,14 @@ def test_there_and_back(limit):
   }
   back = {name: np.zeros(x.shape, x.dtype) for name, x in tensors.items()}
   for block in plan(table, limit):
-    rows = [tensors[n].read(block.start, block.stop) for n in block.names]
+    rows = tensors[block.name].read(block.start, block.stop)
     boxes = [np.empty(block.box_shape, 'bfloat16') for _ in block.paths]
     block.to_ours(rows, boxes)
     for path, box in zip(block.paths, boxes, strict=True):
       assert not params[path][block.box].any()
       params[path][block.box] = box
-    for name, part in zip(block.names, block.to_released(boxes), strict=True):
-      back[name][block.start : block.stop] = part
+    part = block.to_released(boxes)
+    back[block.name][block.start : block.stop] = part
   for name, tensor in tensors.items():
     assert back[name].tobytes() == tensor.load().tobytes(), name
   expected = golden.released_tensors(table, layout.unflatten(params))
@@ -58,5 +58,5 @@ def test_block_without_its_last_rows():
   assert short.box_shape == (256, 100)
   rows = np.arange(100 * 256, dtype=np.float32).reshape(100, 256)
   box = np.empty((256, 100), np.float32)
-  short.to_ours([rows], [box])
+  short.to_ours(rows, [box])
   np.testing.assert_array_equal(box, rows.T)

@@ -155,7 +155,7 @@ def test_zero_points_of_every_group_and_output(changed, tmp_path, expected):
 def test_inspect_counts_weights_and_stored_bytes(kept):
   report = inspection.inspect(kept)
   assert report.layout == 'Orbax, int4 (GPTQ) kept'
-  assert report.problem is None
+  assert not report.problems
   total = report.parts[-1]
   assert total.parameters == inspection.inspect(INT4).parts[-1].parameters
   weights = 2 * (4 * 256**2 + 3 * 256 * 384)
