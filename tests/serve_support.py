@@ -8,6 +8,7 @@ import time
 import uvicorn
 
 from qwenvl_jax.serve.app import make_app
+from qwenvl_jax.serve.connections import uvicorn_config
 
 KEY = 'a key for tests'
 
@@ -17,7 +18,7 @@ def running(server):
   """Serves on a free port of this machine; yields the address."""
   listening = socket.socket()
   listening.bind(('127.0.0.1', 0))
-  config = uvicorn.Config(make_app(server, warm_up=False), log_level='error')
+  config = uvicorn_config(make_app(server, warm_up=False), log_level='error')
   http = uvicorn.Server(config)
   thread = threading.Thread(target=http.run, kwargs={'sockets': [listening]})
   thread.start()
