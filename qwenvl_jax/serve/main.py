@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     '--ssl_certfile', metavar='FILE', help='serve https with this certificate'
   )
   add('--ssl_keyfile', metavar='FILE', help='its private key')
+  add(
+    '--demo',
+    action='store_true',
+    help='a page to chat in, at /demo; a browser that is asked for a name and '
+    'a password gets in with any name and the key',
+  )
   return parser
 
 
@@ -113,6 +119,7 @@ def _run(argv: Sequence[str]) -> int:
   try:
     import uvicorn
 
+    from qwenvl_jax.serve import web_demo
     from qwenvl_jax.serve.app import make_app
     from qwenvl_jax.serve.connections import uvicorn_config
   except ImportError as error:
@@ -121,6 +128,8 @@ def _run(argv: Sequence[str]) -> int:
     ) from error
   key, limits = _key(args), _limits(args)
   _check_tls(args)
+  if args.demo:
+    web_demo.check()
   # Before minutes of loading, that nobody waits for in vain.
   listening = _bind(args)
   with use_all_devices(), spinner(f'opening {args.checkpoint}'):
@@ -128,14 +137,22 @@ def _run(argv: Sequence[str]) -> int:
   port = listening.getsockname()[1]
   where = f'http{"s" * bool(args.ssl_certfile)}://{args.host}:{port}'
   print(f'{server.name} will be at {where}/v1 once it is compiled')
-  server.worker.when_ready = lambda: print(f'ready: {where}/docs', flush=True)
+  server.worker.when_ready = lambda: print(
+    f'ready: {where}{web_demo.PATH if args.demo else "/docs"}', flush=True
+  )
+  app = make_app(server)
+  if args.demo:
+    web_demo.add_demo(app, server)
   config = uvicorn_config(
-    make_app(server),
+    app,
     log_level='warning',
     ssl_certfile=args.ssl_certfile,
     ssl_keyfile=args.ssl_keyfile,
   )
-  uvicorn.Server(config).run(sockets=[listening])
+  http = uvicorn.Server(config)
+  if args.demo:
+    web_demo.let_go(http, app)
+  http.run(sockets=[listening])
   return 0
 
 
