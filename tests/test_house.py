@@ -56,6 +56,7 @@ GUESTS = {
   'pydantic': ('serve',),
   'starlette': ('serve',),
   'uvicorn': ('serve',),
+  'gradio': ('serve',),
 }
 
 

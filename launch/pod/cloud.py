@@ -118,14 +118,18 @@ class Cloud:
 
   def _command(self, words) -> list[str] | None:
     """The whole command; None if it was only printed."""
-    command = ['gcloud', *words, f'--zone={self.settings.zone}']
-    if self.settings.project:
-      command.append(f'--project={self.settings.project}')
-    command.append('--quiet')
+    command = ['gcloud', *words, *self._of_tpu(), '--quiet']
     if not self.dry:
       return command
     log.show(shlex.join(command) + '\n')
     return None
+
+  def _of_tpu(self) -> list[str]:
+    s = self.settings
+    return [
+      f'--zone={s.zone}',
+      *([f'--project={s.project}'] if s.project else []),
+    ]
 
   def call(self, *words: str, limit: float = ASKING) -> Answer:
     """Runs gcloud to its end, or for `limit` seconds."""
@@ -205,6 +209,12 @@ class Cloud:
   def stream(self, which, command: str, copy: str | None = None) -> Stream:
     """As `on_workers`, but what it says is printed while it runs."""
     return Stream(self._command(self._on_workers(which, command)), copy)
+
+  def tunnel(self, port: int) -> list[str]:
+    """The command that brings a port of worker 0 to this machine."""
+    ssh = self._connect('ssh', self.settings.tpu, '--worker=0')
+    way = f'--ssh-flag=-N -L 127.0.0.1:{port}:127.0.0.1:{port}'
+    return ['gcloud', *ssh, way, *self._of_tpu()]
 
   def copy_to_workers(self, file: str) -> Answer:
     target = f'{self.settings.tpu}:{os.path.basename(file)}'

@@ -14,8 +14,9 @@ from pod.create import RetryLater
 from pod.log import PodError, relay, say
 from pod.settings import ROOT
 
-# What TPU VMs install of the project.
+# What TPU VMs install of the project, and more for some programs.
 _EXTRAS = 'tpu,gcs'
+_MORE = {'eval': ',eval', 'serve': ',serve'}
 
 
 def _git(*words: str, **environment: str) -> str:
@@ -37,12 +38,19 @@ def _git(*words: str, **environment: str) -> str:
   return done.stdout.rstrip('\n')
 
 
-def install_everywhere(cloud: Cloud) -> None:
+def install_everywhere(cloud: Cloud, name: str = '') -> None:
   """Brings files as they are now, committed or not, without the tests.
+
+  Args:
+    cloud: of the TPU.
+    name: of the stage that will run.
 
   Raises:
     RetryLater: the TPU went away.
   """
+  extras = _EXTRAS + _MORE.get(name, '')
+  if '--demo' in cloud.settings.extra:
+    extras += ',demo'
   with tempfile.TemporaryDirectory() as scratch:
     # An index and new objects of their own: the repository stays as it is.
     objects = '--git-path', 'objects'
@@ -67,7 +75,7 @@ def install_everywhere(cloud: Cloud) -> None:
     answer = cloud.on_workers('all', 'cat qwenvl_jax/installed || echo nothing')
     if answer.status:
       not_reached(cloud, answer, 'the workers cannot be reached')
-    if set(answer.out.splitlines()) == {f'{tree} {_EXTRAS}'}:
+    if set(answer.out.splitlines()) == {f'{tree} {extras}'}:
       say('installed already on all workers')
       return
     size = ''
@@ -90,7 +98,7 @@ def install_everywhere(cloud: Cloud) -> None:
     'all',
     'rm -rf qwenvl_jax/new && mkdir -p qwenvl_jax/new && '
     f'tar -xzf {file} -C qwenvl_jax/new && rm {file} && '
-    f'python3 qwenvl_jax/new/launch/pod/worker.py install {tree} {_EXTRAS}',
+    f'python3 qwenvl_jax/new/launch/pod/worker.py install {tree} {extras}',
     INSTALLING,
   )
   if answer.status:

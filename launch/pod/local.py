@@ -24,7 +24,11 @@ from pod.settings import ROOT, Settings
 # save without it.
 _GRACE_SECONDS = 10
 
-_MODULES = {'qwenvl-train': 'train.main', 'qwenvl-eval': 'eval.main'}
+_MODULES = {
+  'qwenvl-train': 'train.main',
+  'qwenvl-eval': 'eval.main',
+  'qwenvl-serve': 'serve.main',
+}
 
 
 def run_local(s: Settings, name: str, command: list[str]) -> int:
@@ -75,7 +79,7 @@ def run_local(s: Settings, name: str, command: list[str]) -> int:
   )
   status = _Crowd(processes, folder).follow()
   if not status:
-    say(f'{name} is finished on all {s.local} processes: {s.workdir}')
+    say(f'{name} is finished on all {s.local} processes: {s.workdir or ""}')
   return status
 
 

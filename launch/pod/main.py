@@ -12,7 +12,7 @@ from pod.stage import stage_command
 from pod.supervise import run_stage
 
 _USAGE = r"""
-Usage: launch/tpu_pod.sh VERB [OPTIONS] [-- ARGUMENTS OF qwenvl-train]
+Usage: launch/tpu_pod.sh VERB [OPTIONS] [-- ARGUMENTS OF THE PROGRAM]
 
 Gets a TPU, puts this checkout on all its workers and runs a stage there, until
 it is done: after a preemption the TPU is requested anew and the stage goes on
@@ -21,10 +21,13 @@ not end it, and the same command attaches again.
 
   up              request the TPU, wait until it is ready, install
   stage1|2|3      the same as far as needed, then run the stage
-  eval            the same for qwenvl-eval, on the checkpoint of stage 3
+  eval            the same for qwenvl-eval, on the checkpoint of stage 3 or
+                  --init; -- --tasks A,B and more go to it; one machine
+  serve           the same for qwenvl-serve; how to reach it through ssh is said
   status          the TPU, and what each worker is doing
   logs            the end of a worker's log; --follow goes on with it
-  stop            end the stage: it saves, and starts there next time
+  stop            end the stage: it saves, and starts there next time; a server
+                  ends what it answers
   down            delete the TPU; asks first
 
 the TPU:
@@ -50,6 +53,12 @@ the stage:
   --config FILE     instead of configs/STAGE.gin
   --topology FILE   instead of configs/topology/ what fits --type, or none
   --gin.NAME=VALUE, --gin_file=FILE, --steps=N   go to qwenvl-train as they are
+
+the server:
+  --init DIR        the checkpoint (default: WORKDIR/stage3)
+  --port N          on the worker and here (8000)
+  --api-key-file F  the key that clients must send: copied to the worker, where
+                    nobody else can read it
 
 limits:
   --budget HOURS    of the TPU for this stage, over all restarts; then it saves
@@ -77,13 +86,15 @@ examples:
   launch/tpu_pod.sh stage2 --tpu pod1 --zone us-west4-a --type v5litepod-256 \
     --spot --workdir gs://bucket/qwen-vl --data gs://bucket/data --budget 200
   launch/tpu_pod.sh status --tpu pod1
+  launch/tpu_pod.sh serve --tpu chat --zone us-west4-a --type v5litepod-4 \
+    --init gs://bucket/chat -- --slots 16
   launch/tpu_pod.sh stage2 --workdir gs://bucket/qwen-vl --zone us-west4-a \
     --type v5p-128 --dry-run -- --gin.OptimizerConfig.steps=100
   launch/tpu_pod.sh stage1 --local 2 --config quickstart/stage1.gin \
     --workdir runs/two --data runs/quickstart/data --steps=20
 """
 
-_STAGES = ('stage1', 'stage2', 'stage3', 'eval')
+_STAGES = ('stage1', 'stage2', 'stage3', 'eval', 'serve')
 _OTHERS = {
   'status': control.show_status,
   'logs': control.show_log,

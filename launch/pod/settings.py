@@ -23,6 +23,7 @@ _NUMBERS = {
   'worker': 0,
   'local': None,
   'devices-per-process': 1,
+  'port': 8000,
 }
 
 # Words, what they must look like, and how a message says so.
@@ -42,7 +43,10 @@ _WORDS = {
   'budget': (r'[0-9]{1,9}([.][0-9]+)?', 'it is not a number of hours'),
   **dict.fromkeys(_NUMBERS, (r'[0-9]{1,9}', 'it is not a whole number')),
 }
-_PATHS = ('workdir', 'init', 'data', 'config', 'topology', 'state', 'settings')
+_PATHS = (
+  *('workdir', 'init', 'data', 'config', 'topology', 'state', 'settings'),
+  'api-key-file',
+)
 _SWITCHES = ('delete-after', 'mount-data')
 _DEFAULTS = {'capacity': 'on-demand', 'ssh': 'external'}
 # Only from the command line: no file and no variable answers for a person.
@@ -120,7 +124,7 @@ class Settings:
         found[argument[2:]] = 'yes'
       elif not argument.startswith('--'):
         raise UsageError(
-          f'unexpected argument {argument} (arguments of qwenvl-train go '
+          f'unexpected argument {argument} (arguments of the program go '
           'after --)'
         )
       else:

@@ -6,7 +6,11 @@ import os
 import re
 
 from pod.log import PodError, UsageError, read_file, say
+from pod.serve import serve_command
 from pod.settings import ROOT, Settings
+
+# Programs that one process runs, on one machine.
+ONE_HOST = ('eval', 'serve')
 
 
 def stage_command(s: Settings, stage: str) -> list[str]:
@@ -17,8 +21,12 @@ def stage_command(s: Settings, stage: str) -> list[str]:
 
   Args:
     s: the settings.
-    stage: stage1, stage2, stage3 or eval.
+    stage: stage1, stage2, stage3, eval or serve.
   """
+  if stage in ONE_HOST:
+    _check_one_host(s, stage)
+  if stage == 'serve':
+    return serve_command(s)
   if not s.workdir:
     raise UsageError(
       '--workdir is missing: the folder of the runs, e.g. gs://bucket/qwen-vl'
@@ -35,6 +43,7 @@ def stage_command(s: Settings, stage: str) -> list[str]:
       'qwenvl-eval',
       f'--checkpoint={checkpoint}',
       f'--output={runs}/eval',
+      *([f'--data_dir={s.data}'] if s.data else []),
     ]
   topology = _topology(s, stage)
   command = [
@@ -59,6 +68,20 @@ def stage_command(s: Settings, stage: str) -> list[str]:
       data = 'mount://' + data[5:]  # worker.py makes a folder of it.
     command.append(f'--gin.DATA={_gin_string(data)}')
   return command
+
+
+def _check_one_host(s: Settings, name: str) -> None:
+  if s.local is not None:
+    if s.local != 1:
+      raise UsageError(f'{name} is one process: --local 1')
+    return
+  # A machine has up to 8 chips of v5e and v6e, and 4 of the others.
+  most = 8 if (s.type or 'v6e').startswith(('v5litepod', 'v6e')) else 4
+  if s.chips > most:
+    raise UsageError(
+      f'{name} runs on one machine, which has up to {most} chips of this kind; '
+      f'--type {s.type} has {s.chips}'
+    )
 
 
 def _topology(s: Settings, stage: str) -> str | None:

@@ -23,6 +23,8 @@ from pod.log import (
   say,
   write_file,
 )
+from pod.serve import bring_key, tell_way
+from pod.stage import ONE_HOST
 from pod.watch import start_everywhere, watch_stage
 
 # Ended by their own limit or by hand, apart from failures (1).
@@ -154,14 +156,14 @@ def run_stage(cloud: Cloud, name: str, command: list[str]) -> int:
   s = cloud.settings
   s.need_zone()
   cloud.check()
-  command = [*command, '--distributed', *s.extra]
+  command += [*([] if name in ONE_HOST else ['--distributed']), *s.extra]
   lock = Lock(cloud)
   if not cloud.dry:
     lock.take(name)
     for signum in _SIGNALS:
       signal.signal(signum, _detach)
   budget = Budget(cloud, name)
-  if '://' not in s.workdir:
+  if name not in ONE_HOST and '://' not in s.workdir:
     say(
       f'note: --workdir {s.workdir} is not in a bucket: all workers must see '
       'the same folder there, and it must outlive the TPU (NFS does)'
@@ -219,7 +221,10 @@ def _supervise(cloud: Cloud, name: str, command, budget: Budget) -> int:
       remove_request(cloud)
     pause(delay)
   if outcome == 'stopped':
-    say(f'{name} was stopped; the same command goes on from its checkpoint')
+    again = (
+      'starts it again' if name in ONE_HOST else 'goes on from its checkpoint'
+    )
+    say(f'{name} was stopped; the same command {again}')
     return _STOPPED
   if outcome == 'failed':
     raise PodError(
@@ -232,7 +237,7 @@ def _supervise(cloud: Cloud, name: str, command, budget: Budget) -> int:
     relay(cloud.on_workers('all', stop, s.grace + 300).out, '')
     return _give_up(cloud, name, no_budget)
   if not cloud.dry:
-    say(f'{name} is finished ({budget}): {s.workdir}')
+    say(f'{name} is finished ({budget}): {s.workdir or ""}')
     os.unlink(budget.path)
   _leave(cloud)
   return 0
@@ -243,8 +248,12 @@ def _attempt(cloud: Cloud, name: str, command, budget: Budget) -> str:
   bring_up(cloud)
   budget.start()
   try:
-    install_everywhere(cloud)
+    install_everywhere(cloud, name)
+    if name == 'serve':
+      bring_key(cloud)
     start_everywhere(cloud, name, command)
+    if name == 'serve':
+      tell_way(cloud)
     return watch_stage(cloud, name, budget)
   finally:
     budget.charge()

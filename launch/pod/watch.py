@@ -9,7 +9,8 @@ from typing import NamedTuple
 from pod.cloud import Cloud, is_lost, worker
 from pod.create import RetryLater
 from pod.install import not_reached
-from pod.log import now, pause, relay, say
+from pod.log import PodError, now, pause, relay, say
+from pod.stage import ONE_HOST
 
 # Workers may end one after the other, and a preempted TPU says so only some
 # time after its processes died: until then, a failure is not taken for one.
@@ -41,6 +42,10 @@ class Report(NamedTuple):
 
 
 def start_everywhere(cloud: Cloud, name: str, command: list[str]) -> None:
+  if name in ONE_HOST and len(reports(cloud) or ()) > 1:
+    raise PodError(
+      f'{name} runs on one machine; TPU {cloud.settings.tpu} has several'
+    )
   say(f'starting {name} on all workers')
   answer = cloud.on_workers('all', worker('start', name, *command))
   if answer.status:

@@ -200,13 +200,17 @@ class Engine:
         lengths.append(length)
     return lengths
 
-  def warm_up(self, state: State, bank, top: int) -> tuple[State, jax.Array]:
+  def warm_up(
+    self, state: State, bank, top: int, scores: bool = False
+  ) -> tuple[State, jax.Array]:
     """Compiles all programs of sampled answers, by running them.
 
     Args:
       state: given up; all slots free.
       bank: given up.
       top: how many of the most likely tokens may be asked for.
+      scores: whether prompts may be scored, too: one more program for each
+        length of a piece.
 
     Returns:
       A state with all slots free, and a bank.
@@ -221,10 +225,15 @@ class Engine:
           continue
         tokens = [np.zeros(length, np.int32)] * count
         rows = [np.full(length, -1, np.int32)] * count
+        arguments = bank, tokens, rows
         prefix = self.start([length] * count)
         for piece in pieces:
-          prefix = self.prefill(prefix, bank, tokens, rows, piece)
+          prefix = self.prefill(prefix, *arguments, piece)
         state = self.insert(state, prefix, [0] * count, [Sampling()] * count)
+        if scores and count == 1:
+          prefix = self.start([length])
+          for piece in pieces:
+            prefix, _ = self.score(prefix, *arguments, piece, top)
     words = -(-self.config.decoder.vocab_size // 32)
     everything = np.full((self.slots, words), 0xFFFFFFFF, np.uint32)
     for masks in (None, everything):

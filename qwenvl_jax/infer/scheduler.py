@@ -208,10 +208,14 @@ class Scheduler:
       busy = True
     return busy
 
-  def warm_up(self) -> None:
-    """Compiles everything that requests may need; nothing may be running."""
+  def warm_up(self, scores: bool = False) -> None:
+    """Compiles everything that requests may need; nothing may be running.
+
+    Args:
+      scores: whether `prompt_logprobs` are asked for, too.
+    """
     self._state, self._bank.features = self.engine.warm_up(
-      self._state, self._bank.features, MAX_TOP_LOGPROBS
+      self._state, self._bank.features, MAX_TOP_LOGPROBS, scores
     )
 
   def _drop(self) -> None:

@@ -13,7 +13,7 @@ from qwenvl_jax.errors import DataError
 from qwenvl_jax.infer import request as engine_request
 from qwenvl_jax.infer.request import Request, Token
 from qwenvl_jax.infer.scheduler import QueueFullError
-from qwenvl_jax.serve.limits import ApiError
+from qwenvl_jax.serve.limits import ApiError, busy
 from qwenvl_jax.serve.metrics import Metrics
 from qwenvl_jax.serve.worker import Listening, Worker
 from qwenvl_jax.serve.writing import Writer
@@ -76,13 +76,7 @@ class Answers:
         self.choices.append(Choice(index, listening, writer))
     except QueueFullError as error:
       self.cancel()
-      raise ApiError(
-        'the server is busy; try again later',
-        status=429,
-        kind='rate_limit_error',
-        code='rate_limit_exceeded',
-        headers={'Retry-After': '1'},
-      ) from error
+      raise busy() from error
     except DataError as error:
       self.cancel()
       raise ApiError(str(error)) from error

@@ -1,19 +1,23 @@
 """The routes, and what guards them."""
 
+import asyncio
 import contextlib
 import functools
 import importlib.metadata
+import re
+import uuid
 from collections.abc import AsyncIterator
 
 import fastapi
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 
 from qwenvl_jax.serve import chats, completions
-from qwenvl_jax.serve.conversation import build_prompt, encode
-from qwenvl_jax.serve.limits import ApiError
+from qwenvl_jax.serve.conversation import encode
+from qwenvl_jax.serve.limits import ApiError, busy
 from qwenvl_jax.serve.schemas import (
   ChatRequest,
   CompletionRequest,
@@ -24,6 +28,8 @@ from qwenvl_jax.serve.server import Server, finish
 
 # Routes that need no key.
 OPEN = ('/health', '/ready')
+# How a client may name its request.
+_NAME = re.compile(r'[\w.-]{1,64}', re.ASCII)
 
 _DESCRIPTION = """\
 Qwen-VL behind OpenAI's API. Pictures come as `image_url` parts (data URLs, and
@@ -77,19 +83,13 @@ def _inference(app: fastapi.FastAPI, server: Server) -> None:
   @app.post('/tokenize', tags=['tokens'])
   async def tokenize(body: TokenizeRequest):
     """Ids of a text or of a conversation."""
-    server.check_model(body.model)
+    server.find_model(body.model)
     if (body.prompt is None) == (not body.messages):
       raise ApiError('either prompt or messages is needed', 'prompt')
-    if body.prompt is not None:
-      tokens = encode(server.tokenizer, body.prompt)
+    if body.prompt is None:
+      tokens = (await asyncio.to_thread(server.prompt, body)).tokens
     else:
-      tokens = build_prompt(
-        server.tokenizer,
-        body.messages,
-        server.config.adapter.queries,
-        body.continue_final_message,
-        body.add_generation_prompt,
-      ).tokens
+      tokens = await asyncio.to_thread(encode, server.tokenizer, body.prompt)
     return {
       'count': len(tokens),
       'max_model_len': server.max_len,
@@ -99,22 +99,20 @@ def _inference(app: fastapi.FastAPI, server: Server) -> None:
   @app.post('/detokenize', tags=['tokens'])
   async def detokenize(body: DetokenizeRequest):
     """The text of ids."""
-    server.check_model(body.model)
+    server.find_model(body.model)
     return {'prompt': server.tokenizer.decode(body.tokens)}
 
 
 def _operations(app: fastapi.FastAPI, server: Server) -> None:
   @app.get('/v1/models', tags=['server'])
   async def models():
-    """The model that is served."""
-    entry = {
-      'id': server.name,
-      'object': 'model',
-      'created': 0,
-      'owned_by': 'qwenvl_jax',
-      'max_model_len': server.max_len,
-    }
-    return {'object': 'list', 'data': [entry]}
+    """The models that are served: the checkpoint, then its adapters."""
+    return {'object': 'list', 'data': server.models}
+
+  @app.get('/v1/models/{name:path}', tags=['server'])
+  async def model(name: str):
+    """One of them."""
+    return server.find_model(name)
 
   @app.get('/health', tags=['server'])
   async def health():
@@ -179,42 +177,54 @@ class _Guard:
 
   def __init__(self, app, server: Server):
     self._app, self._server = app, server
+    # Of the bodies of all requests that are being answered.
+    self._bytes = 0
 
   async def __call__(self, scope, receive, send):
     if scope['type'] != 'http':
       return await self._app(scope, receive, send)
     request = Request(scope)
-    try:
-      salt = b''
-      if scope['path'] not in OPEN:
-        salt = self._server.check_key(request.headers.get('authorization'))
-      scope.setdefault('state', {})['salt'] = salt
-      self._check_length(request)
-      receive = self._counted(receive)
-      return await self._app(scope, receive, send)
-    except ApiError as error:
-      response = JSONResponse(error.body(), error.status, error.headers)
-      return await response(scope, receive, send)
-
-  def _check_length(self, request: Request) -> None:
-    length = request.headers.get('content-length', '')
-    if length.isdecimal() and int(length) > self._server.limits.body_bytes:
-      raise self._too_large()
-
-  def _counted(self, receive):
-    """`receive` that refuses what passes the limit, whatever was announced."""
+    send = _naming(send, request.headers.get('x-request-id', ''))
     got = 0
 
     async def counted():
       nonlocal got
       message = await receive()
-      got += len(message.get('body', b''))
-      if got > self._server.limits.body_bytes:
-        raise self._too_large()
+      size = len(message.get('body', b''))
+      got, self._bytes = got + size, self._bytes + size
+      self._check_length(got)
+      if self._bytes > self._server.limits.bodies_bytes:
+        raise busy()
       return message
 
-    return counted
+    try:
+      salt = b''
+      if scope['path'] not in OPEN:
+        salt = self._server.check_key(request.headers.get('authorization'))
+      scope.setdefault('state', {})['salt'] = salt
+      length = request.headers.get('content-length', '')
+      # What is announced may be refused at once, and need not be true.
+      self._check_length(int(length) if length.isdecimal() else 0)
+      return await self._app(scope, counted, send)
+    except ApiError as error:
+      response = JSONResponse(error.body(), error.status, error.headers)
+      return await response(scope, receive, send)
+    finally:
+      self._bytes -= got
 
-  def _too_large(self) -> ApiError:
+  def _check_length(self, length: int) -> None:
     most = self._server.limits.body_bytes
-    return ApiError(f'the body has more than {most:,} bytes', status=413)
+    if length > most:
+      raise ApiError(f'the body has more than {most:,} bytes', status=413)
+
+
+def _naming(send, name: str):
+  """`send` that names the request, as its client did or anew."""
+  named = name if _NAME.fullmatch(name) else uuid.uuid4().hex
+
+  async def sending(message):
+    if message['type'] == 'http.response.start':
+      MutableHeaders(scope=message)['x-request-id'] = named
+    await send(message)
+
+  return sending

@@ -1,13 +1,11 @@
 """Requests of the API as requests to the engine."""
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from qwenvl_jax.errors import ConfigError, DataError
-from qwenvl_jax.image import resize
 from qwenvl_jax.infer.chat import stop_ids
 from qwenvl_jax.infer.grammar import GrammarCompiler
 from qwenvl_jax.infer.matcher import Grammar
@@ -106,7 +104,7 @@ def engine_requests(
     tokenizer: the vocabulary.
     body: of the request.
     tokens: of the prompt.
-    pixels: [I,R,R,3] of its pictures, None for none.
+    pixels: [I,R,R,3] of its pictures, a list or None.
     max_tokens: of an answer.
     grammar: its form.
     **settings: other attributes of `Request`.
@@ -122,27 +120,32 @@ def engine_requests(
   if 0 < temperature < MIN_TEMPERATURE:
     temperature = 0.0
   try:
+    sampling = Sampling(
+      temperature,
+      max(body.top_k, 0),
+      DEFAULT_TOP_P if body.top_p is None else body.top_p,
+      min_p=body.min_p,
+      repetition_penalty=body.repetition_penalty,
+      presence_penalty=body.presence_penalty,
+      frequency_penalty=body.frequency_penalty,
+      logit_bias=_biases(body),
+      min_new_tokens=body.min_tokens,
+      stop_ids=stops,
+    )
+    request = Request.create(
+      config,
+      tokens,
+      pixels,
+      max_new_tokens=max_tokens,
+      sampling=sampling,
+      **settings,
+    )
+    # Pixels are there once, however many answers are wanted.
     return [
-      Request.create(
-        config,
-        tokens,
-        pixels,
-        max_new_tokens=max_tokens,
-        sampling=Sampling(
-          temperature,
-          max(body.top_k, 0),
-          DEFAULT_TOP_P if body.top_p is None else body.top_p,
-          min_p=body.min_p,
-          repetition_penalty=body.repetition_penalty,
-          presence_penalty=body.presence_penalty,
-          frequency_penalty=body.frequency_penalty,
-          logit_bias=_biases(body),
-          min_new_tokens=body.min_tokens,
-          stop_ids=stops,
-          seed=(seed, number),
-        ),
+      dataclasses.replace(
+        request,
+        sampling=dataclasses.replace(sampling, seed=(seed, number)),
         matcher=grammar and grammar.matcher(stops),
-        **settings,
       )
       for number in range(body.n)
     ]
@@ -183,10 +186,3 @@ def _biases(body: Settings) -> dict[int, float]:
     raise ApiError(
       'logit_bias: keys are token ids, written as numbers', 'logit_bias'
     ) from error
-
-
-def as_pixels(pictures, side: int) -> np.ndarray | None:
-  """[I,R,R,3] uint8 of opened pictures, None for none."""
-  if not pictures:
-    return None
-  return np.stack([resize(picture, side) for picture in pictures])

@@ -7,9 +7,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from qwenvl_jax.serve import answering, asking
 from qwenvl_jax.serve.answering import Choice
-from qwenvl_jax.serve.conversation import boxes_in_pixels, build_prompt
+from qwenvl_jax.serve.conversation import boxes_in_pixels
 from qwenvl_jax.serve.limits import ApiError
-from qwenvl_jax.serve.pictures import open_pictures
+from qwenvl_jax.serve.pictures import read_pictures
 from qwenvl_jax.serve.schemas import ChatRequest
 from qwenvl_jax.serve.server import Server
 
@@ -28,31 +28,23 @@ async def chat(server: Server, body: ChatRequest, salt: bytes, wait: Any):
     ApiError: the request cannot be answered.
   """
   limits, config = server.limits, server.config
-  server.check_model(body.model)
+  model = server.find_model(body.model)['id']
   _check(body, limits)
   stops = asking.stop_texts(body, limits)
   grammar = await asyncio.to_thread(
     asking.compile_grammar, body, server.compiler
   )
-  prompt = build_prompt(
-    server.tokenizer,
-    body.messages,
-    config.adapter.queries,
-    body.continue_final_message,
-    body.add_generation_prompt,
-  )
+  prompt = await asyncio.to_thread(server.prompt, body)
   wanted = body.max_completion_tokens or body.max_tokens
   room = asking.room_for(len(prompt.tokens), wanted, server.max_len)
-  pictures = await asyncio.to_thread(open_pictures, prompt.urls, limits)
-  pixels = await asyncio.to_thread(
-    asking.as_pixels, pictures, config.vision.image_size
-  )
+  pictures = await read_pictures(prompt.urls, limits, config.vision.image_size)
+  sizes = [picture.size for picture in pictures]
   requests = asking.engine_requests(
     config,
     server.tokenizer,
     body,
     prompt.tokens,
-    pixels,
+    [picture.pixels for picture in pictures],
     room,
     grammar,
     top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -66,12 +58,12 @@ async def chat(server: Server, body: ChatRequest, salt: bytes, wait: Any):
     return texts.chat(tokens) if body.logprobs else None
 
   if body.stream:
-    about = answering.head('chat.completion.chunk', server.name)
+    about = answering.head('chat.completion.chunk', model)
 
     def chunk(choice: Choice, text: str, tokens) -> dict:
       delta = {'content': text} if text else {}
       if choice.finish_reason:
-        boxes = boxes_in_pixels(choice.writer.text, pictures)
+        boxes = boxes_in_pixels(choice.writer.text, sizes)
         delta |= {'boxes': boxes} if boxes else {}
       return {
         'index': choice.index,
@@ -98,7 +90,7 @@ async def chat(server: Server, body: ChatRequest, salt: bytes, wait: Any):
 
   await wait(answers)
   return JSONResponse(
-    answering.head('chat.completion', server.name)
+    answering.head('chat.completion', model)
     | {
       'choices': [
         {
@@ -107,7 +99,7 @@ async def chat(server: Server, body: ChatRequest, salt: bytes, wait: Any):
             'role': 'assistant',
             'content': choice.writer.text,
             'refusal': None,
-            'boxes': boxes_in_pixels(choice.writer.text, pictures),
+            'boxes': boxes_in_pixels(choice.writer.text, sizes),
           },
           'logprobs': logprobs(choice.tokens),
           'finish_reason': choice.finish_reason,
@@ -120,11 +112,6 @@ async def chat(server: Server, body: ChatRequest, salt: bytes, wait: Any):
 
 
 def _check(body: ChatRequest, limits) -> None:
-  if len(body.messages) > limits.messages:
-    raise ApiError(
-      f'{len(body.messages)} messages are more than {limits.messages}',
-      'messages',
-    )
   if body.n > limits.choices:
     raise ApiError(f'n={body.n} is more than {limits.choices}', 'n')
   if body.top_logprobs is not None and not body.logprobs:

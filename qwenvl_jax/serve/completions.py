@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from qwenvl_jax.infer.request import Token
 from qwenvl_jax.serve import answering, asking
 from qwenvl_jax.serve.answering import Choice
-from qwenvl_jax.serve.conversation import encode
+from qwenvl_jax.serve.conversation import check_chars, encode
 from qwenvl_jax.serve.limits import ApiError
 from qwenvl_jax.serve.schemas import CompletionRequest
 from qwenvl_jax.serve.server import Server
@@ -20,14 +20,8 @@ async def complete(
 ):
   """Continues prompts; see `chats.chat`."""
   limits, config, tokenizer = server.limits, server.config, server.tokenizer
-  server.check_model(body.model)
-  prompts = _prompts(server, body)
-  if len(prompts) * body.n > limits.choices:
-    raise ApiError(
-      f'{len(prompts)} prompts times n={body.n} are more than '
-      f'{limits.choices} answers',
-      'n',
-    )
+  model = server.find_model(body.model)['id']
+  prompts = await asyncio.to_thread(_prompts, server, body)
   scored = body.echo and body.logprobs is not None
   if not body.max_tokens and not scored:
     raise ApiError(
@@ -68,7 +62,7 @@ async def complete(
     before = _prompt_tokens(choice) if echo else []
     return texts.completion([*before, *tokens], offset)
 
-  about = answering.head('text_completion', server.name)
+  about = answering.head('text_completion', model)
   if body.stream:
     begun: set[int] = set()
     lengths: dict[int, int] = {}
@@ -117,10 +111,18 @@ def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
   found = body.prompt
   if isinstance(found, str) or found and isinstance(found[0], int):
     found = [found]
-  rows = [
-    encode(server.tokenizer, row) if isinstance(row, str) else row
-    for row in found
-  ]
+  most = server.limits.choices
+  if len(found) * body.n > most:
+    raise ApiError(
+      f'{len(found)} prompts times n={body.n} are more than {most} answers',
+      'n',
+    )
+  rows = []
+  for row in found:
+    if isinstance(row, str):
+      check_chars(len(row), server.most_chars, 'prompt')
+      row = encode(server.tokenizer, row)
+    rows.append(row)
   if not rows or not all(rows):
     raise ApiError('prompt: at least one token is needed', 'prompt')
   return rows

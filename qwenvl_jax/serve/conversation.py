@@ -9,9 +9,8 @@ the spans of pictures are made here.
 import dataclasses
 from collections.abc import Sequence
 
-from PIL import Image
-
-from qwenvl_jax.serve.limits import ApiError
+from qwenvl_jax.serve.limits import ApiError, Limits
+from qwenvl_jax.serve.pictures import check_count
 from qwenvl_jax.serve.schemas import Message, TextPart
 from qwenvl_jax.text import chatml, grounding
 from qwenvl_jax.text.special_tokens import VISUAL_TOKENS
@@ -32,6 +31,49 @@ class Prompt:
 
   tokens: list[int]
   urls: list[str]
+
+
+def check_messages(
+  messages: Sequence[Message], limits: Limits, most_chars: int
+) -> None:
+  """ApiError if a conversation has more in it than it may.
+
+  Looked at before anything is made of it, for each picture stands for hundreds
+  of ids.
+
+  Args:
+    messages: of a request.
+    limits: of it.
+    most_chars: of all texts together.
+  """
+  if len(messages) > limits.messages:
+    raise ApiError(
+      f'{len(messages)} messages are more than {limits.messages}', 'messages'
+    )
+  chars = pictures = 0
+  for message in messages:
+    content = message.content or ''
+    if isinstance(content, str):
+      chars += len(content)
+      continue
+    for part in content:
+      if isinstance(part, TextPart):
+        chars += len(part.text)
+      else:
+        pictures += 1
+  check_count(pictures, limits)
+  check_chars(chars, most_chars, 'messages')
+
+
+def check_chars(count: int, most: int, field: str) -> None:
+  """ApiError if texts are longer than any that fits the model's context."""
+  if count > most:
+    raise ApiError(
+      f'{count:,} characters are more than the {most:,} that could fit this '
+      "model's context",
+      field,
+      code='context_length_exceeded',
+    )
 
 
 def build_prompt(
@@ -117,22 +159,26 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
   return tokenizer.encode(text, allowed_special=PLACE_TOKENS)
 
 
-def boxes_in_pixels(text: str, pictures: Sequence[Image.Image]) -> list[dict]:
+def boxes_in_pixels(text: str, sizes: Sequence[tuple[int, int]]) -> list[dict]:
   """The places in an answer, in pixels of the last picture shown.
 
   That is the picture that the release draws on.
+
+  Args:
+    text: of the answer.
+    sizes: (width, height) of all pictures.
 
   Returns:
     Objects with `ref`, the phrase ('' for none), `picture`, its number from 1,
     and `box` [x1, y1, x2, y2] or `quad` [x1, y1, .., y4].
   """
-  if not pictures:
+  if not sizes:
     return []
-  found, size = [], pictures[-1].size
+  found = []
   for place in grounding.parse(text).places:
-    about = {'ref': place.ref, 'picture': len(pictures)}
+    about = {'ref': place.ref, 'picture': len(sizes)}
     for name in ('box', 'quad'):
       for points in getattr(place, f'{name}es' if name == 'box' else 'quads'):
-        scaled = [round(x, 1) for x in grounding.to_pixels(points, size)]
+        scaled = [round(x, 1) for x in grounding.to_pixels(points, sizes[-1])]
         found.append(about | {name: scaled})
   return found

@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 
+from starlette.exceptions import HTTPException
+
 # Formats that pictures may have: Pillow opens no others, whatever it could do.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
 
@@ -13,6 +15,7 @@ class Limits:
 
   Attributes:
     body_bytes: of the whole body.
+    bodies_bytes: of the bodies of all requests that are being answered.
     images: pictures of all messages together.
     image_bytes: of one encoded picture.
     image_pixels: of all pictures together, before they are resized.
@@ -27,6 +30,7 @@ class Limits:
   """
 
   body_bytes: int = 32 * 2**20
+  bodies_bytes: int = 2**30
   images: int = 16
   image_bytes: int = 16 * 2**20
   image_pixels: int = 64_000_000
@@ -40,8 +44,10 @@ class Limits:
   seconds: float = 600.0
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
   """An answer that is an error, in OpenAI's form.
+
+  It is an HTTPException, which FastAPI lets through where a body is read.
 
   Attributes:
     status: of HTTP.
@@ -61,17 +67,31 @@ class ApiError(Exception):
     code: str | None = None,
     headers: dict[str, str] | None = None,
   ):
-    super().__init__(message)
+    super().__init__(status, message, headers)
     self.status, self.kind, self.param = status, kind, param
-    self.code, self.headers = code, headers
+    self.code = code
+
+  def __str__(self) -> str:
+    return self.detail
 
   def body(self) -> dict:
     """The JSON of the answer."""
     return {
       'error': {
-        'message': str(self),
+        'message': self.detail,
         'type': self.kind,
         'param': self.param,
         'code': self.code,
       }
     }
+
+
+def busy() -> ApiError:
+  """The error of a request that came while too much was asked for."""
+  return ApiError(
+    'the server is busy; try again later',
+    status=429,
+    kind='rate_limit_error',
+    code='rate_limit_exceeded',
+    headers={'Retry-After': '1'},
+  )

@@ -3,6 +3,8 @@
 import argparse
 import inspect
 import pathlib
+import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +18,6 @@ from qwenvl_jax.infer.terminal import spinner
 from qwenvl_jax.serve.limits import Limits
 from qwenvl_jax.sharding import use_all_devices
 
-# Seconds that running answers have after SIGTERM.
-_DRAIN_SECONDS = 30
-# Of all headers of a request.
-_HEADER_BYTES = 32 * 2**10
 # A key shorter than this is guessed too soon.
 _KEY_CHARS = 8
 
@@ -107,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     '--ssl_certfile', metavar='FILE', help='serve https with this certificate'
   )
   add('--ssl_keyfile', metavar='FILE', help='its private key')
+  add(
+    '--demo',
+    action='store_true',
+    help='a page to chat in, at /demo; a browser that is asked for a name and '
+    'a password gets in with any name and the key',
+  )
   return parser
 
 
@@ -115,29 +119,73 @@ def _run(argv: Sequence[str]) -> int:
   try:
     import uvicorn
 
+    from qwenvl_jax.serve import web_demo
     from qwenvl_jax.serve.app import make_app
+    from qwenvl_jax.serve.connections import uvicorn_config
   except ImportError as error:
     raise ConfigError(
       f'{error.name} is not installed; pip install "qwenvl_jax[serve]"'
     ) from error
   key, limits = _key(args), _limits(args)
+  _check_tls(args)
+  if args.demo:
+    web_demo.check()
+  # Before minutes of loading, that nobody waits for in vain.
+  listening = _bind(args)
   with use_all_devices(), spinner(f'opening {args.checkpoint}'):
     server = _open(args, key, limits)
-  where = f'http{"s" * bool(args.ssl_certfile)}://{args.host}:{args.port}'
+  port = listening.getsockname()[1]
+  where = f'http{"s" * bool(args.ssl_certfile)}://{args.host}:{port}'
   print(f'{server.name} will be at {where}/v1 once it is compiled')
-  server.worker.when_ready = lambda: print(f'ready: {where}/docs', flush=True)
-  uvicorn.run(
-    make_app(server),
-    host=args.host,
-    port=args.port,
+  server.worker.when_ready = lambda: print(
+    f'ready: {where}{web_demo.PATH if args.demo else "/docs"}', flush=True
+  )
+  app = make_app(server)
+  if args.demo:
+    web_demo.add_demo(app, server)
+  config = uvicorn_config(
+    app,
     log_level='warning',
-    timeout_graceful_shutdown=_DRAIN_SECONDS,
-    server_header=False,
-    h11_max_incomplete_event_size=_HEADER_BYTES,
     ssl_certfile=args.ssl_certfile,
     ssl_keyfile=args.ssl_keyfile,
   )
+  http = uvicorn.Server(config)
+  if args.demo:
+    web_demo.let_go(http, app)
+  http.run(sockets=[listening])
   return 0
+
+
+def _bind(args: argparse.Namespace) -> socket.socket:
+  """A socket at the address of a command line, which does not listen yet."""
+  family = socket.AF_INET6 if ':' in args.host else socket.AF_INET
+  bound = socket.socket(family)
+  bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    bound.bind((args.host, args.port))
+  except (OSError, OverflowError) as error:
+    bound.close()
+    raise ConfigError(
+      f'--host={args.host} --port={args.port} cannot be served at ({error}); '
+      'give another one, 0 for any that is free'
+    ) from error
+  return bound
+
+
+def _check_tls(args: argparse.Namespace) -> None:
+  """ConfigError if there is no certificate where one is named."""
+  if not args.ssl_certfile:
+    if args.ssl_keyfile:
+      raise ConfigError('--ssl_keyfile needs --ssl_certfile')
+    return
+  context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+  try:
+    context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile)
+  except OSError as error:
+    raise ConfigError(
+      f'--ssl_certfile={args.ssl_certfile}: no certificate with its private '
+      f'key ({error}); the key may be in --ssl_keyfile'
+    ) from error
 
 
 def _open(args: argparse.Namespace, key: str | None, limits: Limits) -> Any:

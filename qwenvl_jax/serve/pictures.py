@@ -1,30 +1,62 @@
 """Pictures of a request: fetched, checked by their header, decoded, resized."""
 
+import asyncio
+import concurrent.futures
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from qwenvl_jax import image as pictures_lib
 from qwenvl_jax.serve.fetch import fetch
 from qwenvl_jax.serve.limits import FORMATS, ApiError, Limits
 
+# Requests whose pictures are opened at a time: a large one takes 1 GB.
+_POOL = concurrent.futures.ThreadPoolExecutor(8, 'pictures')
+# Scans of a JPEG file: decoders go through the whole picture for each, and a
+# few bytes are enough for one. Encoders write about ten.
+_MAX_SCANS = 200
+_SCAN = b'\xff\xda'
 
-def open_pictures(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
-  """Opens all pictures of a request as RGB.
+
+class Picture(NamedTuple):
+  """What is kept of a picture.
+
+  Attributes:
+    pixels: [R,R,3] uint8.
+    size: (width, height) of what was sent, turned as EXIF says.
+  """
+
+  pixels: np.ndarray
+  size: tuple[int, int]
+
+
+async def read_pictures(
+  urls: Sequence[str], limits: Limits, side: int
+) -> list[Picture]:
+  """`open_pictures` in one of a few threads of their own."""
+  if not urls:
+    return []
+  loop = asyncio.get_running_loop()
+  return await loop.run_in_executor(_POOL, open_pictures, urls, limits, side)
+
+
+def open_pictures(
+  urls: Sequence[str], limits: Limits, side: int
+) -> list[Picture]:
+  """Opens all pictures of a request as RGB, one after the other.
 
   Args:
     urls: in reading order.
     limits: budgets of the request.
+    side: R, pixels of a side that the model sees.
 
   Raises:
     ApiError: too many, too large, or not a picture of `FORMATS`.
   """
-  if len(urls) > limits.images:
-    raise ApiError(
-      f'{len(urls)} pictures are more than the {limits.images} of one request',
-      'messages',
-    )
+  check_count(len(urls), limits)
   found, pixels = [], 0
   for number, url in enumerate(urls, start=1):
     name = f'picture {number}'
@@ -36,8 +68,19 @@ def open_pictures(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
         'pixels together; make them smaller',
         'messages',
       )
-    found.append(_decode(data, name))
+    picture = _decode(data, name)
+    # The large one goes at once: requests wait with what is kept of it.
+    found.append(Picture(pictures_lib.resize(picture, side), picture.size))
   return found
+
+
+def check_count(count: int, limits: Limits) -> None:
+  """ApiError if a request has more pictures than it may."""
+  if count > limits.images:
+    raise ApiError(
+      f'{count} pictures are more than the {limits.images} of one request',
+      'messages',
+    )
 
 
 def _size(data: bytes, name: str) -> int:
@@ -52,6 +95,8 @@ def _size(data: bytes, name: str) -> int:
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
+  if data.startswith(b'\xff\xd8') and data.count(_SCAN) > _MAX_SCANS:
+    raise _unreadable(name)
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
       picture.load()

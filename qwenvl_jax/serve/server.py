@@ -2,16 +2,20 @@
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import hmac
 from collections.abc import Sequence
+from typing import Any
 
 from qwenvl_jax.infer.grammar import GrammarCompiler
 from qwenvl_jax.infer.request import Request
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.serve.answering import Answers
+from qwenvl_jax.serve.conversation import Prompt, build_prompt, check_messages
 from qwenvl_jax.serve.limits import ApiError, Limits
 from qwenvl_jax.serve.metrics import Metrics
+from qwenvl_jax.serve.schemas import ChatRequest, TokenizeRequest
 from qwenvl_jax.serve.worker import Worker
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -32,6 +36,7 @@ class Server:
     metrics: what is counted.
     limits: of a request.
     key: that clients must send, None for none.
+    adapters: names of what answers beside the model itself.
   """
 
   name: str
@@ -42,22 +47,66 @@ class Server:
   metrics: Metrics
   limits: Limits
   key: str | None = None
+  adapters: tuple[str, ...] = ()
 
   @property
   def max_len(self) -> int:
     """Tokens of a prompt and its answer."""
     return self.worker.scheduler.engine.max_len
 
-  def check_model(self, name: str | None) -> None:
-    """ApiError if a request is for another model."""
-    if name not in (None, self.name):
-      raise ApiError(
-        f'there is no such model here; {self.name!r} is served',
-        'model',
-        status=404,
-        kind='not_found_error',
-        code='model_not_found',
-      )
+  @functools.cached_property
+  def most_chars(self) -> int:
+    """Characters of the longest text that fits the model's context."""
+    return self.max_len * max(map(len, self.tokenizer.vocabulary))
+
+  @property
+  def models(self) -> list[dict[str, Any]]:
+    """What clients may ask for, as OpenAI's API lists it."""
+    return [
+      {
+        'id': name,
+        'object': 'model',
+        'created': 0,
+        'owned_by': 'qwenvl_jax',
+        'root': self.name,
+        'parent': None if name == self.name else self.name,
+        'max_model_len': self.max_len,
+      }
+      for name in (self.name, *self.adapters)
+    ]
+
+  def find_model(self, name: str | None) -> dict[str, Any]:
+    """The entry of `models` that a request names, the first for None.
+
+    Raises:
+      ApiError: there is none of this name.
+    """
+    for model in self.models:
+      if name in (None, model['id']):
+        return model
+    names = ', '.join(repr(model['id']) for model in self.models)
+    raise ApiError(
+      f'there is no such model here; {names} is served',
+      'model',
+      status=404,
+      kind='not_found_error',
+      code='model_not_found',
+    )
+
+  def prompt(self, body: ChatRequest | TokenizeRequest) -> Prompt:
+    """What the model reads of a conversation.
+
+    Raises:
+      ApiError: messages that make no sense, or too many.
+    """
+    check_messages(body.messages, self.limits, self.most_chars)
+    return build_prompt(
+      self.tokenizer,
+      body.messages,
+      self.config.adapter.queries,
+      body.continue_final_message,
+      body.add_generation_prompt,
+    )
 
   def check_key(self, header: str | None) -> bytes:
     """Checks an Authorization header; returns the salt of its requests.

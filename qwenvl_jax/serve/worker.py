@@ -48,7 +48,7 @@ class Worker:
     try:
       with use_all_devices():
         if self._warm_up:
-          self.scheduler.warm_up()
+          self.scheduler.warm_up(scores=True)
         self.ready = True
         self.when_ready()
         self.scheduler.run(self._stop)
