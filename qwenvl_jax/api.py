@@ -10,6 +10,7 @@ handle.params}, batch)` is the same computation.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
-from qwenvl_jax.conversion import checkpoint_io
+from qwenvl_jax.conversion import checkpoint_io, hub
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
@@ -51,8 +52,9 @@ def load(
 
   Args:
     folder: the released layout (safetensors or `.bin` shards), a converted
-      checkpoint, or a training run (its newest complete step); on a disk or
-      in a bucket (`gs://..`).
+      checkpoint, or a training run (its newest complete step); on a disk, in a
+      bucket (`gs://..`), or a hub id (`Qwen/Qwen-VL-Chat`; extra `hub`), which
+      is downloaded the first time.
     dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
       dtype that is stored, and in bfloat16 with int4 weights.
     shardings: tree of shardings like the parameters; None splits them over the
@@ -70,7 +72,7 @@ def load(
 
   Raises:
     CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged, or has
-      no int4 weights to keep.
+      no int4 weights to keep; or it cannot be downloaded.
     ConfigError: no such dtype, or a bucket that may not be used.
   """
   try:
@@ -80,7 +82,7 @@ def load(
       f"dtype={dtype!r} is no number format; 'bfloat16', 'float16' and "
       "'float32' are"
     ) from error
-  folder = buckets.as_path(folder)
+  folder = hub.local_folder(os.fspath(folder))
   config = checkpoint_io.read_config(folder, keep_int4).replace(
     scan_layers=False
   )

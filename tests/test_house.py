@@ -40,6 +40,7 @@ ROOMS = {
     'image',
   ),
   'progress': (),
+  'notebook': ('data', 'eval', 'image', 'text'),
 }
 # Console commands start a program, so they may also import what is made for
 # that: the shared command line, configs, progress bars and the public face.

@@ -22,8 +22,9 @@ from qwenvl_jax import buckets
 from qwenvl_jax.configuration.value_types import hints
 from qwenvl_jax.errors import ConfigError, did_you_mean
 
-# The project's configs/, found wherever a command is started.
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+# The project's configs/, found wherever a command is started: in a checkout
+# through a link in the package, so that wheels hold them as well.
+CONFIGS = (Path(__file__).parents[1] / 'configs').resolve()
 
 # Packages besides ours that config files may import from, with commas between:
 # who starts a command trusts them, a file cannot.

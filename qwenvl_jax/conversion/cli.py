@@ -23,6 +23,7 @@ from rich.table import Table
 from qwenvl_jax import api, buckets, configuration, entry
 from qwenvl_jax.conversion import checkpoint_io, inspection, layout, reference
 from qwenvl_jax.conversion.families.qwen_vl import assets
+from qwenvl_jax.conversion.hub import local_folder
 from qwenvl_jax.conversion.job import Conversion, byte_size
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
@@ -153,7 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     'inspect',
     _inspect,
     'What is in a checkpoint folder of any of these kinds.',
-    ('source', 'checkpoint folder, training run, or OpenCLIP folder'),
+    (
+      'source',
+      'checkpoint folder, training run, OpenCLIP folder, or a hub id',
+    ),
   ).add_argument(
     '--headers',
     action='store_true',
@@ -164,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     'verify',
     _verify,
     'Compare every tensor of two checkpoints, whatever their layouts.',
-    ('source', 'checkpoint folder'),
+    ('source', 'checkpoint folder, or a hub id'),
     (
       'destination',
       'what it was converted to: tensors of the source are cast to the dtypes '
@@ -251,7 +255,7 @@ def _by_flags(args) -> int:
 def _inspect(args) -> int:
   with _progress('reading') as progress:
     report = inspection.inspect(
-      buckets.as_path(args.source), progress, values=not args.headers
+      local_folder(args.source), progress, values=not args.headers
     )
   console = PrintableConsole(highlight=False, markup=False)
   console.print(f'{report.family} ({report.layout})')
@@ -284,10 +288,7 @@ def _inspect(args) -> int:
 
 
 def _verify(args) -> int:
-  source, destination = (
-    buckets.as_path(args.source),
-    buckets.as_path(args.destination),
-  )
+  source, destination = map(local_folder, (args.source, args.destination))
   with _progress('comparing') as progress:
     found = verify(source, destination, progress)
   how = 'bit for bit'

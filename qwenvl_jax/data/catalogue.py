@@ -21,6 +21,7 @@ from qwenvl_jax.data.readers.img2dataset import Img2Dataset
 from qwenvl_jax.data.readers.interleaved import Interleaved
 from qwenvl_jax.data.readers.places import Refer, VisualGenomeRegions
 from qwenvl_jax.data.readers.release import EvaluationLines, PlainText
+from qwenvl_jax.data.readers.spreadsheet import Spreadsheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +323,7 @@ FORMATS = {
   'grit': Img2Dataset(grounded=True),
   'evaluation': EvaluationLines(),
   'conversations': Conversations(),
+  'csv': Spreadsheet(),
   'interleaved': Interleaved(),
   'text': PlainText(),
   'text-zh': PlainText(language='zh'),

@@ -32,6 +32,7 @@ examples:
   qwenvl-data prepare scenes --data_dir data
   qwenvl-data prepare vqav2 --manual_dir ~/downloads/vqav2 --data_dir data
   qwenvl-data prepare my_chats --format conversations --manual_dir ~/chats
+  qwenvl-data prepare mine --format csv --manual_dir ~/mine
   qwenvl-data show scenes --data_dir data --output rows.html
   qwenvl-data show --gin_file=configs/stage2.gin --n 20 --gin.DATA='"data"'
   qwenvl-data make-ocr --kind pages --n 1000 data/ocr_pages

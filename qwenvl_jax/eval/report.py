@@ -5,20 +5,15 @@ One file without external parts: curves and pictures are embedded.
 
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use('Agg')  # No display.
-
-import matplotlib.pyplot as plt
 from PIL import Image
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import html_page
+from qwenvl_jax.eval import curves
 from qwenvl_jax.eval.scenes import Answered, Score
 from qwenvl_jax.text import drawing, grounding
 
@@ -150,25 +145,9 @@ def _table(table: Table, floors: dict[str, Floor]) -> str:
 
 
 def _curves(runs: dict[str, Path]) -> str:
-  figure, axes = plt.subplots(
-    1, len(runs), figsize=(3.2 * len(runs), 2.6), squeeze=False
-  )
-  for axis, (name, folder) in zip(axes[0], runs.items(), strict=True):
-    records = [
-      json.loads(line)
-      for line in (folder / 'log.jsonl').read_text().splitlines()
-    ]
-    points = [(r['step'], r['loss']) for r in records if 'loss' in r]
-    axis.plot(*zip(*points, strict=True), color='#2463b8', linewidth=1.2)
-    axis.set_title(name, fontsize=9)
-    axis.set_xlabel('step', fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.grid(alpha=0.3)
-  axes[0][0].set_ylabel('loss', fontsize=8)
-  figure.tight_layout()
+  figure = curves.draw(runs)
   buffer = io.StringIO()
   figure.savefig(buffer, format='svg')
-  plt.close(figure)
   svg = buffer.getvalue()
   return svg[svg.index('<svg') :]
 

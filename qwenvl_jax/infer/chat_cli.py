@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     '--checkpoint',
     required=True,
     metavar='DIR',
-    help='a training run, a converted checkpoint, or a released Qwen-VL-Chat '
-    'folder',
+    help='a training run, a converted checkpoint, a released Qwen-VL-Chat '
+    'folder, or its name on the hub (Qwen/Qwen-VL-Chat)',
   )
   parser.add_argument(
     '--image',

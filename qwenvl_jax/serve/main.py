@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     '--checkpoint',
     required=True,
     metavar='DIR',
-    help='a training run, a converted checkpoint, or a released folder',
+    help='a training run, a converted checkpoint, a released folder, or its '
+    'name on the hub (Qwen/Qwen-VL-Chat)',
   )
   add(
     '--host', default='127.0.0.1', help='address (default: this machine only)'

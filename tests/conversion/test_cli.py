@@ -57,7 +57,7 @@ def test_init_stage1(tmp_path, capsys):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (('inspect', 'nothing'), 'nothing does not exist: expected a checkpoint'),
+    (('inspect', 'nothing'), 'nothing does not exist, and is no hub id'),
     (('from-hf', 'nothing', 'x'), 'nothing does not exist, and is no hub id'),
     (('from-hf', OPENCLIP, 'x'), 'holds no released weights'),
     (('to-hf', OPENCLIP, 'x'), 'has no decoder and no adapter'),
