@@ -6,7 +6,7 @@ an example is an `Item`: text, then the parsed answer, then scores. Items of one
 `Unit`, others one each. A task's scores are aggregated over units, and the
 confidence interval draws units:
 
-  text --parse--> answer --score--> scores --combine--> unit --aggregate--> table
+  text --parse--> answer --score--> scores --combine--> unit --aggregate-->
 
 Scores are fractions (0 to 1 where the metric is a share) until they are shown.
 """

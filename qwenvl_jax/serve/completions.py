@@ -11,8 +11,13 @@ from qwenvl_jax.serve import answering, asking
 from qwenvl_jax.serve.answering import Choice
 from qwenvl_jax.serve.conversation import encode
 from qwenvl_jax.serve.limits import ApiError
-from qwenvl_jax.serve.schemas import CompletionRequest
+from qwenvl_jax.serve.pictures import open_pictures
+from qwenvl_jax.serve.schemas import CompletionRequest, url_of
 from qwenvl_jax.serve.server import Server
+from qwenvl_jax.text.chatml import encode_parts
+
+# Where a picture stands in a prompt.
+PICTURE = '<img></img>'
 
 
 async def complete(
@@ -22,6 +27,12 @@ async def complete(
   limits, config, tokenizer = server.limits, server.config, server.tokenizer
   server.check_model(body.model)
   prompts = _prompts(server, body)
+  pictures = await asyncio.to_thread(
+    open_pictures, [url_of(image) for image in body.images], limits
+  )
+  pixels = await asyncio.to_thread(
+    asking.as_pixels, pictures, config.vision.image_size
+  )
   if len(prompts) * body.n > limits.choices:
     raise ApiError(
       f'{len(prompts)} prompts times n={body.n} are more than '
@@ -47,7 +58,7 @@ async def complete(
       tokenizer,
       body,
       tokens,
-      None,
+      pixels,
       body.max_tokens,
       grammar,
       top_logprobs=body.logprobs,
@@ -115,6 +126,8 @@ async def complete(
 def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
   """Ids of all prompts."""
   found = body.prompt
+  if body.images:
+    return [_with_pictures(server, body)]
   if isinstance(found, str) or found and isinstance(found[0], int):
     found = [found]
   rows = [
@@ -124,6 +137,23 @@ def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
   if not rows or not all(rows):
     raise ApiError('prompt: at least one token is needed', 'prompt')
   return rows
+
+
+def _with_pictures(server: Server, body: CompletionRequest) -> list[int]:
+  """Ids of a prompt in which `PICTURE` stands for each picture."""
+  if not isinstance(body.prompt, str):
+    raise ApiError('images belong to a prompt that is one text', 'images')
+  first, *others = body.prompt.split(PICTURE)
+  if len(others) != len(body.images):
+    raise ApiError(
+      f'{len(others)} {PICTURE} in the prompt, but {len(body.images)} images; '
+      'each needs one',
+      'images',
+    )
+  parts = [first]
+  for text in others:
+    parts += [None, text]
+  return encode_parts(server.tokenizer, parts, server.config.adapter.queries)
 
 
 def _prompt_tokens(choice: Choice) -> list[Token]:

@@ -14,11 +14,8 @@ from PIL import Image
 from qwenvl_jax.serve.limits import ApiError
 from qwenvl_jax.serve.schemas import Message, TextPart
 from qwenvl_jax.text import chatml, grounding
-from qwenvl_jax.text.special_tokens import VISUAL_TOKENS
+from qwenvl_jax.text.special_tokens import PLACE_TOKENS
 from qwenvl_jax.text.tokenizer import Tokenizer
-
-# What is read as more than characters in anybody's text.
-PLACE_TOKENS = tuple(token for token in VISUAL_TOKENS if 'img' not in token)
 
 
 @dataclasses.dataclass(frozen=True)
