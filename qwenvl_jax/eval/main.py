@@ -84,11 +84,15 @@ def _parser() -> argparse.ArgumentParser:
   add('--jsonl', metavar='FILE', help=own.HELP)
   add('--metric', metavar='NAME', help=f'of --jsonl: {", ".join(own.METRICS)}')
   add(
-    '--chat', action='store_true', help='of --jsonl: ask in chats, as Qwen-VL-'
-    'Chat learned it'
+    '--chat',
+    action='store_true',
+    help='of --jsonl: ask in chats, as Qwen-VL-Chat learned it',
   )
   add(
-    '--max_tokens', type=int, default=100, metavar='N',
+    '--max_tokens',
+    type=int,
+    default=100,
+    metavar='N',
     help='of --jsonl: longest answer, in tokens (default: %(default)s)',
   )
   add(
@@ -97,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     help='folder of the run (default: runs/eval/ and the name of the model)',
   )
   add(
-    '--limit', type=int, metavar='N',
+    '--limit',
+    type=int,
+    metavar='N',
     help='the first N examples of each task only',
   )
   add(
@@ -114,11 +120,16 @@ def _parser() -> argparse.ArgumentParser:
   engine = parser.add_argument_group('with --checkpoint')
   add = engine.add_argument
   add(
-    '--slots', type=int, default=32, metavar='N',
+    '--slots',
+    type=int,
+    default=32,
+    metavar='N',
     help='answers at a time (default: %(default)s)',
   )
   add(
-    '--max_len', type=int, metavar='N',
+    '--max_len',
+    type=int,
+    metavar='N',
     help='tokens of a prompt and its answer (default: what training rows have)',
   )
   add(
@@ -133,15 +144,20 @@ def _parser() -> argparse.ArgumentParser:
   add = endpoint.add_argument
   add('--model', metavar='NAME', help='default: the first that is listed')
   add(
-    '--api_key_file', metavar='FILE',
+    '--api_key_file',
+    metavar='FILE',
     help=f'holds the key of the API (default: the variable {_KEY})',
   )
   add(
-    '--requests', type=int, default=32, metavar='N',
+    '--requests',
+    type=int,
+    default=32,
+    metavar='N',
     help='at a time (default: %(default)s)',
   )
   add(
-    '--as_chat', action='store_true',
+    '--as_chat',
+    action='store_true',
     help='send raw prompts as chats: for other servers than qwenvl-serve',
   )
   return parser

@@ -68,11 +68,14 @@ class Prompt:
       (`Picture 1: ..`). Otherwise the model continues the parts as they are, a
       picture being its `<img>` span.
     system: of a chat; None for the model's own.
+    numbered: of a chat; False for the turn as the parts are, its pictures
+      without numbers.
   """
 
   parts: tuple[str | Picture, ...]
   chat: bool = False
   system: str | None = None
+  numbered: bool = True
 
   @property
   def pictures(self) -> tuple[Picture, ...]:
