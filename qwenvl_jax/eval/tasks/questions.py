@@ -1,17 +1,23 @@
 """Questions with short answers: the paper's Tables 4 and 5, and Figure 4."""
 
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
-
-import numpy as np
 
 from qwenvl_jax.data.records import Qa
 from qwenvl_jax.eval import shots
 from qwenvl_jax.eval.benchmark import Benchmark, Split
 from qwenvl_jax.eval.metrics import answers as short
 from qwenvl_jax.eval.metrics import vqa_accuracy
-from qwenvl_jax.eval.task import Decoding, Example, Prompt, Scores, Unit
+from qwenvl_jax.eval.task import (
+  Decoding,
+  Example,
+  Prompt,
+  Scores,
+  Unit,
+  means,
+)
 
 _PEOPLE = 10  # who answer a question of VQAv2 and its like
 
@@ -65,7 +71,7 @@ class ShortAnswers(Benchmark):
   """Questions about a picture that a few words answer.
 
   Attributes:
-    splits: by category; of several, scores are averaged over categories.
+    splits: by category.
     train: what few-shot examples are drawn from.
     shots: how many.
     seed: of the draw.
@@ -104,14 +110,16 @@ class ShortAnswers(Benchmark):
   def score(self, answer: str, example: Example) -> Scores:
     return self.scoring(answer, example.target)
 
+
+@dataclasses.dataclass(frozen=True)
+class Averaged(ShortAnswers):
+  """Splits that count the same, whatever their sizes."""
+
   def aggregate(self, units: Iterable[Unit]) -> Scores:
-    if len(self.splits) == 1:
-      return super().aggregate(units)
-    groups = {}
+    groups = collections.defaultdict(list)
     for unit in units:
-      groups.setdefault(unit.category, []).append(unit)
-    found = [super(ShortAnswers, self).aggregate(x) for x in groups.values()]
-    return {key: float(np.mean([x[key] for x in found])) for key in found[0]}
+      groups[unit.category].append(unit.scores)
+    return means(means(scores) for scores in groups.values())
 
 
 def _asked(data_dir, split: Split, image: str, asked: Qa) -> tuple:
@@ -142,7 +150,8 @@ def _task(
     names = ('Qwen-VL', 'Qwen-VL-Chat')
     metrics = ({paper_metric or metric: figure} for figure in figures)
     paper = dict(zip(names, metrics, strict=True))
-  return ShortAnswers(
+  kind = ShortAnswers if len(splits) == 1 else Averaged
+  return kind(
     name,
     title,
     metric,
