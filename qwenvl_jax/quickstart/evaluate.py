@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table as ConsoleTable
 
 from qwenvl_jax import api, image
 from qwenvl_jax.data import sources
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.eval import registry
 from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.run import Run
@@ -88,7 +90,7 @@ def evaluate(
     tasks = {
       title: _task(name, config, scenes_count) for name, title in titles.items()
     }
-    run.prepare(list(tasks.values()))
+    _prepare(run, list(tasks.values()))
     for title, task in tasks.items():
       items[title] = run(task).items
       table = report.Table(title, scenes.tabulate(items[title]))
@@ -150,6 +152,15 @@ def _run(out: Path, stage: str, handle: api.Handle) -> Run:
     return EngineModel(handle.engine(sizes), handle.tokenizer, identity)
 
   return Run(out / 'eval' / stage, out / 'data', identity, open_model)
+
+
+def _prepare(run: Run, tasks: Sequence[scenes.SceneTask]) -> None:
+  """As `Run.prepare`; answers of an earlier model make room."""
+  try:
+    run.prepare(tasks)
+  except ConfigError:
+    shutil.rmtree(run.out)
+    run.prepare(tasks)
 
 
 def picture(scene) -> Image.Image:
