@@ -1,15 +1,17 @@
 """Two runs beside each other: paired differences, and what flipped."""
 
 import dataclasses
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from qwenvl_jax.data import html_page
 from qwenvl_jax.errors import ConfigError, DataError
-from qwenvl_jax.eval import interval, results
-from qwenvl_jax.eval.task import Example, Item, Task, Unit, units
+from qwenvl_jax.eval import gallery, interval, results
+from qwenvl_jax.eval.task import Item, Task, Unit, units
 
 _RUNS = ('A', 'B')
 
@@ -174,26 +176,34 @@ HEAD = (
 )
 
 
-def shown_answers(pair: tuple[Item, Item]) -> dict[str, Item]:
-  """The items of a pair, by the name of the run."""
-  return dict(zip(_RUNS, pair, strict=True))
-
-
-def with_pictures(
-  found: Comparison, examples: Sequence[Example], count: int
-) -> list[tuple[Example, tuple[Item, Item]]]:
-  """Flipped items with their examples; half of them of either kind.
+def page(found: Sequence[Comparison], data_dir: Path | None, count: int) -> str:
+  """A page of what flipped: of each task half of either kind.
 
   Args:
-    found: a comparison.
-    examples: of the task, with pictures.
-    count: how many at most.
+    found: the comparisons.
+    data_dir: files of the tasks, for pictures; None for none.
+    count: flipped items of a task at most.
   """
-  by_key = {example.key: example for example in examples}
-  keys = [key for key in found.flipped if key in by_key]
-  if len(keys) > count:
-    keys = keys[: count - count // 2] + keys[len(keys) - count // 2 :]
-  return [(by_key[key], found.flipped[key]) for key in keys]
+  rows_ = ([html.escape(cell) for cell in row] for row in rows(found))
+  figures = {}
+  for one in found:
+    keys = list(one.flipped)
+    if len(keys) > count:
+      keys = keys[: count - count // 2] + keys[len(keys) - count // 2 :]
+    examples = {}
+    if data_dir is not None:
+      one.task.check(data_dir)
+      examples = {x.key: x for x in one.task.examples(data_dir)}
+    shown = (
+      gallery.Shown(
+        one.task,
+        examples.get(key, one.flipped[key][0].example),
+        dict(zip(_RUNS, one.flipped[key], strict=True)),
+      )
+      for key in keys
+    )
+    figures[one.task.name] = one.task.title, gallery.figures(shown)
+  return gallery.page('What flipped', figures, html_page.table(HEAD, rows_))
 
 
 def _listed(names: set[str]) -> str:

@@ -66,12 +66,15 @@ def worst(
   ]
 
 
-def page(title: str, figures: Mapping[str, tuple[str, str]]) -> str:
+def page(
+  title: str, figures: Mapping[str, tuple[str, str]], first: str = ''
+) -> str:
   """A page of figures, with a filter by task where there are several.
 
   Args:
     title: of the page.
     figures: name of a task to its title and the HTML of its `figures`.
+    first: HTML before them.
   """
   choice = ''
   if len(figures) > 1:
@@ -85,7 +88,7 @@ def page(title: str, figures: Mapping[str, tuple[str, str]]) -> str:
     '<i>true</i>.</p>'
   )
   shown = ''.join(found for _, found in figures.values())
-  body = f'{about}{choice}<div class="gallery">{shown}</div>'
+  body = f'{first}{about}{choice}<div class="gallery">{shown}</div>'
   return html_page.page(title, body, _STYLE)
 
 

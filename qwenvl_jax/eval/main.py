@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
-from qwenvl_jax import api, entry
+from qwenvl_jax import api, buckets, entry
 from qwenvl_jax.errors import CheckpointError, ConfigError
-from qwenvl_jax.eval import compare, own, registry, tables
+from qwenvl_jax.eval import compare, own, registry, results, tables
 from qwenvl_jax.eval.answering import Model
 from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.predictions import Shard
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(argv: Sequence[str]) -> int:
   if argv and argv[0] == 'compare':
-    return compare.command(argv[1:])
+    return _compare(argv[1:])
   args, _ = entry.parse(_parser(), argv)
   console = PrintableConsole()
   if args.list:
@@ -286,6 +286,58 @@ def _endpoint(args: argparse.Namespace) -> Model:
     model=args.model,
     requests=_positive(args, 'requests'),
     as_chat=args.as_chat,
+  )
+
+
+def _compare(argv: Sequence[str]) -> int:
+  parser = entry.parser(
+    'qwenvl-eval compare',
+    """
+    Compare two runs: paired differences with their intervals, and which
+    answers flipped, with pictures.
+    """,
+    """
+    qwenvl-eval compare runs/eval/quickstart-stage2 runs/eval/mine-stage2
+    """,
+    gin_help=False,
+  )
+  add = parser.add_argument
+  add('first', type=Path, metavar='A', help='folder of a run')
+  add('second', type=Path, metavar='B', help='folder of another')
+  add(
+    '--data_dir',
+    metavar='DIR',
+    type=Path,
+    help='files of the tasks: the page then shows pictures',
+  )
+  add('--out', metavar='FILE', type=Path, help='default: B/compare.html')
+  add(
+    '--pictures', type=int, metavar='N', default=50,
+    help='flipped answers of each task on the page (default: %(default)s)',
+  )  # fmt: skip
+  args, _ = entry.parse(parser, argv)
+  tasks = [
+    _scored_task(args.second, name)
+    for name in compare.common_tasks(args.first, args.second)
+  ]
+  found = [compare.compare(task, args.first, args.second) for task in tasks]
+  shown = Table(*compare.HEAD)
+  for row in compare.rows(found):
+    shown.add_row(*row)
+  PrintableConsole().print(shown)
+  out = args.out or args.second / 'compare.html'
+  buckets.write(out, compare.page(found, args.data_dir, args.pictures))
+  print(f'what flipped: {out}')
+  return 0
+
+
+def _scored_task(folder: Path, name: str) -> Task:
+  """The task of a run's folder; of own questions, their metric."""
+  if name in registry.all_tasks():
+    return registry.get(name)
+  summary = results.load_summary(folder / name)
+  return Task(
+    *(name, summary['title'], summary['metric']), scale=summary['scale']
   )
 
 

@@ -96,7 +96,11 @@ def summarize(
     'metric': task.metric,
     'scale': task.scale,
     'scores': {
-      name: {'score': value, 'interval': list(bounds[name])}
+      name: {
+        'score': value,
+        'interval': list(bounds[name]),
+        'count': sum(name in unit.scores for unit in found) or len(found),
+      }
       for name, value in scores.items()
     },
     'categories': {
@@ -208,19 +212,24 @@ def _items(lines: Sequence[str], path: Path) -> Iterator[Item]:
       ) from error
 
 
-def load_summaries(folder: Path) -> list[dict[str, Any]]:
-  """Reads the `results.json` of all tasks of a run, in order of their names.
+def load_summary(folder: Path) -> dict[str, Any]:
+  """Reads the `results.json` of a task's folder.
 
   Raises:
-    DataError: one is not JSON.
+    DataError: it is not there, or not JSON.
   """
-  found = []
-  for path in sorted(folder.glob(f'*/{RESULTS}')):
-    try:
-      found.append(json.loads(path.read_text('utf-8')))
-    except ValueError as error:
-      raise DataError(f'{path} is not JSON; score the task again') from error
-  return found
+  path = folder / RESULTS
+  try:
+    return json.loads(path.read_text('utf-8'))
+  except (OSError, ValueError) as error:
+    raise DataError(f'{path} cannot be read; score the task again') from error
+
+
+def load_summaries(folder: Path) -> list[dict[str, Any]]:
+  """Reads those of all tasks of a run, in the order of their names."""
+  return [
+    load_summary(path.parent) for path in sorted(folder.glob(f'*/{RESULTS}'))
+  ]
 
 
 def _dump(value: Any) -> bytes:

@@ -40,7 +40,7 @@ def _row(summary, name: str, models: Sequence[str]) -> tuple[str, ...]:
     name,
     f'{score["score"] * scale:.2f}',
     f'{low * scale:.2f} to {high * scale:.2f}',
-    str(summary['counts']['units']),
+    str(score['count']),
     _bad(summary),
     *('' if x is None else f'{x:g}' for x in paper),
   )
