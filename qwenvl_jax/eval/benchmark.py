@@ -1,14 +1,17 @@
 """What the paper's benchmarks share: files by data set, and their check."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from absl import logging
+
 from qwenvl_jax.data import roots
 from qwenvl_jax.data.catalogue import DATA_SETS
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import BadRecordError, DataError
 from qwenvl_jax.eval.task import File, Picture, Task
 
 
@@ -43,9 +46,31 @@ class Split:
     """Yields records; DataError for the first that cannot be used."""
     yield from usable(self.reader.records(self.root(data_dir)))
 
-  def pairs(self, data_dir: pathlib.Path) -> Iterator[Any]:
-    """Yields (image, `Qa`); DataError for the first that cannot be used."""
-    yield from usable(self.reader.pairs(self.root(data_dir)))
+  def pairs(
+    self, data_dir: pathlib.Path, leave_out_empty: bool = False
+  ) -> Iterator[Any]:
+    """Yields (image, `Qa`); DataError for the first that cannot be used.
+
+    Args:
+      data_dir: has the data set's folder.
+      leave_out_empty: those without question or answer; their number is
+        logged.
+    """
+    found = self.reader.pairs(self.root(data_dir))
+    if not leave_out_empty:
+      yield from usable(found)
+      return
+    empty = 0
+    for one in found:
+      if isinstance(one, BadRecordError) and one.reason == 'empty_text':
+        empty += 1
+      else:
+        yield from usable([one])
+    if empty:
+      logging.warning(
+        '%s: %d questions without text or answer are left out',
+        *(self.data_set, empty),
+      )
 
   def picture(
     self, data_dir: pathlib.Path, name: str, record: str = ''
@@ -105,4 +130,13 @@ def picture(folder: pathlib.Path, name: str, record: str) -> Picture:
   Raises:
     DataError: the name leads out of the folder.
   """
-  return Picture(roots.inside(folder, name, record), name)
+  try:
+    return Picture(_inside(folder, name), name)
+  except BadRecordError as error:
+    raise BadRecordError(error.reason, f'{record}: {error}') from error
+
+
+@functools.lru_cache(1 << 17)
+def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+  # Several questions about a picture follow each other.
+  return roots.inside(folder, name, 'its picture')

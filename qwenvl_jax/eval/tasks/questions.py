@@ -93,13 +93,15 @@ class ShortAnswers(Benchmark):
         for image, asked in split.pairs(data_dir)
       ]
     for category, split in self.splits:
-      for number, (image, asked) in enumerate(split.pairs(data_dir)):
+      # Where nobody says how many there are, empty ones do not count.
+      pairs = split.pairs(data_dir, leave_out_empty=not self.count)
+      for number, (image, asked) in enumerate(pairs):
         key = asked.id or str(number)
         key = f'{category}/{key}' if len(self.splits) > 1 else key
         parts = []
-        for drawn in shots.draw(pool, self.shots, self.seed, key):
-          *question, answer = *_asked(data_dir, *drawn), drawn[2].answer
-          parts += [question[0], f'{question[1]} {answer}']
+        for of, other, solved in shots.draw(pool, self.shots, self.seed, key):
+          picture, text = _asked(data_dir, of, other, solved)
+          parts += [picture, f'{text} {solved.answer}']
         yield Example(
           key,
           Prompt((*parts, *_asked(data_dir, split, image, asked))),

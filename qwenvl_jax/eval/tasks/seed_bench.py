@@ -48,7 +48,7 @@ class SeedBench(Choices):
       ]
       question = fields.text_field(entry, 'question', record)
       answer = fields.text_field(entry, 'answer', record)
-      if answer not in 'ABCD':
+      if answer not in tuple('ABCD'):
         raise DataError(f'{record}: {answer!r} is none of A, B, C, D')
       parts = []
       for one in self._pictures(root, entry, key, dimension, record):

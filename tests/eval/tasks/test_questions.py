@@ -218,14 +218,14 @@ def test_ai2d(files, run):
   )
 
 
-def test_ocrvqa(files, run):
+def test_ocrvqa(files, run, caplog):
   files.json(
     'ocrvqa/dataset.json',
     {
       '000': {
         'imageURL': 'http://ecx.images.com/images/51.jpg',
-        'questions': ['Who wrote this book?', 'Is this a novel?'],
-        'answers': ['A. J. Cronin', 'No'],
+        'questions': ['Who wrote this book?', 'Is this a novel?', 'Who?'],
+        'answers': ['A. J. Cronin', 'No', ''],
         'title': 'The Citadel',
         'split': 3,
       },
@@ -236,6 +236,7 @@ def test_ocrvqa(files, run):
   said = {'000/0': 'a. j. cronin', '000/1': 'Yes'}
   scores, *_ = run(registry.get('ocrvqa_test'), said)
   assert scores == {'accuracy': 0.5}
+  assert 'ocrvqa: 1 questions without text or answer' in caplog.text
 
 
 def test_wrong_downloads_are_named(files):

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -67,7 +67,7 @@ def endpoint(monkeypatch):
     def log_message(self, *arguments):
       pass
 
-  server = HTTPServer(('127.0.0.1', 0), Handler)
+  server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   monkeypatch.setenv(judge.URL, f'http://127.0.0.1:{server.server_port}/v1')
@@ -96,6 +96,8 @@ def test_both_orders_are_averaged(table, endpoint, run):
   # Killed while it wrote: the last reply, which is cut off, is asked again.
   file = folder / 'judge.jsonl'
   file.write_bytes(file.read_bytes()[:-9])
+  again, *_ = run(table, lambda x: 'OURS')
+  assert again == scores and len(endpoint) == 5
   again, *_ = run(table, lambda x: 'OURS')
   assert again == scores and len(endpoint) == 5
 
