@@ -22,6 +22,7 @@ import numpy as np
 from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
 from qwenvl_jax.conversion import checkpoint_io, hub
+from qwenvl_jax.conversion import digest as digests
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
@@ -99,6 +100,21 @@ def load(
   dtype = dtype or params['decoder']['embed'].dtype
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
   return Handle(config, params, assets.read_tokenizer(folder, config))
+
+
+@buckets.refusals_told()
+def digest(folder: str | Path) -> str:
+  """Returns what tells a checkpoint from others: SHA-256 of its contents.
+
+  Args:
+    folder: as in `load`; of a training run, the step that `load` opens.
+
+  Raises:
+    CheckpointError: not a checkpoint.
+  """
+  folder = buckets.as_path(folder)
+  checkpoint_io.read_config(folder)
+  return digests.digest(folder)
 
 
 @dataclasses.dataclass(frozen=True)

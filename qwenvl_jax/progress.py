@@ -5,7 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, ProgressColumn
+from rich.progress import (
+  MofNCompleteColumn,
+  Progress,
+  ProgressColumn,
+  Task,
+)
 from rich.text import Text
 
 from qwenvl_jax.errors import printable
@@ -19,6 +24,14 @@ class PrintableConsole(Console):
 
   def render_str(self, text: str, **options) -> Text:
     return super().render_str(printable(text), **options)
+
+
+class RateColumn(ProgressColumn):
+  """How many are done a second."""
+
+  def render(self, task: Task) -> Text:
+    speed = task.finished_speed or task.speed
+    return Text('' if speed is None else f'{speed:.1f}/s')
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import jax
 
 from qwenvl_jax import entry
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.quickstart import exam
+from qwenvl_jax.quickstart import evaluate
 
 # Stage to (config, where its parameters come from: option to stage).
 STAGES = {
@@ -121,7 +121,7 @@ def _run(argv: Sequence[str]) -> int:
     seconds[stage] = _train(settings, stage, sources)
     _mark_finished(out / stage)
   before = time.monotonic()
-  floors_met = exam.evaluate(
+  floors_met = evaluate.evaluate(
     out,
     list(STAGES),
     seconds,

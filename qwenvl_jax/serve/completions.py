@@ -11,8 +11,13 @@ from qwenvl_jax.serve import answering, asking
 from qwenvl_jax.serve.answering import Choice
 from qwenvl_jax.serve.conversation import check_chars, encode
 from qwenvl_jax.serve.limits import ApiError
-from qwenvl_jax.serve.schemas import CompletionRequest
+from qwenvl_jax.serve.pictures import check_count, read_pictures
+from qwenvl_jax.serve.schemas import CompletionRequest, url_of
 from qwenvl_jax.serve.server import Server
+from qwenvl_jax.text.chatml import encode_parts
+
+# Where a picture stands in a prompt.
+PICTURE = '<img></img>'
 
 
 async def complete(
@@ -22,6 +27,9 @@ async def complete(
   limits, config, tokenizer = server.limits, server.config, server.tokenizer
   model = server.find_model(body.model)['id']
   prompts = await asyncio.to_thread(_prompts, server, body)
+  pictures = await read_pictures(
+    [url_of(image) for image in body.images], limits, config.vision.image_size
+  )
   scored = body.echo and body.logprobs is not None
   if not body.max_tokens and not scored:
     raise ApiError(
@@ -41,7 +49,7 @@ async def complete(
       tokenizer,
       body,
       tokens,
-      None,
+      [picture.pixels for picture in pictures],
       body.max_tokens,
       grammar,
       top_logprobs=body.logprobs,
@@ -117,6 +125,8 @@ def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
       f'{len(found)} prompts times n={body.n} are more than {most} answers',
       'n',
     )
+  if body.images:
+    return [_with_pictures(server, body)]
   rows = []
   for row in found:
     if isinstance(row, str):
@@ -126,6 +136,25 @@ def _prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
   if not rows or not all(rows):
     raise ApiError('prompt: at least one token is needed', 'prompt')
   return rows
+
+
+def _with_pictures(server: Server, body: CompletionRequest) -> list[int]:
+  """Ids of a prompt in which `PICTURE` stands for each picture."""
+  if not isinstance(body.prompt, str):
+    raise ApiError('images belong to a prompt that is one text', 'images')
+  check_chars(len(body.prompt), server.most_chars, 'prompt')
+  check_count(len(body.images), server.limits)
+  first, *others = body.prompt.split(PICTURE)
+  if len(others) != len(body.images):
+    raise ApiError(
+      f'{len(others)} {PICTURE} in the prompt, but {len(body.images)} images; '
+      'each needs one',
+      'images',
+    )
+  parts = [first]
+  for text in others:
+    parts += [None, text]
+  return encode_parts(server.tokenizer, parts, server.config.adapter.queries)
 
 
 def _prompt_tokens(choice: Choice) -> list[Token]:

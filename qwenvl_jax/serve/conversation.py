@@ -13,11 +13,8 @@ from qwenvl_jax.serve.limits import ApiError, Limits
 from qwenvl_jax.serve.pictures import check_count
 from qwenvl_jax.serve.schemas import Message, TextPart
 from qwenvl_jax.text import chatml, grounding
-from qwenvl_jax.text.special_tokens import VISUAL_TOKENS
+from qwenvl_jax.text.special_tokens import PLACE_TOKENS
 from qwenvl_jax.text.tokenizer import Tokenizer
-
-# What is read as more than characters in anybody's text.
-PLACE_TOKENS = tuple(token for token in VISUAL_TOKENS if 'img' not in token)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,8 +47,12 @@ class ImagePart(_Strict):
 
   @property
   def url(self) -> str:
-    found = self.image_url
-    return found if isinstance(found, str) else found.url
+    return url_of(self.image_url)
+
+
+def url_of(found: ImageUrl | str) -> str:
+  """Returns the address of a picture."""
+  return found if isinstance(found, str) else found.url
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator='type')]
@@ -160,6 +164,11 @@ class CompletionRequest(Settings):
   """Body of `/v1/completions`."""
 
   prompt: _Text | _Ids | list[_Text] | list[_Ids]
+  images: list[ImageUrl | str] = Field(
+    default_factory=list,
+    description='Pictures of a prompt that is one text, one for each '
+    '`<img></img>` in it, in order.',
+  )
   max_tokens: int = Field(16, ge=0, lt=2**31)
   echo: bool = False
   logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

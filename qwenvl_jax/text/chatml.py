@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text import grounding
-from qwenvl_jax.text.special_tokens import VISUAL_TOKENS
+from qwenvl_jax.text.special_tokens import PLACE_TOKENS, VISUAL_TOKENS
 from qwenvl_jax.text.tokenizer import (
   IMAGE_TOKENS,
   Tokenizer,
@@ -145,6 +145,34 @@ def chat_context(
     dropped_turns=dropped,
     dropped_images=len(_turn_images(history[:dropped])),
   )
+
+
+def encode_parts(
+  tokenizer: Tokenizer,
+  parts: Sequence[str | None],
+  image_tokens: int = IMAGE_TOKENS,
+) -> list[int]:
+  """Encodes people's text with pictures between; no text becomes a control id.
+
+  Of the special tokens, `<ref>`, `<box>` and `<quad>` are read in texts. What
+  stands in the span of a picture is replaced by its features.
+
+  Args:
+    tokenizer: the vocabulary.
+    parts: texts, and None for each picture.
+    image_tokens: ids in an image span.
+  """
+  ids, text = [], ''
+  for part in (*parts, None):
+    if part is not None:
+      text += part
+      continue
+    ids += tokenizer.encode(text, allowed_special=PLACE_TOKENS)
+    text = ''
+    ids.append(tokenizer.img_start_id)
+    ids += [tokenizer.img_pad_id] * image_tokens
+    ids.append(tokenizer.img_end_id)
+  return ids[: -image_tokens - 2]
 
 
 def open_turn(role: str) -> tuple[TextSpan, ...]:

@@ -18,6 +18,8 @@ VISUAL_TOKENS = (
   '</img>',
   '<imgpad>',
 )
+# Of them, what is read as more than characters in anybody's text.
+PLACE_TOKENS = tuple(token for token in VISUAL_TOKENS if 'img' not in token)
 # In the order of their ids, which follow the ranks of the vocabulary.
 SPECIAL_TOKENS = (
   '<|endoftext|>',

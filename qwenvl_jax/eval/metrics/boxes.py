@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from qwenvl_jax.text import grounding
+
 # Of precision@1 in the paper's grounding benchmarks.
 THRESHOLD = 0.5
 
@@ -23,3 +25,42 @@ def iou(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _area(box) -> float:
   return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def grounding_hit(
+  answer: str,
+  box: Sequence[float],
+  width: float,
+  height: float,
+  scale: int = 999,
+) -> float:
+  """Returns 1 if the first box of an answer overlaps the true one enough.
+
+  Precision@1 at an intersection over union of 0.5. The first `(x1,y1),(x2,y2)`
+  counts, with tags or without, closed or not; an answer without one is a miss.
+
+  Args:
+    answer: as the model wrote it.
+    box: the true one, x1, y1, x2, y2 in pixels.
+    width: of the picture in pixels.
+    height: the same.
+    scale: units per side of the answer; the release divides by 999.
+
+  >>> grounding_hit('(0,0),(999,500)', (0, 0, 640, 240), 640, 480)
+  1.0
+  """
+  return float(grounding_iou(answer, box, width, height, scale) >= THRESHOLD)
+
+
+def grounding_iou(
+  answer: str,
+  box: Sequence[float],
+  width: float,
+  height: float,
+  scale: int = 999,
+) -> float:
+  """Returns the overlap that `grounding_hit` compares; 0 without a box."""
+  found = grounding.first_box(answer)
+  if found is None:
+    return 0.0
+  return iou(grounding.to_pixels(found, (width, height), scale), box)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.data.examples import Question
-from qwenvl_jax.eval import scenes
-from qwenvl_jax.model.config import qwen_vl_7b
-from qwenvl_jax.text.tokenizer import Tokenizer
+from qwenvl_jax.eval.task import Item, Picture, units
+from qwenvl_jax.eval.tasks import scenes
 
 REFER = Question(
   task='referring',
@@ -36,7 +35,7 @@ COUNT = Question('vqa', 'count', 'en', 'How many?', ' 2', 'r', objects=2)
   ],
 )
 def test_boxes_count_from_half_overlap(answer, right):
-  assert scenes.score(REFER, answer).correct == right
+  assert scenes.judge(REFER, answer).correct == right
 
 
 def test_every_box_of_several_must_be_found():
@@ -44,14 +43,14 @@ def test_every_box_of_several_must_be_found():
     REFER, boxes=((0, 0, 100, 100), (500, 500, 600, 600))
   )
   both = '<box>(0,0),(100,100)</box><box>(500,500),(600,600)</box>'
-  assert scenes.score(several, both).correct
-  assert not scenes.score(several, '<box>(0,0),(100,100)</box>').correct
+  assert scenes.judge(several, both).correct
+  assert not scenes.judge(several, '<box>(0,0),(100,100)</box>').correct
   assert scenes.row_name(several) == 'refer, several boxes'
 
 
 def test_short_answers_must_be_equal():
-  assert scenes.score(COUNT, '2').correct
-  assert not scenes.score(COUNT, '2 cats').correct
+  assert scenes.judge(COUNT, '2').correct
+  assert not scenes.judge(COUNT, '2 cats').correct
 
 
 def test_grounded_captions_need_words_and_boxes():
@@ -61,8 +60,8 @@ def test_grounded_captions_need_words_and_boxes():
     answer='<ref>a cat</ref><box>(100,100),(300,300)</box> on a red background',
   )
   wrong_word = question.answer.replace('cat', 'dog')
-  assert scenes.score(question, question.answer).correct
-  assert not scenes.score(question, wrong_word).correct
+  assert scenes.judge(question, question.answer).correct
+  assert not scenes.judge(question, wrong_word).correct
 
 
 def test_ocr_needs_the_word_and_its_place():
@@ -74,30 +73,55 @@ def test_ocr_needs_the_word_and_its_place():
     answer='<ref>open</ref><quad>(0,0),(99,0),(99,50),(0,50)</quad>',
     record='r',
   )
-  assert scenes.score(question, question.answer).correct
-  assert not scenes.score(
+  assert scenes.judge(question, question.answer).correct
+  assert not scenes.judge(
     question, question.answer.replace('open', 'stop')
   ).correct
   elsewhere = (
     '<ref>open</ref><quad>(500,500),(599,500),(599,550),(500,550)</quad>'
   )
-  assert not scenes.score(question, elsewhere).correct
+  assert not scenes.judge(question, elsewhere).correct
+
+
+def items(task, questions, say):
+  """Items of these questions, to which a model says what `say` returns."""
+  examples = list(task.examples(questions))
+  found = [Item(x, say(x)) for x in examples]
+  scores = task.score_all(found, None)
+  return [
+    dataclasses.replace(item, scores=score)
+    for item, score in zip(found, scores, strict=True)
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(scenes.SceneTask):
+  """Asks given questions, of pictures of their own."""
+
+  def _questions(self, data_dir):
+    for question in data_dir:
+      yield Picture(b'', question.record), [question]
+
+
+TASK = Given('given', 'Given', 'right')
 
 
 def test_table_compares_with_blank_and_majority():
-  seen = [
-    scenes.score(COUNT, '2'),
-    scenes.score(COUNT, '2'),
-    scenes.score(dataclasses.replace(COUNT, answer=' 1'), '2'),
-    scenes.score(dataclasses.replace(COUNT, language='zh'), '2'),
+  asked = [
+    COUNT,
+    dataclasses.replace(COUNT, record='s'),
+    dataclasses.replace(COUNT, record='t', answer=' 1'),
+    dataclasses.replace(COUNT, record='u', language='zh'),
   ]
-  blind = [scenes.score(x.question, '1') for x in seen]
-  english, chinese = scenes.tabulate(seen, blind)
+  found = items(TASK, asked, lambda x: '2' if x.meta else '1')
+  english, chinese = scenes.tabulate(found)
   assert (english.name, english.language, english.count) == ('count', 'en', 3)
   assert english.accuracy == pytest.approx(2 / 3)
   assert english.blank == pytest.approx(1 / 3)
   assert english.majority == pytest.approx(2 / 3)
   assert chinese.count == 1
+  aggregated = TASK.aggregate(units(TASK, found))
+  assert aggregated == {'right': pytest.approx(3 / 4), 'blank': 1 / 4}
 
 
 def test_one_object_is_told_from_several():
@@ -106,26 +130,12 @@ def test_one_object_is_told_from_several():
   assert scenes.row_name(one) == 'refer, one object'
 
 
-def test_questions_are_asked_with_the_picture_and_without(monkeypatch):
-  tokenizer = Tokenizer()
+def test_a_wording_is_asked_once_of_the_grey_picture():
   asked = [dataclasses.replace(COUNT, record=name) for name in ('r', 's')]
-  pictures = {
-    name: np.full((4, 4, 3), value, np.uint8)
-    for name, value in (('r', 2), ('s', 3))
-  }
-  rows = []
-
-  def sees_one_number(engine, prompts, images, **settings):
-    rows.extend(prompts)
-    return [tokenizer.encode(f' {x.flat[0]}') for x in images]
-
-  monkeypatch.setattr(scenes, 'generate', sees_one_number)
-  config = qwen_vl_7b(scan_layers=False)
-  seen, blind = scenes.ask(config, None, tokenizer, asked, pictures)
-  assert [x.answer for x in seen] == ['2', '3']
-  assert [x.correct for x in seen] == [True, False]
-  # Grey, whatever the picture was: asked once for both.
-  assert [x.answer for x in blind] == ['128', '128']
-  assert len(rows) == 3
-  assert len(set(map(tuple, rows))) == 1
-  assert [x.question for x in blind] == asked
+  asked.append(REFER)
+  found = list(TASK.examples(asked))
+  assert [bool(x.meta) for x in found] == [True, False, True, True, False]
+  grey = np.asarray(found[1].prompt.pictures[0].open())
+  assert (grey == 128).all()
+  assert found[0].prompt.text == '<img>r</img>How many?'
+  assert scenes.question_of(Item(found[3], '')) == REFER

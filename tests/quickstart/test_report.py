@@ -5,7 +5,8 @@ import json
 from PIL import Image
 
 from qwenvl_jax.data.examples import Question
-from qwenvl_jax.eval import report, scenes
+from qwenvl_jax.eval.tasks import scenes
+from qwenvl_jax.quickstart import report
 
 REFER = Question(
   task='referring',
@@ -33,7 +34,7 @@ def test_report(tmp_path):
     runs={'stage1': run},
     tables=[report.Table('Held-out', [score])],
     floors={'caption': report.Floor(0.5, 0.8)},
-    examples=[(picture, scenes.score(REFER, '<box>(1,1),(9,9)</box>'))],
+    examples=[(picture, scenes.judge(REFER, '<box>(1,1),(9,9)</box>'))],
     transcript=[report.Turn('这是什么？', 'a <cat>', (picture,), picture)],
   )
   page = (tmp_path / 'report.html').read_text()

@@ -14,7 +14,7 @@ from PIL import Image
 from qwenvl_jax import buckets
 from qwenvl_jax.data import html_page
 from qwenvl_jax.eval import curves
-from qwenvl_jax.eval.scenes import Answered, Score
+from qwenvl_jax.eval.tasks.scenes import Answered, Score
 from qwenvl_jax.text import drawing, grounding
 
 _STYLE = """

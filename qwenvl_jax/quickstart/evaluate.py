@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,13 @@ from rich.table import Table as ConsoleTable
 
 from qwenvl_jax import api, image
 from qwenvl_jax.data import sources
-from qwenvl_jax.eval import report, scenes
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.eval import registry
+from qwenvl_jax.eval.engine_model import EngineModel
+from qwenvl_jax.eval.run import Run
+from qwenvl_jax.eval.tasks import scenes
+from qwenvl_jax.infer.engine import EngineConfig
+from qwenvl_jax.quickstart import report
 from qwenvl_jax.text import drawing, grounding
 
 FLOORS = {
@@ -24,14 +31,27 @@ FLOORS = {
   'refer, several objects': report.Floor(0.30, 0.60),
 }
 
-# Kinds of questions with a floor are asked of all scenes, plainly and in chats;
-# others, held-out combinations of thing and colour, and easy-VQA of this share.
+# Of each stage, titles and tasks. Kinds of questions with a floor are asked of
+# all scenes, plainly and in chats; others, held-out combinations of thing and
+# colour, and easy-VQA of this share.
 _SHARE = 0.1
-_WITH_FLOOR = ('caption', 'exist', 'count', 'colour', 'refer')
-_OTHERS = tuple(kind for kind in scenes.KINDS if kind not in _WITH_FLOOR)
+_TASKS = {
+  'stage2': {
+    'scenes_test': 'Stage 2, held-out layouts',
+    'scenes_others': 'Stage 2, further questions',
+    'scenes_combos': 'Stage 2, held-out combinations',
+    'easy_vqa_test': 'Stage 2, easy-VQA',
+  },
+  'stage3': {'scenes_chat': 'Stage 3, the same in ChatML'},
+}
+_OF_ALL_SCENES = ('scenes_test', 'scenes_chat')
 
 _GALLERY = 12
 _PICTURE_SIDE = 448
+
+# Answers at a time, and tokens of a prompt with its answer.
+_SLOTS = 128
+_MAX_LEN = 384
 
 
 def evaluate(
@@ -60,45 +80,28 @@ def evaluate(
   """
   began = time.monotonic()
   data = out / 'data'
-  few = max(int(scenes_count * _SHARE), 1)
   test = list(
     sources.Scenes(str(data), 'test', config, limit=scenes_count).open()
   )
-  combos = list(sources.Scenes(str(data), 'combos', config, limit=few).open())
-  easy_vqa = sources.EasyVqa('test', limit=few).open()
-  handles = {name: api.load(out / name) for name in ('stage2', 'stage3')}
-  tables, answers = [], {}
-  size = handles['stage2'].config.vision.image_size
-
-  def about(split, kinds, chat=False):
-    return scenes.exam(split, size, kinds=kinds, chat=chat)
-
-  exams = (
-    ('stage2', 'Stage 2, held-out layouts', about(test, _WITH_FLOOR)),
-    ('stage2', 'Stage 2, further questions', about(test[:few], _OTHERS)),
-    ('stage2', 'Stage 2, held-out combinations', about(combos, _WITH_FLOOR)),
-    ('stage2', 'Stage 2, easy-VQA', scenes.exam_asked(easy_vqa, size)),
-    (
-      'stage3',
-      'Stage 3, the same in ChatML',
-      about(test, _WITH_FLOOR, chat=True),
-    ),
-  )
-  for name, title, (asked, pictures) in exams:
-    handle = handles[name]
-    seen, blind = scenes.ask(
-      handle.config,
-      handle.params,
-      handle.tokenizer,
-      asked,
-      pictures,
-      chat=name == 'stage3',
-    )
-    table = report.Table(title, scenes.tabulate(seen, blind))
-    _print(table)
-    tables.append(table)
-    answers[title] = seen
-  first = answers[exams[0][1]]
+  handles = {name: api.load(out / name) for name in _TASKS}
+  tables, items = [], {}
+  for stage, titles in _TASKS.items():
+    run = _run(out, stage, handles[stage])
+    tasks = {
+      title: _task(name, config, scenes_count) for name, title in titles.items()
+    }
+    _prepare(run, list(tasks.values()))
+    for title, task in tasks.items():
+      items[title] = run(task).items
+      table = report.Table(title, scenes.tabulate(items[title]))
+      _print(table)
+      tables.append(table)
+    run.write_tables()
+  first = [
+    scenes.judge(scenes.question_of(item), item.text)
+    for item in items[tables[0].title]
+    if item.example.meta
+  ]
   (out / 'scores.json').write_text(
     json.dumps(
       {
@@ -129,6 +132,35 @@ def evaluate(
     for score in table.scores
     if score.name in FLOORS
   )
+
+
+def _task(name: str, config: str, count: int) -> scenes.SceneTask:
+  few = max(int(count * _SHARE), 1)
+  return dataclasses.replace(
+    registry.get(name),
+    config=config,
+    scenes=count if name in _OF_ALL_SCENES else few,
+  )
+
+
+def _run(out: Path, stage: str, handle: api.Handle) -> Run:
+  """Of one stage; what is there of an earlier call is not asked again."""
+  identity = {'checkpoint': stage, 'digest': api.digest(out / stage)}
+
+  def open_model():
+    sizes = EngineConfig(slots=_SLOTS, max_len=_MAX_LEN, read_rows=8)
+    return EngineModel(handle.engine(sizes), handle.tokenizer, identity)
+
+  return Run(out / 'eval' / stage, out / 'data', identity, open_model)
+
+
+def _prepare(run: Run, tasks: Sequence[scenes.SceneTask]) -> None:
+  """As `Run.prepare`; answers of an earlier model make room."""
+  try:
+    run.prepare(tasks)
+  except ConfigError:
+    shutil.rmtree(run.out)
+    run.prepare(tasks)
 
 
 def picture(scene) -> Image.Image:
