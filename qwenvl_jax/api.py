@@ -20,7 +20,7 @@ import numpy as np
 
 from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
-from qwenvl_jax.conversion import checkpoint_io
+from qwenvl_jax.conversion import adapters, checkpoint_io
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
@@ -46,6 +46,7 @@ def load(
   shardings=None,
   keep_int4: bool = False,
   int8: bool = False,
+  adapter: str | Path | None = None,
 ) -> 'Handle':
   """Opens a checkpoint folder.
 
@@ -64,13 +65,17 @@ def load(
     int8: round the decoder's kernels to 8 bits as they are read, which halves
       what a token reads from memory beside bfloat16 (docs/serving.md says what
       that costs in quality).
+    adapter: folder of a low-rank adapter for this model: a run of
+      `finetune/lora.gin`, what `qwenvl-convert adapter-from-peft` made, or
+      PEFT's own. It is applied beside the kernels, unmerged, so that these may
+      stay packed (`qwenvl-convert merge-adapter` makes one model of both).
 
   Returns:
     A `Handle`.
 
   Raises:
     CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged, or has
-      no int4 weights to keep.
+      no int4 weights to keep; or the adapter is none of this model.
     ConfigError: no such dtype, or a bucket that may not be used.
   """
   try:
@@ -90,10 +95,17 @@ def load(
   checkpoint_io.check_whole(folder)
   if config.decoder.int4_group is not None:
     dtype = dtype or jnp.dtype('bfloat16')
+  low_rank = None
+  if adapter is not None:
+    place = buckets.as_path(adapter)
+    low_rank = adapters.open_adapter(place, folder, config)
+    config = config.replace(lora=low_rank.lora)
   if shardings is None:
     shardings = shardings_in_use(config)
   params = checkpoint_io.read_params(folder, config, dtype, shardings)
   checkpoint_io.check_against(config, params, str(folder))
+  if low_rank is not None:
+    params = adapters.applied(params, config, low_rank, shardings)
   dtype = dtype or params['decoder']['embed'].dtype
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
   return Handle(config, params, assets.read_tokenizer(folder, config))
