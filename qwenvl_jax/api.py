@@ -20,7 +20,7 @@ import numpy as np
 
 from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
-from qwenvl_jax.conversion import adapters, checkpoint_io
+from qwenvl_jax.conversion import adapters, checkpoint_io, low_rank
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
@@ -86,6 +86,10 @@ def load(
       "'float32' are"
     ) from error
   folder = buckets.as_path(folder)
+  if adapter is None and low_rank.is_ours(folder):
+    # A run with low-rank factors: what it trained, on its base.
+    adapter, (_, base) = folder, low_rank.read_settings(folder)
+    folder = buckets.as_path(base.folder)
   config = checkpoint_io.read_config(folder, keep_int4).replace(
     scan_layers=False
   )
@@ -95,17 +99,17 @@ def load(
   checkpoint_io.check_whole(folder)
   if config.decoder.int4_group is not None:
     dtype = dtype or jnp.dtype('bfloat16')
-  low_rank = None
+  adapted = None
   if adapter is not None:
     place = buckets.as_path(adapter)
-    low_rank = adapters.open_adapter(place, folder, config)
-    config = config.replace(lora=low_rank.lora)
+    adapted = adapters.open_adapter(place, folder, config)
+    config = config.replace(lora=adapted.lora)
   if shardings is None:
     shardings = shardings_in_use(config)
   params = checkpoint_io.read_params(folder, config, dtype, shardings)
   checkpoint_io.check_against(config, params, str(folder))
-  if low_rank is not None:
-    params = adapters.applied(params, config, low_rank, shardings)
+  if adapted is not None:
+    params = adapters.applied(params, config, adapted, shardings)
   dtype = dtype or params['decoder']['embed'].dtype
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
   return Handle(config, params, assets.read_tokenizer(folder, config))

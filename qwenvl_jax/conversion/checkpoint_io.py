@@ -69,11 +69,21 @@ def params_folder(folder: Path, item: str = 'params') -> Path | None:
     for path in steps.iterdir()
     if path.name.isdecimal() and _complete(path, item)
   ]
+  if not complete and item == 'params' and _adapts(steps):
+    raise CheckpointError(
+      f'{folder} is a run with low-rank factors and holds no whole model: name '
+      'it as the adapter of its base, or join both with qwenvl-convert '
+      'merge-adapter'
+    )
   if not complete:
     raise CheckpointError(
       f'{steps} holds no complete checkpoint yet: let the run save one first'
     )
   return steps / str(max(complete)) / item
+
+
+def _adapts(steps: Path) -> bool:
+  return any(steps.glob('*/trained'))
 
 
 def _complete(step: Path, item: str) -> bool:

@@ -15,11 +15,14 @@ import jax
 from jax.sharding import Mesh
 
 from qwenvl_jax import buckets
+from qwenvl_jax.conversion import low_rank
+from qwenvl_jax.conversion.adapters import base_of, check_base
 from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS
 from qwenvl_jax.conversion.families.qwen_vl.assets import (
   VOCABULARY,
   write_assets,
 )
+from qwenvl_jax.conversion.low_rank import Base
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
@@ -31,7 +34,7 @@ from qwenvl_jax.train.hosts import compare, remark, times
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.lock import locked
 from qwenvl_jax.train.objective import NextToken, Objective
-from qwenvl_jax.train.optimizer import OptimizerConfig
+from qwenvl_jax.train.optimizer import OptimizerConfig, split
 from qwenvl_jax.train.peers import Peers
 from qwenvl_jax.train.profile import FOLDER as PROFILE
 from qwenvl_jax.train.profile import Profiler, check_steps
@@ -217,7 +220,10 @@ def _train(
   iterator = config.data.iterator(reader.index, reader.count)
   # Opening data may take one host long, and collectives know no time-outs.
   peers.gather('the data being open')
-  checkpoints = Checkpoints(workdir, config.checkpoint, peers, reader)
+  base = _base(config, workdir)
+  checkpoints = Checkpoints(
+    workdir, config.checkpoint, peers, reader, on_base=base is not None
+  )
   watch = Watch(config.guard) if config.guard else None
   with caught_signals() as caught, contextlib.closing(checkpoints):
     state = _start(config, mesh, checkpoints, iterator, watch, first)
@@ -226,7 +232,7 @@ def _train(
       # Not before: a configuration that does not fit the run that is there
       # must leave its files alone.
       with _writing(workdir):
-        changed = _write_files(config, workdir, resolved)
+        changed = _write_files(config, workdir, resolved, base)
     start = int(state.step)
     reporter = Reporter(workdir, start, stop, quiet=not first)
     with contextlib.closing(reporter):
@@ -272,13 +278,33 @@ def _writing(workdir: Path) -> Iterator[None]:
     ) from error
 
 
-def _write_files(config: TrainConfig, workdir: Path, resolved) -> list[str]:
+def _base(config: TrainConfig, workdir: Path) -> Base | None:
+  """The model whose frozen parameters a run's checkpoints do not hold.
+
+  Raises:
+    CheckpointError: the run was started on another one.
+  """
+  if config.objective.config.lora is None:
+    return None
+  folder = buckets.as_path(config.init.params)
+  if low_rank.is_ours(workdir):
+    _, base = low_rank.read_settings(workdir)
+    check_base(base, folder, str(workdir))
+    return base
+  return base_of(folder)
+
+
+def _write_files(
+  config: TrainConfig, workdir: Path, resolved, base: Base | None
+) -> list[str]:
   """Writes what opens the run's checkpoints, and what made them.
 
   Returns:
     What of the configuration differs from the last start's, a line each.
   """
   write_assets(workdir, config.objective.config)
+  if base is not None:
+    low_rank.write_settings(workdir, config.objective.config.lora, base)
   if isinstance(config.data, Pipeline):
     Tokenizer(config.data.vocabulary).save(workdir / VOCABULARY)
   return [] if resolved is None else saved_config.save(workdir, resolved)
@@ -291,6 +317,19 @@ def check_run(config: TrainConfig, mesh: Mesh) -> None:
     ConfigError: says what does not fit what, and what would.
   """
   check_batch(config.data.batch_size, config.accumulation, mesh)
+  init = config.init or InitFrom()
+  if config.objective.config.lora is not None and (
+    init.params is None or init.vision or init.adapter or init.decoder
+  ):
+    raise ConfigError(
+      'QwenVLConfig.lora adapts one whole model: name its folder as '
+      'InitFrom.params (BASE of finetune/lora.gin), and no other part'
+    )
+  if config.objective.config.lora is None and init.adapted is not None:
+    raise ConfigError(
+      'InitFrom.adapted is an adapter to go on from, but QwenVLConfig.lora is '
+      'None (finetune/lora.gin sets it)'
+    )
   data, objective = config.data, config.objective
   if not (isinstance(data, Pipeline) and isinstance(objective, NextToken)):
     return
@@ -332,13 +371,20 @@ def _start(config, mesh, checkpoints, iterator, watch, first) -> TrainState:
 
   target = abstract_params(config.objective, config.optimizer, mesh)
   abstract = abstract_state(target, config.optimizer, mesh)
+  on_base, params = config.objective.config.lora is not None, None
+
+  def initial():
+    init = config.init or InitFrom()
+    return initial_params(config.objective, target, init, config.seed)
+
+  if on_base:
+    params = initial()
+    _, frozen = split(params, config.optimizer)
+    abstract = dataclasses.replace(abstract, frozen=frozen)
   state = checkpoints.restore(abstract, iterator, warn, watch)
   if state is not None:
     return state
-  params = initial_params(
-    config.objective, target, config.init or InitFrom(), config.seed
-  )
-  return create_state(params, config.optimizer, mesh)
+  return create_state(params or initial(), config.optimizer, mesh)
 
 
 @dataclasses.dataclass
@@ -519,6 +565,7 @@ class _Run:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       state,
     )
+    target = dataclasses.replace(target, frozen=state.frozen)
     restored = self.checkpoints.go_back(
       spike.good, target, self.reporter.say, self.watch
     )
