@@ -1,6 +1,7 @@
 """Adapters of PEFT and of ours on the golden model."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qwenvl_jax.conversion import adapters, layout
-from qwenvl_jax.conversion.convert import to_hf
+from qwenvl_jax.conversion import adapters, checkpoint_io, cli, layout, low_rank
+from qwenvl_jax.conversion.base_digest import digest
+from qwenvl_jax.conversion.convert import from_hf, to_hf
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.reader import open_released
 from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.model.lora import LoraConfig
 
 
 def saved(name):
@@ -74,8 +77,6 @@ def test_merged_as_peft_merges(name, ours, tmp_path):
 
 
 def test_a_base_is_known_by_its_values(tmp_path):
-  from qwenvl_jax.conversion.base_digest import digest
-  from qwenvl_jax.conversion.convert import from_hf
 
   from_hf(golden.FOLDER, tmp_path / 'converted')
   assert digest(tmp_path / 'converted') == digest(golden.FOLDER)
@@ -129,3 +130,51 @@ def test_an_adapter_of_rslora_is_scaled_so(tmp_path):
     tmp_path / 'peft', golden.FOLDER, golden.config()
   )
   assert found.lora.scale == 16 / 8**0.5
+
+
+def test_commands(tmp_path, capsys):
+  base, chat = str(golden.FOLDER), str(lora_golden.FOLDER / 'chat')
+  ours, peft, merged = (str(tmp_path / x) for x in ('ours', 'peft', 'merged'))
+  assert not cli.main(['adapter-from-peft', chat, base, ours])
+  assert 'rank 8, decoder/blocks/attn/qkv' in capsys.readouterr().out
+  assert not cli.main(['adapter-to-peft', ours, peft, '--base', 'Qwen/X'])
+  settings = json.loads((tmp_path / 'peft/adapter_config.json').read_text())
+  assert settings['base_model_name_or_path'] == 'Qwen/X'
+  assert not cli.main(['merge-adapter', base, peft, merged])
+  assert cli.main(['merge-adapter', base, base, str(tmp_path / 'none')]) == 2
+  assert 'is no adapter' in capsys.readouterr().err
+
+
+def test_merged_into_packed_kernels(tmp_path):
+  """Q-LoRA's factors on the dequantized values, however these are stored."""
+  int4 = golden.FOLDER.parent / 'int4'
+  config = checkpoint_io.read_config(int4)
+  config = config.replace(lora=LoraConfig(rank=2, alpha=4))
+  rng = np.random.default_rng(0)
+  values = {
+    path: rng.normal(0, 0.1, shape).astype(np.float32)
+    for path, shape in low_rank.factor_shapes(config).items()
+  }
+  adapter = low_rank.LowRank(
+    config.lora, adapters.base_of(int4), values, 'factors'
+  )
+  (tmp_path / 'adapter').mkdir()
+  low_rank.write_ours(tmp_path / 'adapter', adapter)
+  from_hf(int4, tmp_path / 'kept', keep_int4=True)
+  found = []
+  for base in (int4, tmp_path / 'kept'):
+    merged = tmp_path / f'merged-{base.name}'
+    adapters.merge(base, tmp_path / 'adapter', merged, 'float32')
+    made = checkpoint_io.read_config(merged)
+    found.append(checkpoint_io.read_params(merged, made))
+  plain = checkpoint_io.read_params(int4, config, 'float32')
+  path = ('decoder', 'blocks', 'attn', 'k', 'kernel')
+  one, other, before = (
+    functools.reduce(dict.__getitem__, path, tree) for tree in (*found, plain)
+  )
+  np.testing.assert_array_equal(one, other)
+  first = values['decoder/blocks/attn/qkv/lora_a']
+  second = values['decoder/blocks/attn/k/lora_b']
+  np.testing.assert_allclose(
+    one, before + 2 * np.einsum('ldr,lrnh->ldnh', first, second), atol=1e-5
+  )
