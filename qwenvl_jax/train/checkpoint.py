@@ -97,7 +97,7 @@ class Checkpoints:
     """
     self._config = config
     self._on_base = on_base
-    self._item = TRAINED if on_base else 'params'
+    self.item = TRAINED if on_base else 'params'
     self._peers = peers or Peers()
     self._reader = reader or Reader()
     self._unsealed = None
@@ -112,7 +112,7 @@ class Checkpoints:
           enable_async_checkpointing=True,
         ),
         item_handlers={
-          self._item: ocp.StandardCheckpointHandler(),
+          self.item: ocp.StandardCheckpointHandler(),
           'optimizer': ocp.StandardCheckpointHandler(),
           'data': DataStateHandler(),
           'guard': ocp.JsonCheckpointHandler(),
@@ -158,10 +158,10 @@ class Checkpoints:
     if step == self._newest:
       return
     self.finish()
-    state = self._held(state)
+    state = self.held(state)
     optimizer = _optimizer_item(state) | {'checksums': checksums(state)}
     items = {
-      self._item: ocp.args.StandardSave(
+      self.item: ocp.args.StandardSave(
         state.params, save_args=save_args(state.params)
       ),
       'optimizer': ocp.args.StandardSave(optimizer),
@@ -221,7 +221,7 @@ class Checkpoints:
       CheckpointError: no step can be restored, or the run was started with
         another configuration.
     """
-    frozen, target = target.frozen, self._held(target)
+    frozen, target = target.frozen, self.held(target)
     steps = [
       step
       for step in self._agreed('the list of checkpoints', self._steps())
@@ -284,7 +284,7 @@ class Checkpoints:
     if self._peers.index == 0 and buckets.in_bucket(self.folder):
       (self.folder / str(step) / COMPLETE).unlink(missing_ok=True)
 
-  def _held(self, state: TrainState) -> TrainState:
+  def held(self, state: TrainState) -> TrainState:
     """What a step holds of a state."""
     return dataclasses.replace(state, frozen={}) if self._on_base else state
 
@@ -338,7 +338,7 @@ class Checkpoints:
     optimizer['checksums'] = _abstract_checksums(target)
     read = ocp.StandardCheckpointHandler().restore
     params = read(
-      folder / self._item, args=ocp.args.StandardRestore(target.params)
+      folder / self.item, args=ocp.args.StandardRestore(target.params)
     )
     optimizer = read(
       folder / 'optimizer', args=ocp.args.StandardRestore(optimizer)
@@ -366,7 +366,7 @@ class Checkpoints:
     metadata = self._manager.item_metadata(step)
     optimizer = _optimizer_item(target)
     optimizer['checksums'] = _abstract_checksums(target)
-    for item, tree in ((self._item, target.params), ('optimizer', optimizer)):
+    for item, tree in ((self.item, target.params), ('optimizer', optimizer)):
       stored, wanted = _shapes(metadata[item].tree), _shapes(tree)
       if stored == wanted:
         continue

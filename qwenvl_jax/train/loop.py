@@ -24,10 +24,13 @@ from qwenvl_jax.conversion.families.qwen_vl.assets import (
 )
 from qwenvl_jax.conversion.low_rank import Base
 from qwenvl_jax.data.pipeline import Pipeline
+from qwenvl_jax.data.survey import survey
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
 from qwenvl_jax.text.tokenizer import Tokenizer
 from qwenvl_jax.train import saved_config
+from qwenvl_jax.train.best import FOLDER as BEST
+from qwenvl_jax.train.best import Best
 from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from qwenvl_jax.train.guard import Guard, Spike, Watch
 from qwenvl_jax.train.hosts import compare, remark, times
@@ -84,11 +87,24 @@ class HeldOut:
     data: read from its start every time, so that the numbers compare.
     every: steps between two of them.
     batches: how many.
+    patience: after how many in a row without a lower loss the run ends, saved;
+      the best state so far is in the run's folder `best`. None keeps no best
+      state and never ends early.
   """
 
   data: Data
   every: int = 1000
   batches: int = 8
+  patience: int | None = None
+
+  def __post_init__(self):
+    for name in ('every', 'batches'):
+      if getattr(self, name) < 1:
+        raise ConfigError(
+          f'HeldOut.{name}={getattr(self, name)} must be at least 1'
+        )
+    if self.patience is not None and self.patience < 1:
+      raise ConfigError(f'HeldOut.patience={self.patience} must be at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +124,8 @@ class TrainConfig:
     max_skipped: consecutive steps without a finite loss that end the run, or
       with a guard, send it back to a checkpoint from before them.
     heldout: see `HeldOut`.
+    survey: whether records are counted before the first step: how long they
+      are, what of them is cut, and which.
     guard: when to go back to the last good checkpoint; None is never.
     profile_steps: first and last step, counted from 1, of a profiler trace.
     notice: seconds from SIGTERM to the end of a machine that is taken away, for
@@ -126,6 +144,7 @@ class TrainConfig:
   log_every: int = 10
   max_skipped: int = 20
   heldout: HeldOut | None = None
+  survey: bool = False
   guard: Guard | None = None
   profile_steps: tuple[int, int] | None = None
   notice: float = 30.0
@@ -240,8 +259,18 @@ def _train(
         reporter.say(f'resumed from step {start} of {workdir}')
       for line in changed:
         reporter.say(f'changed since the last start: {line}')
+      best = None
+      if config.heldout and config.heldout.patience:
+        best = Best(workdir, checkpoints.item, first)
+        if _no_better(best, config.heldout, start):
+          stop = start
       if start >= stop:
         reporter.say(f'nothing left to do: the run ends at step {stop}')
+      elif not start and config.survey and isinstance(config.data, Pipeline):
+        for found in survey(config.data):
+          for line in found.lines():
+            reporter.say(line)
+          found.check()
       profiler = Profiler(
         workdir / PROFILE, config.profile_steps if first else None, reporter.say
       )
@@ -256,6 +285,7 @@ def _train(
         profiler=profiler,
         caught=caught,
         check_lock=check_lock,
+        best=best,
       )
       with contextlib.closing(profiler):
         return run(state, iterator, stop)
@@ -302,11 +332,15 @@ def _write_files(
   Returns:
     What of the configuration differs from the last start's, a line each.
   """
-  write_assets(workdir, config.objective.config)
-  if base is not None:
-    low_rank.write_settings(workdir, config.objective.config.lora, base)
-  if isinstance(config.data, Pipeline):
-    Tokenizer(config.data.vocabulary).save(workdir / VOCABULARY)
+  folders = [workdir]
+  if config.heldout and config.heldout.patience:
+    folders.append(workdir / BEST)
+  for folder in folders:
+    write_assets(folder, config.objective.config)
+    if base is not None:
+      low_rank.write_settings(folder, config.objective.config.lora, base)
+    if isinstance(config.data, Pipeline):
+      Tokenizer(config.data.vocabulary).save(folder / VOCABULARY)
   return [] if resolved is None else saved_config.save(workdir, resolved)
 
 
@@ -407,6 +441,7 @@ class _Run:
   profiler: Profiler
   caught: Caught
   check_lock: Callable[[], None] | None
+  best: Best | None = None
 
   def __call__(self, state: TrainState, iterator, stop: int) -> TrainState:
     config = self.config
@@ -461,10 +496,16 @@ class _Run:
           # which data are left out must not.
           _next(iterator, step_number, stop)
         continue
-      if heldout:
-        self._report_heldout(step_number, state)
-      if saving:
+      ending = heldout and self._report_heldout(step_number, state)
+      if saving or ending:
         self._save(step_number, state)
+      if ending:
+        self.reporter.say(
+          f'ended at step {step_number}: the held-out loss has not been lower '
+          f'than {self.best.loss:.4f} since step {self.best.step} '
+          '(HeldOut.patience)'
+        )
+        break
     self.checkpoints.finish()
     return state
 
@@ -580,7 +621,8 @@ class _Run:
     self._window = Window(time.perf_counter())
     return restored
 
-  def _report_heldout(self, step_number: int, state: TrainState) -> None:
+  def _report_heldout(self, step_number: int, state: TrainState) -> bool:
+    """Computes the loss on held-out data; whether the run ends by it."""
     heldout, reader = self.config.heldout, self.reader
     iterator = heldout.data.iterator(reader.index, reader.count)
     began = time.perf_counter()
@@ -595,8 +637,11 @@ class _Run:
       total, weight = total + float(loss), weight + float(weight_here)
     loss = total / weight if weight else float('nan')
     self.reporter.record({'step': step_number, 'heldout_loss': loss})
+    if self.best is not None:
+      self.best.see(step_number, loss, self.checkpoints.held(state).params)
     # This time is not the training's.
     self._window.began += time.perf_counter() - began
+    return _no_better(self.best, heldout, step_number)
 
   def _stop_if_asked(self, turn, step_number, state) -> None:
     asked = self.caught.signum
@@ -620,6 +665,13 @@ class _Run:
       else f'stopped by {name} before the first step',
       asked,
     )
+
+
+def _no_better(best: Best | None, heldout: HeldOut, step: int) -> bool:
+  """Whether the held-out loss has not become lower for long enough."""
+  if best is None or not best.step:
+    return False
+  return step - best.step >= heldout.patience * heldout.every
 
 
 def _next(iterator: Iterator, step_number: int, stop: int) -> dict:
