@@ -1,6 +1,7 @@
 """Runs that train low-rank factors: as PEFT trains them, saved alone."""
 
 import dataclasses
+import pathlib
 
 import golden
 import jax
@@ -191,3 +192,59 @@ def test_factors_must_be_trained(base):
 def test_a_base_is_needed(tmp_path):
   with pytest.raises(ConfigError, match='InitFrom.params'):
     train(configuration(None), tmp_path / 'run')
+
+
+MESHES = """
+import os, sys
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+sys.path.insert(0, {here!r})
+import dataclasses, jax, numpy as np, standin
+from qwenvl_jax.model.lora import LoraConfig
+from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
+from qwenvl_jax.train import objective, optimizer, state, step
+
+def run(mesh, group):
+  small = standin.small_config()
+  model = objective.NextToken(standin.small_config(
+    decoder=dataclasses.replace(small.decoder, int4_group=group),
+    lora=LoraConfig(
+      rank=4, alpha=4, dropout=0.25, targets=('decoder/.*', 'vision/.*')
+    ),
+  ))
+  config = optimizer.OptimizerConfig(
+    1e-2, 1e-3, 1, 10, trainable=('.*/lora_.',)
+  )
+  target = state.abstract_params(model, config, mesh)
+  rng = np.random.default_rng(0)
+  def draw(path, t):
+    if t.dtype == np.int32:
+      x = rng.integers(-2**31, 2**31, t.shape, np.int32)
+    else:
+      x = rng.normal(0, 0.02 if path[-1].key == 'scales' else 0.2, t.shape)
+    return jax.device_put(x.astype(t.dtype), t.sharding)
+  params = jax.tree_util.tree_map_with_path(draw, target)
+  s = state.create_state(params, config, mesh)
+  f = step.compile_step(model, config, 2, mesh, s)
+  found = []
+  for k in range(2):
+    s, m = f(s, put_batch(standin.rows(k, 16), mesh))
+    found.append((float(m['loss']), float(m['grad_norm'])))
+  if mesh.size > 1:
+    places = [x.sharding for x in jax.tree.leaves(s.trained)]
+    whole = [place.is_fully_replicated for place in places]
+    assert sum(whole) < len(whole) / 2
+  return np.array(found), jax.device_get(s.trained)
+
+for group, sizes in ((None, (2, 2, 2, 1)), (8, (1, 4, 2, 2))):
+  alone, wanted = run(make_mesh(MeshConfig(), jax.devices()[:1]), group)
+  metrics, trained = run(make_mesh(MeshConfig(*sizes)), group)
+  np.testing.assert_allclose(metrics, alone, rtol=1e-4)
+  for x, y in zip(jax.tree.leaves(trained), jax.tree.leaves(wanted)):
+    np.testing.assert_allclose(x, y, atol=2e-4)
+"""
+
+
+@pytest.mark.slow
+def test_factors_on_any_mesh_beside_plain_and_packed_kernels(run_on_devices):
+  here = str(pathlib.Path(__file__).parent)
+  run_on_devices(8, MESHES.format(here=here))
