@@ -131,7 +131,7 @@ def _run(argv: Sequence[str]) -> int:
   server.worker.when_ready = lambda: print(f'ready: {where}/docs', flush=True)
   config = uvicorn_config(
     make_app(server),
-    log_level='warning',
+    log_level='error',
     ssl_certfile=args.ssl_certfile,
     ssl_keyfile=args.ssl_keyfile,
   )
