@@ -1,9 +1,14 @@
-"""Serving in this process."""
+"""Serving in this process, and by the command in one of its own."""
 
 import contextlib
+import pathlib
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import uvicorn
 
@@ -35,3 +40,33 @@ def running(server, demo=False):
     http.should_exit = True
     thread.join()
     listening.close()
+
+
+@contextlib.contextmanager
+def command(folder, *arguments) -> Iterator[tuple[subprocess.Popen, int]]:
+  """`qwenvl-serve` of a checkpoint; yields its process and port once ready."""
+  process = subprocess.Popen(
+    [
+      *(sys.executable, '-m', 'qwenvl_jax.serve.main', '--port=0'),
+      *(f'--checkpoint={folder}', *arguments),
+    ],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    said = process.stdout.readline()
+    found = re.search(r'at https?://127\.0\.0\.1:(\d+)/v1', said)
+    assert found, said
+    assert process.stdout.readline().startswith('ready: ')
+    yield process, int(found[1])
+  finally:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def key_file(folder) -> tuple[str, str]:
+  """(a key, the argument that names its file)."""
+  key, path = KEY.replace(' ', '-'), pathlib.Path(folder) / 'key'
+  path.write_text(f'{key}\n', encoding='utf-8')
+  return key, f'--api_key_file={path}'

@@ -3,10 +3,7 @@
 import concurrent.futures
 import http.client
 import json
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 import urllib.parse
 
@@ -14,7 +11,7 @@ import httpx
 import openai
 import pytest
 import reciter
-from serve_support import KEY, running
+from serve_support import KEY, command, key_file, running
 
 from qwenvl_jax.serve import main
 
@@ -238,21 +235,10 @@ def test_the_engine_s_failure_is_told_without_details(make_server, monkeypatch):
 def test_the_command_serves_and_drains(tmp_path):
   folder = tmp_path / 'reciter'
   reciter.save(folder)
-  key = tmp_path / 'key'
-  key.write_text(f'{KEY.replace(" ", "-")}\n')
-  command = pathlib.Path(sys.executable).parent / 'qwenvl-serve'
-  arguments = ('--checkpoint', folder, '--port=18431', '--slots=2')
-  process = subprocess.Popen(
-    [command, *arguments, f'--api_key_file={key}', '--max_len=512'],
-    stdout=subprocess.PIPE,
-    text=True,
-  )
-  try:
-    said = process.stdout.readline()
-    assert 'reciter will be at http://127.0.0.1:18431/v1' in said
-    assert process.stdout.readline().startswith('ready: ')
+  key, named = key_file(tmp_path)
+  with command(folder, named, '--slots=2', '--max_len=512') as (process, port):
     with openai.OpenAI(
-      base_url='http://127.0.0.1:18431/v1', api_key=KEY.replace(' ', '-')
+      base_url=f'http://127.0.0.1:{port}/v1', api_key=key
     ) as client:
       stream = client.chat.completions.create(
         model='reciter', stream=True, temperature=0, **QUESTION
@@ -262,9 +248,6 @@ def test_the_command_serves_and_drains(tmp_path):
       pieces += [c.choices[0].delta.content or '' for c in stream]
     assert ''.join(pieces) == reciter.ANSWER
     assert process.wait(timeout=30) in (0, -signal.SIGTERM)
-  finally:
-    process.kill()
-    process.wait()
 
 
 @pytest.mark.parametrize(
