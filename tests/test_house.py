@@ -30,7 +30,7 @@ ROOMS = {
   'train': ('model', 'data', 'sharding', 'fsdp', 'conversion', 'text'),
   'plan': ('train', 'infer', 'model', 'data', 'sharding'),
   'infer': ('model', 'text', 'image', 'conversion', 'sharding'),
-  'serve': ('infer', 'model', 'text', 'image', 'sharding'),
+  'serve': ('infer', 'model', 'text', 'image', 'sharding', 'conversion', 'api'),
   'eval': ('infer', 'data', 'text', 'model', 'image'),
   'api': (
     'conversion',
@@ -58,6 +58,8 @@ GUESTS = {
   'starlette': ('serve',),
   'uvicorn': ('serve',),
   'gradio': ('serve',),
+  'vllm': ('serve',),
+  'tpu_inference': ('serve',),
 }
 
 

@@ -5,6 +5,7 @@ training, prefill and decoding.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -44,6 +45,7 @@ class Context(NamedTuple):
     mask: who may see whom; None for one token a row against its cache.
     offset: [] int32, where in the cache T tokens of every row go; None for at
       its start, where they see each other only.
+    attend: see `Decoder.serve`; None for attention of our own.
   """
 
   cos: jax.Array
@@ -51,6 +53,7 @@ class Context(NamedTuple):
   logn: jax.Array | None = None
   mask: Mask | None = None
   offset: jax.Array | None = None
+  attend: Callable | None = None
 
 
 class Last(NamedTuple):
@@ -114,7 +117,9 @@ class SelfAttention(nn.Module):
     q = rope.rotate(project('q', x, low), context.cos, context.sin)
     if context.logn is not None:
       q = (q * context.logn).astype(self.dtype)
-    if cache is None:
+    if context.attend is not None:
+      out, cache = context.attend(q, k, v, cache)
+    elif cache is None:
       out = attend(q, k, v, context.mask)
     elif context.mask is None:
       out, cache = decode_attention(q[:, 0], k[:, 0], v[:, 0], cache, lengths)
@@ -350,12 +355,41 @@ class Decoder(nn.Module):
       x, cache, self._context(positions, cache.prompt_lengths)
     )
 
-  def _through(self, x, cache: KVCache, context: Context, last=None):
+  def serve(self, x, positions, caches: Sequence, attend: Callable):
+    """Runs the blocks for another engine, which keeps the cache.
+
+    Frequencies are those of rows up to `seq_length` tokens.
+
+    Args:
+      x: [B,T,D] embeddings.
+      positions: [B,T] int32.
+      caches: one a layer, of any kind.
+      attend: makes of rotated q, rotated k and v [B,T,N,H] and a layer's cache
+        the output of attention [B,T,N,H] and the cache with k and v in it.
+
+    Returns:
+      ([B,T,D] hidden states, list of the new caches).
+
+    Raises:
+      ConfigError: the layers are stacked.
+    """
+    self._check_apart()
+    context = self._context(positions, None)._replace(attend=attend)
+    new = []
+    for block, cache in zip(self.blocks, caches, strict=True):
+      x, cache = block(x, context, cache)
+      new.append(cache)
+    return self.ln_f(x), new
+
+  def _check_apart(self) -> None:
     if self.scan_layers:
       raise ConfigError(
         'a cache needs layers apart: QwenVLConfig.scan_layers=False, and '
         'parameters from model.stacking.unstack_layers'
       )
+
+  def _through(self, x, cache: KVCache, context: Context, last=None):
+    self._check_apart()
     layers = []
     for block, layer in zip(self.blocks, cache.layers, strict=True):
       is_final = len(layers) == len(self.blocks) - 1

@@ -1,0 +1,104 @@
+"""vLLM's engine with the plugin beside ours, on a CPU.
+
+In vLLM's environment: launch/vllm.sh python -m pytest tests/serve/vllm_plugin
+"""
+
+import shutil
+
+import golden
+import numpy as np
+import pytest
+from PIL import Image
+
+vllm = pytest.importorskip('vllm', reason='run by launch/vllm.sh')
+
+import vllm_standins  # noqa: E402
+
+vllm_standins.prepare()
+
+import qwenvl_jax  # noqa: E402
+from qwenvl_jax import image as pictures_lib  # noqa: E402
+from qwenvl_jax.conversion import convert  # noqa: E402
+
+NEW = 24
+
+
+@pytest.fixture(scope='module')
+def released(tmp_path_factory):
+  """The golden checkpoint with a vocabulary."""
+  folder = tmp_path_factory.mktemp('vllm') / 'released'
+  shutil.copytree(golden.FOLDER, folder)
+  (folder / 'qwen.tiktoken').write_text(golden.vocabulary())
+  return folder
+
+
+@pytest.fixture(scope='module', params=['released', 'converted'])
+def folder(request, released):
+  if request.param == 'released':
+    return released
+  target = released.with_name('converted')
+  convert.from_hf(released, target)
+  return target
+
+
+@pytest.fixture(scope='module')
+def engine(folder):
+  made = vllm.LLM(str(folder), **vllm_standins.SIZES)
+  yield made
+  made.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope='module')
+def ours(released):
+  return qwenvl_jax.load(released, dtype='float32')
+
+
+def picture(seed: int) -> Image.Image:
+  noise = np.random.default_rng(seed)
+  size = noise.integers(40, 200, 2)
+  coarse = noise.integers(0, 256, (4, 4, 3), np.uint8)
+  return Image.fromarray(coarse).resize(size.tolist(), Image.Resampling.BICUBIC)
+
+
+def prompts(config):
+  """8 prompts with their pictures, 4 of them with one.
+
+  Two of these ask about one picture, two begin alike.
+  """
+  noise = np.random.default_rng(7)
+  words = [noise.integers(0, 286, n).tolist() for n in (3, 30, 61, 200)]
+  start = config.image_start_id
+  span = [start, *[start + 2] * config.adapter.queries, start + 1]
+  shown = [picture(seed) for seed in (1, 1, 2, 3)]
+  return [
+    *[(ids, []) for ids in words],
+    *[
+      ([*words[0], *span, *words[1][:n]], [one])
+      for n, one in zip((5, 9, 17, 30), shown, strict=True)
+    ],
+  ]
+
+
+def test_same_ids_as_our_engine(engine, ours):
+  asked = prompts(ours.config)
+  side = ours.config.vision.image_size
+  pixels = [
+    pictures_lib.pixels(one, side) for _, shown in asked for one in shown
+  ]
+  wanted = ours.generate([ids for ids, _ in asked], pixels, max_new_tokens=NEW)
+  settings = vllm.SamplingParams(
+    temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False
+  )
+  found = engine.generate(
+    [
+      {'prompt_token_ids': ids, 'multi_modal_data': {'image': shown}}
+      if shown
+      else {'prompt_token_ids': ids}
+      for ids, shown in asked
+    ],
+    settings,
+    use_tqdm=False,
+  )
+  assert [list(one.outputs[0].token_ids) for one in found] == wanted
+  # Not all alike, or pictures would not have been seen.
+  assert len({tuple(ids) for ids in wanted}) == len(wanted)
