@@ -44,6 +44,7 @@ class Context(NamedTuple):
     mask: who may see whom; None for one token a row against its cache.
     offset: [] int32, where in the cache T tokens of every row go; None for at
       its start, where they see each other only.
+    ranks: [B,1,R] float32, see `KVCache.ranks`.
   """
 
   cos: jax.Array
@@ -51,6 +52,7 @@ class Context(NamedTuple):
   logn: jax.Array | None = None
   mask: Mask | None = None
   offset: jax.Array | None = None
+  ranks: jax.Array | None = None
 
 
 class Last(NamedTuple):
@@ -94,7 +96,7 @@ class SelfAttention(nn.Module):
 
     low = Shared(
       (c.dim,), ('embed',), self.lora, self.dtype, self.param_dtype, name='qkv'
-    )(x)
+    )(x, context.ranks)
 
     def project(name, x, low):
       return Projection(
@@ -127,7 +129,7 @@ class SelfAttention(nn.Module):
       ('heads', 'head_dim', 'embed'),
       **kinds,
       name='out',
-    )(out)
+    )(out, None, context.ranks)
     return out, cache
 
 
@@ -152,7 +154,7 @@ class Mlp(nn.Module):
   lora: LoraConfig | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, ranks=None):
     c = self.config
     kinds = {
       'dtype': self.dtype,
@@ -171,13 +173,13 @@ class Mlp(nn.Module):
         ('embed', 'mlp'),
         **kinds,
         name=name,
-      )(x)
+      )(x, None, ranks)
 
     up, gate = keep(project('up'), UP), keep(project('gate'), GATE)
     h = up * jax.nn.silu(gate)
     return Projection(
       'BTF,FD->BTD', (c.mlp_dim, c.dim), ('mlp', 'embed'), **kinds, name='down'
-    )(h)
+    )(h, None, ranks)
 
 
 class Block(nn.Module):
@@ -200,7 +202,7 @@ class Block(nn.Module):
     x = x if last is None else last.take(x)
     x = keep(x + h, RESIDUAL)
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
-    x = x + Mlp(c, **kinds, name='mlp')(h)
+    x = x + Mlp(c, **kinds, name='mlp')(h, context.ranks)
     return constrain(x, 'batch', 'length', 'embed_act'), cache
 
 
@@ -310,7 +312,7 @@ class Decoder(nn.Module):
     rows, length, _ = x.shape
     index = jnp.arange(length) + (0 if offset is None else offset)
     positions = jnp.broadcast_to(index, (rows, length))
-    context = self._context(positions, cache.prompt_lengths)
+    context = self._cached_context(positions, cache)
     if offset is None:
       segments = jnp.ones((rows, length), jnp.int32)
       mask = causal_mask(segments, None, self.attention)
@@ -327,6 +329,7 @@ class Decoder(nn.Module):
           None if context.logn is None else one.take(context.logn),
           cached_mask(one.take(positions), seen),
           offset,
+          context.ranks,
         )
       )
     return self._through(x, cache, context, last)
@@ -346,9 +349,7 @@ class Decoder(nn.Module):
       ConfigError: the layers are stacked.
     """
     positions = cache.lengths[:, None]
-    return self._through(
-      x, cache, self._context(positions, cache.prompt_lengths)
-    )
+    return self._through(x, cache, self._cached_context(positions, cache))
 
   def _through(self, x, cache: KVCache, context: Context, last=None):
     if self.scan_layers:
@@ -364,6 +365,11 @@ class Decoder(nn.Module):
       )
       layers.append(layer)
     return self.ln_f(x), dataclasses.replace(cache, layers=tuple(layers))
+
+  def _cached_context(self, positions, cache: KVCache) -> Context:
+    context = self._context(positions, cache.prompt_lengths)
+    ranks = cache.ranks
+    return context._replace(ranks=None if ranks is None else ranks[:, None])
 
   def _context(self, positions, lengths) -> Context:
     """Rotary angles and, where rows have `lengths`, NTK and LogN."""
