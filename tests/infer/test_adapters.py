@@ -100,8 +100,8 @@ def test_each_row_of_a_batch_has_its_adapter(mixed, alone):
       [token.logprob for token in other.tokens],
       atol=golden.ATOL,
     )
-  texts = {tuple(answer.ids) for answer in found}
-  assert len(texts) == 6  # Two prompts, and three models that differ.
+  # Of the prompt with a picture the three models say different things.
+  assert len({tuple(answer.ids) for answer in found[1::2]}) == 3
 
 
 def test_generate_and_score_ask_an_adapter_by_name(mixed, alone):
