@@ -11,8 +11,9 @@ handle.params}, batch)` is the same computation.
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,10 +22,11 @@ import numpy as np
 
 from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
-from qwenvl_jax.conversion import adapters, checkpoint_io, hub, low_rank
-from qwenvl_jax.conversion import digest as digests
+from qwenvl_jax.conversion import adapters as opening
+from qwenvl_jax.conversion import checkpoint_io, hub, low_rank
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.placement import shardings_in_use
+from qwenvl_jax.conversion.side_by_side import side_by_side
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
 from qwenvl_jax.image import pixels as decode_pixels
 from qwenvl_jax.infer import chat as chatting
@@ -49,6 +51,7 @@ def load(
   keep_int4: bool = False,
   int8: bool = False,
   adapter: str | Path | None = None,
+  adapters: Mapping[str, str | Path] = MappingProxyType({}),
 ) -> 'Handle':
   """Opens a checkpoint folder.
 
@@ -72,6 +75,9 @@ def load(
       `finetune/lora.gin`, what `qwenvl-convert adapter-from-peft` made, or
       PEFT's own. It is applied beside the kernels, unmerged, so that these may
       stay packed (`qwenvl-convert merge-adapter` makes one model of both).
+    adapters: instead of one, several by name, of the decoder's projections
+      only. Each request names its own (`adapter=` of `chat`, `generate` and
+      `score`), or none for the model itself, and one batch may mix them.
 
   Returns:
     A `Handle`.
@@ -103,25 +109,34 @@ def load(
   checkpoint_io.check_whole(folder)
   if config.decoder.int4_group is not None:
     dtype = dtype or jnp.dtype('bfloat16')
-  adapted = None
+  adapted, rows = None, {}
+  if adapters and adapter is not None:
+    raise ConfigError('adapter= and adapters= are two ways; give one of them')
   if adapter is not None:
     place = buckets.as_path(adapter)
-    adapted = adapters.open_adapter(place, folder, config)
+    adapted = opening.open_adapter(place, folder, config)
+    config = config.replace(lora=adapted.lora)
+  elif adapters:
+    opened = {
+      name: opening.open_adapter(buckets.as_path(place), folder, config)
+      for name, place in adapters.items()
+    }
+    adapted, rows = side_by_side(opened, config)
     config = config.replace(lora=adapted.lora)
   if shardings is None:
     shardings = shardings_in_use(config)
   params = checkpoint_io.read_params(folder, config, dtype, shardings)
   checkpoint_io.check_against(config, params, str(folder))
   if adapted is not None:
-    params = adapters.applied(params, config, adapted, shardings)
+    params = opening.applied(params, config, adapted, shardings)
   dtype = dtype or params['decoder']['embed'].dtype
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
-  return Handle(config, params, assets.read_tokenizer(folder, config))
+  return Handle(config, params, assets.read_tokenizer(folder, config), rows)
 
 
 @buckets.refusals_told()
 def digest(folder: str | Path) -> str:
-  """Returns what tells a checkpoint from others: SHA-256 of its contents.
+  """Returns what tells a model from others: a digest of its values.
 
   Args:
     folder: as in `load`; of a training run, the step that `load` opens.
@@ -129,9 +144,7 @@ def digest(folder: str | Path) -> str:
   Raises:
     CheckpointError: not a checkpoint.
   """
-  folder = buckets.as_path(folder)
-  checkpoint_io.read_config(folder)
-  return digests.digest(folder)
+  return opening.identity(hub.local_folder(os.fspath(folder)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +157,13 @@ class Handle:
       The decoder's layers are apart, as inference runs them
       (`model.stacking.stack_layers` gives the tree that training has).
     tokenizer: the folder's own vocabulary, None if it has none.
+    adapters: by name, see `Engine`.
   """
 
   config: QwenVLConfig
   params: dict
   tokenizer: Tokenizer | None
+  adapters: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def model(self) -> QwenVL:
@@ -240,7 +255,7 @@ class Handle:
 
   def engine(self, sizes: EngineConfig) -> Engine:
     """What answers many requests at a time; see `infer.scheduler`."""
-    return Engine(self.config, self.params, sizes)
+    return Engine(self.config, self.params, sizes, self.adapters)
 
   def scheduler(self, max_len: int) -> Scheduler:
     """One slot with room for so many tokens; kept, with its image features."""
@@ -273,7 +288,7 @@ class Handle:
       stop: ids that end a row; they are not returned.
       temperature: of sampling.
       slots: most rows answered at a time.
-      **sampling: `seed`, and see `infer.sampling.Sampling`.
+      **sampling: `seed`, `adapter`, and see `infer.sampling.Sampling`.
 
     Returns:
       New ids of each row.
@@ -285,7 +300,7 @@ class Handle:
     rows, images = self._rows(tokens, images)
     return generation.generate(
       generation.engine_for(
-        self.config, self.params, rows, max_new_tokens, slots
+        self.config, self.params, rows, max_new_tokens, slots, self.adapters
       ),
       rows,
       images,
@@ -338,6 +353,7 @@ class Handle:
     continuations: Sequence[Sequence[int]],
     images=None,
     top: int = 0,
+    adapter: str | None = None,
   ) -> list[Scored]:
     """Log-probabilities of given continuations.
 
@@ -346,6 +362,7 @@ class Handle:
       continuations: ids after each prompt.
       images: [I,R,R,3] pixels for all spans of the prompts in reading order.
       top: how many of the most likely tokens to tell beside each.
+      adapter: name of the adapter that is asked, None for none.
 
     Returns:
       See `infer.score.score`.
@@ -354,8 +371,10 @@ class Handle:
     together = [
       [*row, *more] for row, more in zip(rows, continuations, strict=False)
     ]
-    engine = generation.engine_for(self.config, self.params, together, 1, 1)
-    return score(engine, rows, continuations, images, top=top)
+    engine = generation.engine_for(
+      self.config, self.params, together, 1, 1, self.adapters
+    )
+    return score(engine, rows, continuations, images, top=top, adapter=adapter)
 
   def chat(self, query: str, images=(), history=None, **options):
     """One turn of a conversation.
@@ -364,7 +383,7 @@ class Handle:
       query: what the user says.
       images: PIL images or paths that come with this turn.
       history: what an earlier call returned, None to start.
-      **options: system prompt and sampling, see `infer.chat`.
+      **options: system prompt, sampling and `adapter`, see `infer.chat`.
 
     Returns:
       (answer, history).

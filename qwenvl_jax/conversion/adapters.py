@@ -1,6 +1,7 @@
 """Low-rank adapters of any layout: opened, applied, merged, converted."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import jax
@@ -96,6 +97,23 @@ def applied(
     x = np.asarray(x).astype(leaves[path].dtype if path in leaves else dtype)
     leaves[path] = jax.device_put(x, placements.get(path, device))
   return unflatten(leaves)
+
+
+def identity(folder: Path) -> str:
+  """Gives a digest of a model, or of an adapter of ours with its base.
+
+  Raises:
+    CheckpointError: it is neither, or damaged.
+  """
+  if not low_rank.is_ours(folder):
+    return digest(folder)
+  adapter = low_rank.read_ours(folder)
+  found = hashlib.blake2b(repr(adapter.lora).encode(), digest_size=16)
+  found.update((adapter.base.digest or '').encode())
+  for path, x in sorted(adapter.values.items()):
+    found.update(path.encode())
+    found.update(np.ascontiguousarray(x, np.float32))
+  return found.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,7 @@ class ChatSettings:
     temperature: 0 gives the same answer every time; the release samples at 1.
     top_k: see `Sampling`; 0, as released.
     top_p: see `Sampling`; as released.
+    adapter: see `Request`.
   """
 
   system: str = chatml.DEFAULT_SYSTEM
@@ -55,6 +56,7 @@ class ChatSettings:
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 0.3
+  adapter: str | None = None
 
   def __post_init__(self):
     Sampling(self.temperature, self.top_k, self.top_p)
@@ -206,6 +208,7 @@ def answer(
       stop_ids=stop_ids(tokenizer),
       seed=seed,
     ),
+    adapter=settings.adapter,
   )
   length = len(prompt.tokens) + prompt.max_new_tokens
   ids = generation.stream(model.scheduler(length), request)

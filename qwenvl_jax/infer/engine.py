@@ -16,13 +16,14 @@ them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, did_you_mean
 from qwenvl_jax.infer.programs import programs
 from qwenvl_jax.infer.prompts import MIN_LENGTH, bucket
 from qwenvl_jax.infer.sampling import Sampling, Settings
@@ -104,6 +105,8 @@ class Engine:
     chunk: tokens of a prompt that are read at once.
     read_rows: prompts that are read at once.
     images: places for image features.
+    adapters: [R] float32 of each low-rank adapter that a request may name, what
+      `KVCache.ranks` has in its rows.
   """
 
   def __init__(
@@ -111,6 +114,7 @@ class Engine:
     config: QwenVLConfig,
     params: Params,
     sizes: EngineConfig = EngineConfig(),
+    adapters: Mapping[str, np.ndarray] = MappingProxyType({}),
   ):
     """Takes a model into use.
 
@@ -118,6 +122,7 @@ class Engine:
       config: of the model.
       params: its parameters, layers stacked or apart.
       sizes: of the engine.
+      adapters: by name, of parameters with several (`LoraConfig.by_row`).
 
     Raises:
       ConfigError: `max_len` is more than the decoder's positions.
@@ -125,7 +130,7 @@ class Engine:
     if config.scan_layers:
       config = config.replace(scan_layers=False)
       params = unstack_layers(params)
-    self.config, self.params = config, params
+    self.config, self.params, self.adapters = config, params, adapters
     devices = {
       device
       for leaf in jax.tree.leaves(params)
@@ -272,14 +277,32 @@ class Engine:
       self.params, bank, pixels, np.asarray(places, np.int32)
     )
 
-  def start(self, lengths: Sequence[int]) -> Prefix:
+  def check_adapter(self, name: str | None) -> None:
+    """Raises ConfigError if no adapter has this name."""
+    if name is not None and name not in self.adapters:
+      raise ConfigError(
+        f'no adapter is called {name!r}{did_you_mean(name, self.adapters)}; '
+        f'there is {", ".join(map(repr, self.adapters)) or "none"}'
+      )
+
+  def start(
+    self, lengths: Sequence[int], adapters: Sequence[str | None] = ()
+  ) -> Prefix:
     """Makes the prefix of prompts of so many tokens, none of them read.
 
     Args:
       lengths: one, or several whose `prefix_size` is the same.
+      adapters: of each prompt, a name or None; empty for none at all.
     """
     size = self.prefix_size(lengths[0])
-    return self._put(self._programs.start(size, np.asarray(lengths, np.int32)))
+    ranks = None
+    if self.adapters:
+      ranks = np.zeros((len(lengths), self.config.lora.rank), np.float32)
+      for row, name in zip(ranks, adapters):
+        if name is not None:
+          row[:] = self.adapters[name]
+    lengths = np.asarray(lengths, np.int32)
+    return self._put(self._programs.start(size, lengths, ranks))
 
   def prefill(
     self,

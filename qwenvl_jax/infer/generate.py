@@ -1,6 +1,9 @@
 """Continuations of many prompts, or of one token by token, by the engine."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
 
 from qwenvl_jax.infer import prompts as prompts_lib
 from qwenvl_jax.infer.engine import Engine, EngineConfig, Params
@@ -22,6 +25,7 @@ def engine_for(
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   slots: int = 32,
+  adapters: Mapping[str, np.ndarray] = MappingProxyType({}),
   **sizes,
 ) -> Engine:
   """Makes an engine that has room for these prompts and their answers.
@@ -32,6 +36,7 @@ def engine_for(
     prompts: token ids.
     max_new_tokens: most tokens of an answer.
     slots: most prompts answered at a time.
+    adapters: see `Engine`.
     **sizes: other attributes of `EngineConfig`.
   """
   prompts_lib.check_count('max_new_tokens', max_new_tokens)
@@ -46,6 +51,7 @@ def engine_for(
       max_len=room_for(config, longest + max_new_tokens),
       **{'read_rows': min(slots, _READ_ROWS)} | sizes,
     ),
+    adapters,
   )
 
 
@@ -62,6 +68,7 @@ def generate(
   *,
   max_new_tokens: int,
   seed: int = 0,
+  adapter: str | None = None,
   progress: Callable[[int], None] = lambda done: None,
   **sampling,
 ) -> list[list[int]]:
@@ -75,6 +82,7 @@ def generate(
     max_new_tokens: most tokens of an answer.
     seed: of sampling; the row's number is part of its seed, so that equal
       prompts differ. The same call gives the same answers.
+    adapter: see `Request`.
     progress: told how many prompts are done.
     **sampling: see `Sampling`.
 
@@ -95,6 +103,7 @@ def generate(
       f'row {row}',
       max_new_tokens=max_new_tokens,
       sampling=Sampling(**sampling, seed=(seed, row)),
+      adapter=adapter,
     )
     for row, (prompt, pixels) in enumerate(zip(prompts, images, strict=True))
   ]

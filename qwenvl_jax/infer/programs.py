@@ -126,10 +126,10 @@ class Functions:
     bank = bank.at[places].set(features.astype(bank.dtype))
     return constrain(bank, None, None, None)
 
-  def start(self, size: int, lengths) -> Prefix:
+  def start(self, size: int, lengths, ranks) -> Prefix:
     vocabulary, (rows,) = self._config.decoder.vocab_size, lengths.shape
     cache = KVCache.create(
-      self._config, rows, size, lengths, dtype=self._cache_dtype
+      self._config, rows, size, lengths, dtype=self._cache_dtype, ranks=ranks
     )
     return Prefix(
       cache=cache,

@@ -37,6 +37,7 @@ class Reading:
     """
     self._engine, self._bank = engine, bank
     self._prompts = [request.tokens for request in requests]
+    self._adapters = [request.adapter for request in requests]
     self._rows = [
       np.full(len(tokens), -1, np.int32) for tokens in self._prompts
     ]
@@ -64,7 +65,8 @@ class Reading:
       return cost
     engine = self._engine
     if self.prefix is None:
-      self.prefix = engine.start([len(tokens) for tokens in self._prompts])
+      lengths = [len(tokens) for tokens in self._prompts]
+      self.prefix = engine.start(lengths, self._adapters)
     piece = self._pieces.pop(0)
     arguments = (
       *(self.prefix, self._bank.features, self._prompts, self._rows, piece),

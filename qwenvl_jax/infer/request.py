@@ -68,6 +68,8 @@ class Request:
     matcher: of a grammar that the answer follows; used by this request alone.
     timeout: seconds after which the answer ends as it is; None for never.
     salt: image features are shared only between requests of the same salt.
+    adapter: name of the low-rank adapter that answers, one of
+      `Engine.adapters`; None for the model itself.
   """
 
   tokens: np.ndarray
@@ -80,6 +82,7 @@ class Request:
   matcher: Matcher | None = None
   timeout: float | None = None
   salt: bytes = b''
+  adapter: str | None = None
 
   @classmethod
   def create(

@@ -144,9 +144,11 @@ class Scheduler:
 
     Raises:
       DataError: the engine has no room for such a request.
+      ConfigError: there is no adapter of its name.
       QueueFullError: too many are waiting.
     """
     check_fits(request, self.engine.max_len, self.engine.images, name)
+    self.engine.check_adapter(request.adapter)
     answer = Answer(request, listener)
     deadline = None
     if request.timeout is not None:

@@ -33,6 +33,7 @@ def score(
   images: Sequence | None = None,
   *,
   top: int = 0,
+  adapter: str | None = None,
 ) -> list[Scored]:
   """Scores a continuation of every prompt.
 
@@ -42,6 +43,7 @@ def score(
     continuations: token ids, one list a prompt.
     images: per prompt [I,R,R,3] pixels or None; or None.
     top: how many of the most likely tokens to tell beside each.
+    adapter: see `Request`.
 
   Returns:
     One `Scored` a prompt. NTK and LogN follow the length of prompt and
@@ -50,6 +52,7 @@ def score(
   Raises:
     DataError: a prompt, a continuation or images that cannot be used; names
       the row.
+    ConfigError: there is no such adapter.
   """
   images = [None] * len(prompts) if images is None else list(images)
   if not len(prompts) == len(continuations) == len(images):
@@ -57,6 +60,7 @@ def score(
       f'{len(prompts)} prompts, {len(continuations)} continuations and images '
       f'for {len(images)}; give as many of each'
     )
+  engine.check_adapter(adapter)
   if not 0 <= top <= MAX_TOP_LOGPROBS:
     raise DataError(f'top={top} is not from 0 to {MAX_TOP_LOGPROBS}')
   requests = []
@@ -67,7 +71,12 @@ def score(
       raise DataError(f'row {row}: the prompt is empty; give at least one id')
     tokens = [*prompt, *more]
     request = Request.create(
-      engine.config, tokens, pixels, f'row {row}', max_new_tokens=1
+      engine.config,
+      tokens,
+      pixels,
+      f'row {row}',
+      max_new_tokens=1,
+      adapter=adapter,
     )
     check_fits(request, engine.max_len + 1, engine.images, f'row {row}')
     requests.append(request)

@@ -100,6 +100,7 @@ def place(state: State) -> State:
       tuple(place_layer(layer) for layer in cache.layers),
       rows(cache.lengths),
       rows(cache.prompt_lengths),
+      None if cache.ranks is None else constrain(cache.ranks, 'batch', None),
     ),
     logits=rows(state.logits),
     tokens=rows(state.tokens),

@@ -45,11 +45,15 @@ class KVCache:
     lengths: [B] int32, tokens of each row in the cache.
     prompt_lengths: [B] int32, tokens of each row's whole prompt. The NTK
       frequencies follow from it and stay as the row grows.
+    ranks: [B,R] float32, what each row multiplies the ranks of low-rank
+      adapters by, where several are side by side (`LoraConfig.by_row`); None
+      elsewhere.
   """
 
   layers: tuple[LayerCache, ...]
   lengths: jax.Array
   prompt_lengths: jax.Array
+  ranks: jax.Array | None = None
 
   @classmethod
   def create(
@@ -59,6 +63,7 @@ class KVCache:
     size: int,
     prompt_lengths: Any = 0,
     dtype: Any = None,
+    ranks: Any = 0,
   ) -> 'KVCache':
     """Makes an empty cache.
 
@@ -68,14 +73,20 @@ class KVCache:
       size: S, tokens that a row has room for.
       prompt_lengths: int or [B] int.
       dtype: of keys and values: None for the compute dtype, or 'int8'.
+      ranks: [B,R] float, or 0 for rows without an adapter.
     """
-    decoder = config.decoder
+    decoder, lora = config.decoder, config.lora
+    if lora is None or not lora.by_row:
+      ranks = None
+    else:
+      ranks = jnp.zeros((rows, lora.rank), jnp.float32) + ranks
     dtype = jnp.dtype(dtype or config.dtype)
     shape = (rows, decoder.heads, size, decoder.head_dim)
     return cls(
       layers=tuple(_empty_layer(shape, dtype) for _ in range(decoder.layers)),
       lengths=jnp.zeros(rows, jnp.int32),
       prompt_lengths=jnp.zeros(rows, jnp.int32) + prompt_lengths,
+      ranks=ranks,
     )
 
   @property

@@ -46,6 +46,7 @@ class Context(NamedTuple):
     offset: [] int32, where in the cache T tokens of every row go; None for at
       its start, where they see each other only.
     attend: see `Decoder.serve`; None for attention of our own.
+    ranks: [B,1,R] float32, see `KVCache.ranks`.
   """
 
   cos: jax.Array
@@ -54,6 +55,7 @@ class Context(NamedTuple):
   mask: Mask | None = None
   offset: jax.Array | None = None
   attend: Callable | None = None
+  ranks: jax.Array | None = None
 
 
 class Last(NamedTuple):
@@ -97,7 +99,7 @@ class SelfAttention(nn.Module):
 
     low = Shared(
       (c.dim,), ('embed',), self.lora, self.dtype, self.param_dtype, name='qkv'
-    )(x)
+    )(x, context.ranks)
 
     def project(name, x, low):
       return Projection(
@@ -132,7 +134,7 @@ class SelfAttention(nn.Module):
       ('heads', 'head_dim', 'embed'),
       **kinds,
       name='out',
-    )(out)
+    )(out, None, context.ranks)
     return out, cache
 
 
@@ -157,7 +159,7 @@ class Mlp(nn.Module):
   lora: LoraConfig | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, ranks=None):
     c = self.config
     kinds = {
       'dtype': self.dtype,
@@ -176,13 +178,13 @@ class Mlp(nn.Module):
         ('embed', 'mlp'),
         **kinds,
         name=name,
-      )(x)
+      )(x, None, ranks)
 
     up, gate = keep(project('up'), UP), keep(project('gate'), GATE)
     h = up * jax.nn.silu(gate)
     return Projection(
       'BTF,FD->BTD', (c.mlp_dim, c.dim), ('mlp', 'embed'), **kinds, name='down'
-    )(h)
+    )(h, None, ranks)
 
 
 class Block(nn.Module):
@@ -205,7 +207,7 @@ class Block(nn.Module):
     x = x if last is None else last.take(x)
     x = keep(x + h, RESIDUAL)
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
-    x = x + Mlp(c, **kinds, name='mlp')(h)
+    x = x + Mlp(c, **kinds, name='mlp')(h, context.ranks)
     return constrain(x, 'batch', 'length', 'embed_act'), cache
 
 
@@ -315,7 +317,7 @@ class Decoder(nn.Module):
     rows, length, _ = x.shape
     index = jnp.arange(length) + (0 if offset is None else offset)
     positions = jnp.broadcast_to(index, (rows, length))
-    context = self._context(positions, cache.prompt_lengths)
+    context = self._cached_context(positions, cache)
     if offset is None:
       segments = jnp.ones((rows, length), jnp.int32)
       mask = causal_mask(segments, None, self.attention)
@@ -332,6 +334,7 @@ class Decoder(nn.Module):
           None if context.logn is None else one.take(context.logn),
           cached_mask(one.take(positions), seen),
           offset,
+          context.ranks,
         )
       )
     return self._through(x, cache, context, last)
@@ -351,9 +354,7 @@ class Decoder(nn.Module):
       ConfigError: the layers are stacked.
     """
     positions = cache.lengths[:, None]
-    return self._through(
-      x, cache, self._context(positions, cache.prompt_lengths)
-    )
+    return self._through(x, cache, self._cached_context(positions, cache))
 
   def serve(self, x, positions, caches: Sequence, attend: Callable):
     """Runs the blocks for another engine, which keeps the cache.
@@ -398,6 +399,11 @@ class Decoder(nn.Module):
       )
       layers.append(layer)
     return self.ln_f(x), dataclasses.replace(cache, layers=tuple(layers))
+
+  def _cached_context(self, positions, cache: KVCache) -> Context:
+    context = self._context(positions, cache.prompt_lengths)
+    ranks = cache.ranks
+    return context._replace(ranks=None if ranks is None else ranks[:, None])
 
   def _context(self, positions, lengths) -> Context:
     """Rotary angles and, where rows have `lengths`, NTK and LogN."""

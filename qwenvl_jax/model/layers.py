@@ -102,8 +102,17 @@ class Projection(nn.Module):
   lora: LoraConfig | None = None
 
   @nn.compact
-  def __call__(self, x, low=None):
-    """[...,*in] to [...,*out]; `low` is what `lora.Shared` made of x."""
+  def __call__(self, x, low=None, ranks=None):
+    """Maps the last axes of an array.
+
+    Args:
+      x: [...,*in].
+      low: [...,R] that `lora.Shared` made of x.
+      ranks: see `lora.reduced`.
+
+    Returns:
+      [...,*out].
+    """
     _, weights, outputs = re.split(',|->', self.equation)
     contracted = len(set(weights) - set(outputs))
     if self.int4_group is None:
@@ -130,7 +139,7 @@ class Projection(nn.Module):
       y = y + bias.astype(self.dtype)
     inputs, outputs = slice(contracted), slice(contracted, None)
     if self.lora is not None and self.lora.adapts(self.path):
-      low = reduced(self, x, self.shape[inputs], self.axes[inputs])
+      low = reduced(self, x, self.shape[inputs], self.axes[inputs], ranks)
     if low is not None:
       y = y + raised(self, low, self.shape[outputs], self.axes[outputs])
     return y

@@ -58,6 +58,10 @@ class LoraConfig:
     targets: patterns (`re.fullmatch`) of the names in `TARGETS`.
     rslora: whether it is scaled by alpha / sqrt(rank) instead (rank-stabilized
       LoRA, arXiv 2312.03732).
+    by_row: whether the ranks are those of several adapters side by side, and
+      each row of a cache says what it multiplies each rank by
+      (`KVCache.ranks`): 0 where it is another's. Without a cache, no adapter is
+      used.
   """
 
   rank: int = 64
@@ -68,6 +72,7 @@ class LoraConfig:
     'decoder/blocks/mlp/(up|gate)',
   )
   rslora: bool = False
+  by_row: bool = False
 
   def __post_init__(self):
     if isinstance(self.targets, str):
@@ -144,14 +149,14 @@ class Shared(nn.Module):
   param_dtype: Any
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, ranks=None):
     """[...,*in] to [...,R], scaled; None if it is not adapted."""
     if self.lora is None or not self.lora.adapts(self.path):
       return None
-    return reduced(self, x, self.shape, self.axes)
+    return reduced(self, x, self.shape, self.axes, ranks)
 
 
-def reduced(module: nn.Module, x, shape, axes) -> jax.Array:
+def reduced(module: nn.Module, x, shape, axes, ranks=None) -> jax.Array:
   """Multiplies by a new parameter `lora_a` of a module, and by the scale.
 
   Args:
@@ -160,6 +165,7 @@ def reduced(module: nn.Module, x, shape, axes) -> jax.Array:
     x: [...,*in].
     shape: of `in`.
     axes: logical names of `in`.
+    ranks: [B,1,R] float32 of `LoraConfig.by_row`.
 
   Returns:
     [...,R].
@@ -175,7 +181,10 @@ def reduced(module: nn.Module, x, shape, axes) -> jax.Array:
     (*shape, lora.rank),
     module.param_dtype,
   )
-  return lora.scale * multiply(x, factor.astype(module.dtype), axes, len(shape))
+  low = multiply(x, factor.astype(module.dtype), axes, len(shape))
+  if not lora.by_row:
+    return lora.scale * low
+  return low * (0 if ranks is None else ranks.astype(low.dtype))
 
 
 def raised(module: nn.Module, low, shape, axes) -> jax.Array:
