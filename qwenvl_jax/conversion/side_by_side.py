@@ -34,8 +34,8 @@ def side_by_side(
     if rest:
       raise CheckpointError(
         f'adapter {name!r} ({adapter.where}) also changes {", ".join(rest)}, '
-        'which all requests share: open it alone (adapter=, or one --adapter '
-        'without others), or merge it (qwenvl-convert merge-adapter)'
+        'which all requests share: open it alone (adapter=), or merge it '
+        '(qwenvl-convert merge-adapter)'
       )
   ranks = [adapter.lora.rank for adapter in adapters.values()]
   ends = np.cumsum(ranks)

@@ -334,7 +334,7 @@ class Decoder(nn.Module):
           None if context.logn is None else one.take(context.logn),
           cached_mask(one.take(positions), seen),
           offset,
-          context.ranks,
+          ranks=context.ranks,
         )
       )
     return self._through(x, cache, context, last)

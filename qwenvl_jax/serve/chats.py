@@ -49,6 +49,7 @@ async def chat(server: Server, body: ChatRequest, salt: bytes, wait: Any):
     grammar,
     top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     timeout=limits.seconds,
+    adapter=server.adapter(model),
     salt=salt,
   )
   answers = server.ask(requests, stops)

@@ -55,6 +55,7 @@ async def complete(
       top_logprobs=body.logprobs,
       prompt_logprobs=body.logprobs if scored else None,
       timeout=limits.seconds,
+      adapter=server.adapter(model),
       salt=salt,
     )
   answers = server.ask(requests, stops)

@@ -69,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   add('--no_api_key', action='store_true', help='serve anybody who can connect')
   add('--served_name', metavar='NAME', help='default: name of the folder')
+  add(
+    '--adapter',
+    action='append',
+    default=[],
+    metavar='NAME=DIR',
+    help='a low-rank adapter of the checkpoint (a run of finetune/lora.gin, or '
+    "PEFT's folder), asked as the model NAME; may be repeated",
+  )
   add('--slots', type=int, default=8, help='answers at a time (default: 8)')
   add(
     '--max_len',
@@ -195,11 +203,14 @@ def _open(args: argparse.Namespace, key: str | None, limits: Limits) -> Any:
   from qwenvl_jax.serve.server import Server
   from qwenvl_jax.serve.worker import Worker
 
+  name = args.served_name or pathlib.PurePath(str(args.checkpoint)).name
+  adapters = _adapters(args.adapter, name)
   handle = api.load(
     args.checkpoint,
     dtype=args.dtype,
     keep_int4=args.keep_int4,
     int8=args.int8,
+    adapters=adapters,
   )
   if handle.tokenizer is None:
     raise CheckpointError(
@@ -215,7 +226,6 @@ def _open(args: argparse.Namespace, key: str | None, limits: Limits) -> Any:
     )
   )
   scheduler = Scheduler(engine, max_waiting=args.max_waiting)
-  name = args.served_name or pathlib.PurePath(str(args.checkpoint)).name
   return Server(
     name=name,
     config=handle.config,
@@ -226,6 +236,22 @@ def _open(args: argparse.Namespace, key: str | None, limits: Limits) -> Any:
     limits=limits,
     key=key,
   )
+
+
+def _adapters(given: Sequence[str], model: str) -> dict[str, str]:
+  """Folders of adapters by name, of a command line's NAME=DIR."""
+  found = {}
+  for text in given:
+    name, _, folder = text.partition('=')
+    if not name or not folder:
+      raise ConfigError(f'--adapter={text} is not NAME=DIR')
+    if name == model or name in found:
+      raise ConfigError(
+        f'--adapter={text}: {name!r} is the name of another model here; give '
+        'it one of its own'
+      )
+    found[name] = folder
+  return found
 
 
 def _key(args: argparse.Namespace) -> str | None:

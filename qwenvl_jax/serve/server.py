@@ -36,7 +36,6 @@ class Server:
     metrics: what is counted.
     limits: of a request.
     key: that clients must send, None for none.
-    adapters: names of what answers beside the model itself.
   """
 
   name: str
@@ -47,7 +46,6 @@ class Server:
   metrics: Metrics
   limits: Limits
   key: str | None = None
-  adapters: tuple[str, ...] = ()
 
   @property
   def max_len(self) -> int:
@@ -72,8 +70,12 @@ class Server:
         'parent': None if name == self.name else self.name,
         'max_model_len': self.max_len,
       }
-      for name in (self.name, *self.adapters)
+      for name in (self.name, *self.worker.scheduler.engine.adapters)
     ]
+
+  def adapter(self, model: str) -> str | None:
+    """The adapter that the id of a model means, None for the model itself."""
+    return None if model == self.name else model
 
   def find_model(self, name: str | None) -> dict[str, Any]:
     """The entry of `models` that a request names, the first for None.

@@ -26,7 +26,9 @@ def handle(tmp_path_factory):
 def make_server(handle):
   """Makes a server whose worker is not started."""
 
-  def make(slots=4, max_waiting=64, key=KEY, max_len=768, **limits):
+  def make(
+    slots=4, max_waiting=64, key=KEY, max_len=768, handle=handle, **limits
+  ):
     engine = handle.engine(EngineConfig(slots=slots, max_len=max_len))
     scheduler = Scheduler(engine, max_waiting=max_waiting)
     return Server(
