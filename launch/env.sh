@@ -52,7 +52,8 @@ import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256()
-for name in ('setup.cfg', 'pyproject.toml', 'constraints.txt'):
+files = 'setup.cfg', 'pyproject.toml', 'constraints.txt'
+for name in (*files, 'launch/demo-requirements.txt'):
   digest.update((root / name).read_bytes())
 extras = set(sys.argv[2].split(','))
 stamp = root / '.venv' / 'installed'
@@ -69,7 +70,13 @@ _qwenvl_install() {
   if (
     cd "$root" &&
       .venv/bin/python -m pip install --no-input -c constraints.txt \
-        -e ".[$extras]"
+        -e ".[$extras]" &&
+      case ,$extras, in
+        *,demo,*)
+          .venv/bin/python -m pip install --no-input --no-deps \
+            -c constraints.txt -r launch/demo-requirements.txt
+          ;;
+      esac
   ) >"$log" 2>&1; then
     return 0
   fi

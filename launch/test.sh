@@ -41,8 +41,9 @@ for arg in "$@"; do
   esac
 done
 
-# Plans are compiled by libtpu, and buckets are played by a server here.
-export EXTRAS=${EXTRAS:-dev,gcs,plan}
+# Plans are compiled by libtpu, buckets are played by a server here, and the
+# server has a page.
+export EXTRAS=${EXTRAS:-demo,dev,gcs,plan}
 # shellcheck source=launch/env.sh
 source "$root/launch/env.sh"
 cd "$root"

@@ -42,7 +42,7 @@ def stage_command(s: Settings, stage: str) -> list[str]:
     return [
       'qwenvl-eval',
       f'--checkpoint={checkpoint}',
-      f'--output={runs}/eval',
+      f'--out={runs}/eval',
       *([f'--data_dir={s.data}'] if s.data else []),
     ]
   topology = _topology(s, stage)

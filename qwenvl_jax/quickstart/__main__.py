@@ -138,6 +138,9 @@ def _run(argv: Sequence[str]) -> int:
     f'--checkpoint {shlex.quote(str(out / "stage3"))} '
     f'--image {shlex.quote(str(out / "example.png"))}'
   )
+  print(
+    f'serve:      qwenvl-serve --checkpoint {shlex.quote(str(out / "stage3"))}'
+  )
   if not floors_met and not settings.smoke:
     print('some scores are below their floor: see the report')
   return 0

@@ -500,7 +500,7 @@ def test_evaluation_needs_its_command(pod, tmp_path):
   assert 'no command qwenvl-eval' in pod.run(*arguments, status=1).err
   setup.write_text(without + '  qwenvl-eval = qwenvl_jax.eval.main:main\n')
   said = (
-    'qwenvl-eval --checkpoint=gs://b/r/stage3 --output=gs://b/r/eval '
+    'qwenvl-eval --checkpoint=gs://b/r/stage3 --out=gs://b/r/eval '
     '--data_dir=/d --tasks a,b'
   )
   assert said in pod.run(*arguments).out

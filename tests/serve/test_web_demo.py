@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import threading
+import time
 import types
 
 import httpx
@@ -212,8 +213,10 @@ def test_a_stopped_answer_stays_and_frees_its_slot(page):
   begun = turns[0].answer
   assert begun and reciter.ANSWER.startswith(begun)
   scheduler = page._server.worker.scheduler
-  while scheduler.running or scheduler.waiting:
-    pass
+  deadline = time.monotonic() + 60
+  while scheduler.load.free < scheduler.engine.slots:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
   page.stop(turns, 'en')
   assert turns[0].answer == begun
 
@@ -389,7 +392,7 @@ def test_a_conversation_in_a_browser(chromium, demo, tmp_path):
   page.set_default_timeout(60_000)
   asked, failed = [], []
   page.on('request', lambda request: asked.append(request.url))
-  page.on('pageerror', failed.append)
+  page.on('pageerror', lambda error: failed.append(error))
   page.goto(f'{demo}/demo/')
   # A picture is dropped, a question typed, and its box drawn.
   page.set_input_files(
@@ -410,17 +413,21 @@ def test_a_conversation_in_a_browser(chromium, demo, tmp_path):
   page.set_viewport_size(narrow)
   assert page.evaluate('document.documentElement.scrollWidth') <= 390
   page.set_viewport_size(wide)
-  page.get_by_label('Retry').click()
-  page.wait_for_selector('#chat .bot img')
   with page.expect_download() as download:
     page.click('#save')
   file = tmp_path / 'conversation.json'
   download.value.save_as(file)
   assert len(json.loads(file.read_text())['messages']) == 2
-  page.get_by_label('Undo').click()
+  page.click('button[aria-label=Retry]')
+  page.wait_for_selector('#chat .bot img')
+  page.click('button[aria-label=Undo]')
   page.wait_for_selector('#chat .bot', state='detached')
-  assert page.input_value('#box textarea') == 'Where is the dog?'
-  page.set_input_files('#open + input, #open input', str(file))
+  page.wait_for_function(
+    "document.querySelector('#box textarea').value == 'Where is the dog?'"
+  )
+  with page.expect_file_chooser() as chooser:
+    page.click('#open')
+  chooser.value.set_files(str(file))
   page.wait_for_selector('#chat .bot img')
   page.get_by_text('中文').click()
   page.wait_for_selector('#new:has-text("新对话")')
