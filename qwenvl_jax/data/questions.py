@@ -227,13 +227,11 @@ def _x(scene, thing) -> float:
 # Each returns the prompt's arguments, the answer and further fields.
 
 
-def _caption(scene, language, subject):
-  del subject
+def _caption(scene, language, _):
   return (), wording.caption(scene, language), {}
 
 
-def _grounded_caption(scene, language, subject):
-  del subject
+def _grounded_caption(scene, language, _):
   boxes = [x for thing in scene.classes for x in scene.of(thing)]
   answer = wording.caption(scene, language, boxes=True)
   return (), answer, {'boxes': _boxes(scene, boxes)}
@@ -258,8 +256,7 @@ def _count(scene, language, subject):
   return names, str(len(scene.of(subject))), {}
 
 
-def _colour(scene, language, subject):
-  del subject
+def _colour(scene, language, _):
   return (), scene.colour_name(language), {}
 
 
@@ -300,8 +297,7 @@ def _name_box(scene, language, index):
   return (wording.box_text(scene, [one]),), answer, {}
 
 
-def _ocr(scene, language, subject):
-  del language, subject
+def _ocr(scene, *_):
   return (), ''.join(wording.quad_text(scene, x) for x in scene.words), {}
 
 

@@ -4,7 +4,6 @@ A source is a small frozen description (gin binds it); `open()` gives the
 sequence of records, which can be pickled to worker processes.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -110,9 +109,12 @@ class RecordSequence:
   """
 
   name: str
-  shards: Any
-  chosen: Sequence[int] | None = None
-  parse: Callable[[bytes], Any] = storage.parse
+  # Grain asks for the representation with every record: it must be short.
+  shards: Any = dataclasses.field(repr=False)
+  chosen: Sequence[int] | None = dataclasses.field(default=None, repr=False)
+  parse: Callable[[bytes], Any] = dataclasses.field(
+    default=storage.parse, repr=False
+  )
 
   def __len__(self) -> int:
     return len(self.shards if self.chosen is None else self.chosen)
@@ -218,12 +220,9 @@ def object_counts(folder: pathlib.Path, split: str) -> np.ndarray:
 
 def prepared_configs(data_dir) -> list[str]:
   """Names of the sets of scenes in a data folder."""
-  found = []
-  for folder in sorted((data_path(data_dir) / 'scenes').glob('*')):
-    with contextlib.suppress(DataError):
-      scenes_folder(data_dir, folder.name)
-      found.append(folder.name)
-  return found
+  there = f'*/{storage.VERSION}/{storage.INFO}'
+  found = (data_path(data_dir) / 'scenes').glob(there)
+  return sorted(file.parents[1].name for file in found)
 
 
 def split_sizes(folder: pathlib.Path) -> dict[str, int]:

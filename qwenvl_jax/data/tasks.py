@@ -68,6 +68,19 @@ class SceneTasks:
     if not self.kinds:
       raise ConfigError(f'{type(self).__name__}.kinds is empty; name a kind')
 
+  def _ask(
+    self, scene: Scene, rng, count: int, chat: bool = False, kinds=None
+  ) -> list[Question]:
+    return questions.sample(
+      scene,
+      rng,
+      kinds or self.kinds,
+      count,
+      classes=self.classes,
+      chinese=self.chinese,
+      chat=chat,
+    )
+
   def _span(self, scene: Scene, number: int, rng) -> TextSpan:
     if not self.in_words:
       return TextSpan(f'<img>{number}</img>')
@@ -92,15 +105,7 @@ class Questions(SceneTasks):
   def __call__(
     self, record: Scene, rng: random.Random, another: Callable[[], Scene]
   ) -> list[Sample]:
-    del another  # One picture.
-    asked = questions.sample(
-      record,
-      rng,
-      self.kinds,
-      max(self.branches, 1),
-      classes=self.classes,
-      chinese=self.chinese,
-    )
+    asked = self._ask(record, rng, max(self.branches, 1))
     if self.spaceless:
       asked = [
         dataclasses.replace(x, answer=x.answer.removeprefix(' '))
@@ -155,15 +160,7 @@ class Chats(SceneTasks):
         record, scenes[1], rng, wanted * self.turns, self.chinese
       )
     else:
-      asked = questions.sample(
-        record,
-        rng,
-        self.kinds,
-        wanted * self.turns,
-        classes=self.classes,
-        chinese=self.chinese,
-        chat=True,
-      )
+      asked = self._ask(record, rng, wanted * self.turns, chat=True)
     if not asked:
       return []
     samples = [
@@ -177,15 +174,8 @@ class Chats(SceneTasks):
     if not self.branches:
       return [plain(samples[0])]
     if rng.random() < self.text:
-      talk = questions.sample(
-        record,
-        rng,
-        {'translate': 2, 'compare': 1},
-        1,
-        classes=self.classes,
-        chinese=self.chinese,
-        chat=True,
-      )
+      kinds = {'translate': 2, 'compare': 1}
+      talk = self._ask(record, rng, 1, chat=True, kinds=kinds)
       samples.append(plain(conversations.sample(record.id, (), [talk])))
     return samples
 
@@ -212,7 +202,6 @@ class AskedTasks:
   def __call__(
     self, record: Asked, rng: random.Random, another: Callable[[], Asked]
   ) -> list[Sample]:
-    del another  # One picture.
     count = min(len(record.questions), max(self.branches, 1))
     chosen = rng.sample(range(len(record.questions)), count)
     sample = Sample(

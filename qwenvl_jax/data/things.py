@@ -110,8 +110,6 @@ WORDS = tuple((word, 'en') for word in WORDS_EN) + tuple(
 # Patterns of a background's two shades. The order is part of the data.
 TEXTURES = ('plain', 'gradient', 'stripes', 'checks', 'noise')
 
-PATCH_CLASSES = len(THINGS) + len(COLOURS)
-
 
 def held_out(thing: int, colour: int) -> bool:
   """Whether a class never stands on this colour outside the 'combos' split."""

@@ -29,7 +29,7 @@ _SIDE = 100
 _PLACES = ((2, 10, 22, 30), (40, 30, 60, 50), (70, 60, 90, 80))
 
 
-def texts(classes: int, easy_vqa: bool = True) -> Iterator[str]:
+def texts(classes: int) -> Iterator[str]:
   """Everything that the templates can write, or its parts.
 
   Chinese runs without spaces are split as a whole, so each two classes that may
@@ -37,7 +37,6 @@ def texts(classes: int, easy_vqa: bool = True) -> Iterator[str]:
 
   Args:
     classes: how many of `things.THINGS` the data has.
-    easy_vqa: include the questions and answers of easy-VQA.
   """
   yield from map(str, range(10))
   yield from ('(', ',', '),(', ')', ' ', END, 'Picture 1: ', 'Picture 2: ')
@@ -53,13 +52,12 @@ def texts(classes: int, easy_vqa: bool = True) -> Iterator[str]:
   for question in _questions(classes):
     yield question.prompt
     yield question.answer + END
-  if easy_vqa:
-    yield from _easy_vqa()
+  yield from _easy_vqa()
 
 
-def build(tokenizer: Tokenizer, classes: int, easy_vqa: bool = True):
+def build(tokenizer: Tokenizer, classes: int) -> Tokenizer:
   """The subset of `tokenizer` that splits all of `texts` alike."""
-  return tokenizer.subset(dict.fromkeys(texts(classes, easy_vqa)))
+  return tokenizer.subset(dict.fromkeys(texts(classes)))
 
 
 def scenes(classes: int) -> Iterator[Scene]:

@@ -15,9 +15,6 @@ from qwenvl_jax.conversion.rules import Rule
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.model.config import QwenVLConfig, VisionConfig
 
-# OpenCLIP computes its norms with this epsilon, Qwen-VL with 1e-6.
-OPENCLIP_EPS = 1e-5
-
 CONFIG = 'open_clip_config.json'
 
 FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')

@@ -6,7 +6,6 @@ The one module that needs the package apache-beam.
 import contextlib
 import functools
 import logging
-import operator
 import threading
 from collections.abc import Callable, Sequence
 
@@ -70,11 +69,11 @@ def build(pipeline, job: Job):
     | 'Shards' >> beam.Create(numbers)
     # Or a runner would hand all of them to one worker.
     | 'SpreadShards' >> beam.Reshuffle()
-    | 'Clean' >> beam.Map(functools.partial(shards.clean_shard, job))
+    | 'Clean' >> beam.Map(functools.partial(_clean, job))
   )
   # Of finished shards too: the best of a group may be in one.
   survivors = cleaned | 'Entries' >> beam.FlatMap(
-    functools.partial(shards.entries, job)
+    functools.partial(_entries, job)
   )
   kept = {}
   for rule in job.unique:
@@ -82,11 +81,9 @@ def build(pipeline, job: Job):
       survivors
       | f'Key/{rule.name}' >> beam.Map(functools.partial(_keyed, rule))
       | f'Best/{rule.name}' >> beam.CombinePerKey(_Best(rule))
-      | f'Survivors/{rule.name}' >> beam.FlatMap(operator.itemgetter(1))
+      | f'Survivors/{rule.name}' >> beam.FlatMap(_values)
     )
-    kept[rule.name] = survivors | f'Kept/{rule.name}' >> beam.Map(
-      operator.attrgetter('place')
-    )
+    kept[rule.name] = survivors | f'Kept/{rule.name}' >> beam.Map(_index)
   return (
     {'': cleaned | 'All' >> beam.Map(_with_nothing), **kept}
     | 'Gather' >> beam.CoGroupByKey()
@@ -116,8 +113,24 @@ class _Best(beam.CombineFn):
     return best(self._rule, accumulator)
 
 
+def _clean(job, shard):
+  return shards.clean_shard(job, shard)
+
+
+def _entries(job, shard):
+  return shards.entries(job, shard)
+
+
 def _keyed(rule, entry):
   return rule.key(entry), entry
+
+
+def _values(group):
+  return group[1]
+
+
+def _index(entry):
+  return entry.shard, entry.index
 
 
 def _with_nothing(shard):
