@@ -52,8 +52,8 @@ def load(
 
   Args:
     folder: the released layout (safetensors or `.bin` shards), a converted
-      checkpoint, or a training run (its newest complete step); on a disk or
-      in a bucket (`gs://..`).
+      checkpoint, or a training run (its newest complete step; of one with
+      low-rank factors, on its base); on a disk or in a bucket (`gs://..`).
     dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
       dtype that is stored, and in bfloat16 with int4 weights.
     shardings: tree of shardings like the parameters; None splits them over the
@@ -90,6 +90,11 @@ def load(
     # A run with low-rank factors: what it trained, on its base.
     adapter, (_, base) = folder, low_rank.read_settings(folder)
     folder = buckets.as_path(base.folder)
+    if not folder.is_dir():
+      raise CheckpointError(
+        f'{adapter} was trained on {folder}, which is not there: open its base '
+        'where that is now, with this folder as adapter'
+      )
   config = checkpoint_io.read_config(folder, keep_int4).replace(
     scan_layers=False
   )
