@@ -57,9 +57,10 @@ def load(
 
   Args:
     folder: the released layout (safetensors or `.bin` shards), a converted
-      checkpoint, or a training run (its newest complete step); on a disk, in a
-      bucket (`gs://..`), or a hub id (`Qwen/Qwen-VL-Chat`; extra `hub`), which
-      is downloaded the first time.
+      checkpoint, or a training run (its newest complete step; of one with
+      low-rank factors, on its base); on a disk, in a bucket (`gs://..`), or a
+      hub id (`Qwen/Qwen-VL-Chat`; extra `hub`), which is downloaded the first
+      time.
     dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
       dtype that is stored, and in bfloat16 with int4 weights.
     shardings: tree of shardings like the parameters; None splits them over the
@@ -99,7 +100,13 @@ def load(
   if adapter is None and low_rank.is_ours(folder):
     # A run with low-rank factors: what it trained, on its base.
     adapter, (_, base) = folder, low_rank.read_settings(folder)
-    folder = hub.local_folder(base.folder)
+    try:
+      folder = hub.local_folder(base.folder)
+    except CheckpointError as error:
+      raise CheckpointError(
+        f'{adapter} was trained on {base.folder}, which is not there: open its '
+        'base where that is now, with this folder as adapter'
+      ) from error
   config = checkpoint_io.read_config(folder, keep_int4).replace(
     scan_layers=False
   )
