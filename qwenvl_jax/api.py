@@ -21,7 +21,7 @@ import numpy as np
 
 from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
-from qwenvl_jax.conversion import checkpoint_io, hub
+from qwenvl_jax.conversion import adapters, checkpoint_io, hub, low_rank
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
@@ -47,6 +47,7 @@ def load(
   shardings=None,
   keep_int4: bool = False,
   int8: bool = False,
+  adapter: str | Path | None = None,
 ) -> 'Handle':
   """Opens a checkpoint folder.
 
@@ -66,13 +67,18 @@ def load(
     int8: round the decoder's kernels to 8 bits as they are read, which halves
       what a token reads from memory beside bfloat16 (docs/serving.md says what
       that costs in quality).
+    adapter: folder of a low-rank adapter for this model: a run of
+      `finetune/lora.gin`, what `qwenvl-convert adapter-from-peft` made, or
+      PEFT's own. It is applied beside the kernels, unmerged, so that these may
+      stay packed (`qwenvl-convert merge-adapter` makes one model of both).
 
   Returns:
     A `Handle`.
 
   Raises:
     CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged, or has
-      no int4 weights to keep; or it cannot be downloaded.
+      no int4 weights to keep; or it cannot be downloaded; or the adapter is
+      none of this model.
     ConfigError: no such dtype, or a bucket that may not be used.
   """
   try:
@@ -83,6 +89,10 @@ def load(
       "'float32' are"
     ) from error
   folder = hub.local_folder(os.fspath(folder))
+  if adapter is None and low_rank.is_ours(folder):
+    # A run with low-rank factors: what it trained, on its base.
+    adapter, (_, base) = folder, low_rank.read_settings(folder)
+    folder = buckets.as_path(base.folder)
   config = checkpoint_io.read_config(folder, keep_int4).replace(
     scan_layers=False
   )
@@ -92,10 +102,17 @@ def load(
   checkpoint_io.check_whole(folder)
   if config.decoder.int4_group is not None:
     dtype = dtype or jnp.dtype('bfloat16')
+  adapted = None
+  if adapter is not None:
+    place = buckets.as_path(adapter)
+    adapted = adapters.open_adapter(place, folder, config)
+    config = config.replace(lora=adapted.lora)
   if shardings is None:
     shardings = shardings_in_use(config)
   params = checkpoint_io.read_params(folder, config, dtype, shardings)
   checkpoint_io.check_against(config, params, str(folder))
+  if adapted is not None:
+    params = adapters.applied(params, config, adapted, shardings)
   dtype = dtype or params['decoder']['embed'].dtype
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
   return Handle(config, params, assets.read_tokenizer(folder, config))

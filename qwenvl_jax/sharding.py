@@ -43,6 +43,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   ('positions', FSDP_AXES),
   ('queries', FSDP_AXES),
   ('layers', ()),
+  ('rank', ()),
   ('norm', ()),
   ('patch_rows', ()),
   ('patch_columns', ()),
@@ -65,6 +66,9 @@ _ROW_RULES = {
   'vocab_act': (),
 }
 _over_tensor = contextvars.ContextVar('rows_over_tensor', default=False)
+
+# What only matrices have, of a parameter's axes.
+_MATRICES = frozenset(('embed', 'rank'))
 
 # A TPU keeps arrays in tiles of 8 rows of 128 lanes.
 _TILE = (8, 128)
@@ -303,7 +307,8 @@ def param_spec(
     if 'tensor' in rule and count > 1 and shape[axis] % count == 0:
       taken[axis] = ('tensor',)
       left[axis] //= count
-  matrix = sum(name != 'layers' for name in names) > 1 and 'embed' in names
+  matrix = sum(name != 'layers' for name in names) > 1
+  matrix &= not _MATRICES.isdisjoint(names)
   if matrix:
     _split_least(rules, taken, left, mesh, names[0] == 'vocab_rows')
   elif 'layers' in names:

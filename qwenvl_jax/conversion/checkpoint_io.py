@@ -49,34 +49,48 @@ CHECKPOINTS = 'checkpoints'
 COMPLETE = 'commit_success.txt'
 
 
-def params_folder(folder: Path) -> Path | None:
+def params_folder(folder: Path, item: str = 'params') -> Path | None:
   """Finds the Orbax parameters under a folder of ours, None if it is not ours.
+
+  Args:
+    folder: a checkpoint, or a training run.
+    item: what a step calls them.
 
   Raises:
     CheckpointError: a training run without a complete checkpoint.
   """
-  if (folder / 'params').is_dir():
-    return folder / 'params'
+  if (folder / item).is_dir():
+    return folder / item
   steps = folder / CHECKPOINTS
   if not steps.is_dir():
     return None
   complete = [
     int(path.name)
     for path in steps.iterdir()
-    if path.name.isdecimal() and _complete(path)
+    if path.name.isdecimal() and _complete(path, item)
   ]
+  if not complete and item == 'params' and _adapts(steps):
+    raise CheckpointError(
+      f'{folder} is a run with low-rank factors and holds no whole model: name '
+      'it as the adapter of its base, or join both with qwenvl-convert '
+      'merge-adapter'
+    )
   if not complete:
     raise CheckpointError(
       f'{steps} holds no complete checkpoint yet: let the run save one first'
     )
-  return steps / str(max(complete)) / 'params'
+  return steps / str(max(complete)) / item
 
 
-def _complete(step: Path) -> bool:
+def _adapts(steps: Path) -> bool:
+  return any(steps.glob('*/trained'))
+
+
+def _complete(step: Path, item: str) -> bool:
   """Whether Orbax has finished a step; in a bucket it says so in the end."""
   if buckets.in_bucket(step) and not (step / COMPLETE).exists():
     return False
-  return (step / 'params').is_dir()
+  return (step / item).is_dir()
 
 
 def read_config(

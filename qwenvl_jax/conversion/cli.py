@@ -21,7 +21,12 @@ from rich.progress import (
 from rich.table import Table
 
 from qwenvl_jax import api, buckets, configuration, entry
-from qwenvl_jax.conversion import checkpoint_io, inspection, reference
+from qwenvl_jax.conversion import (
+  adapters,
+  checkpoint_io,
+  inspection,
+  reference,
+)
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.hub import local_folder
 from qwenvl_jax.conversion.job import Conversion, byte_size
@@ -79,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         qwenvl-convert to-hf runs/stage3 release --dtype bfloat16
         qwenvl-convert init-stage1 --vision CLIP-ViT-bigG --decoder Qwen-7B \\
             checkpoints/start
+        qwenvl-convert adapter-to-peft runs/mine peft --base Qwen/Qwen-VL-Chat
+        qwenvl-convert merge-adapter checkpoints/chat runs/mine merged
         qwenvl-convert --gin_file=convert/chat.gin \\
             --gin.SOURCE='"Qwen-VL-Chat"' --gin.DESTINATION='"checkpoints/chat"'
     """),
@@ -148,6 +155,36 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument(
     '--seed', type=int, default=0, help='of the adapter and of new rows'
+  )
+  _dtype(sub)
+  command(
+    'adapter-to-peft',
+    _adapter_to_peft,
+    "A run with low-rank factors to PEFT's layout.",
+    ('source', 'training run of finetune/lora.gin, or an adapter of ours'),
+    ('destination', 'new folder for adapter_config.json and the tensors'),
+  ).add_argument(
+    '--base',
+    metavar='MODEL',
+    help='what adapter_config.json names as the model, e.g. Qwen/Qwen-VL-Chat '
+    '(default: the folder that the run was started from)',
+  )
+  command(
+    'adapter-from-peft',
+    _adapter_from_peft,
+    "PEFT's adapter (safetensors or .bin) to one of ours, bound to its base.",
+    ('source', 'folder with adapter_config.json'),
+    ('base', 'checkpoint folder of the model that it is for'),
+    ('destination', 'new folder for the adapter'),
+  )
+  sub = command(
+    'merge-adapter',
+    _merge_adapter,
+    'A model with an adapter merged into its weights; to-hf then gives the '
+    'released layout. Packed int4 weights are dequantized first.',
+    ('base', 'checkpoint folder of the model'),
+    ('source', "training run of finetune/lora.gin, or an adapter (PEFT's too)"),
+    ('destination', 'new folder for the converted checkpoint'),
   )
   _dtype(sub)
   command(
@@ -250,6 +287,40 @@ def _by_flags(args) -> int:
   return _convert(
     Conversion(**{k: v for k, v in vars(args).items() if k in fields})
   )
+
+
+def _adapter_to_peft(args) -> int:
+  source, destination = map(buckets.as_path, (args.source, args.destination))
+  return _say(adapters.to_peft(source, destination, args.base), destination)
+
+
+def _adapter_from_peft(args) -> int:
+  source, base, destination = map(
+    buckets.as_path, (args.source, args.base, args.destination)
+  )
+  return _say(adapters.from_peft(source, base, destination), destination)
+
+
+def _say(adapter: adapters.LowRank, destination: Path) -> int:
+  size = sum(x.nbytes for x in adapter.values.values())
+  whole = f'; whole: {", ".join(adapter.whole)}' if adapter.whole else ''
+  print(
+    f'wrote {destination}: rank {adapter.lora.rank}, '
+    f'{", ".join(adapter.lora.names)}{whole}; {filesize.decimal(size)}'
+  )
+  return 0
+
+
+def _merge_adapter(args) -> int:
+  base, source, destination = map(
+    buckets.as_path, (args.base, args.source, args.destination)
+  )
+  with _progress('merging') as progress:
+    made = adapters.merge(base, source, destination, args.dtype, progress)
+  print(f'wrote {destination}')
+  for note in made.notes:
+    print(f'note: {note}', file=sys.stderr)
+  return 0
 
 
 def _inspect(args) -> int:

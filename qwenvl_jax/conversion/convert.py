@@ -107,7 +107,7 @@ def from_hf(
   assets.read_tokenizer(source, config)
   notes = []
   values, table = checkpoint_io.open_source(
-    source, config, _dtype(dtype), names, notes
+    source, config, dtype_of(dtype), names, notes
   )
   _require_all_parts(table, source)
   config, values, new = _grown(config, values, vocab_size, seed, source)
@@ -146,7 +146,7 @@ def to_hf(
   config = checkpoint_io.read_config(source)
   notes = []
   values, table = checkpoint_io.open_source(
-    source, config, _dtype(dtype), notes=notes
+    source, config, dtype_of(dtype), notes=notes
   )
   _require_all_parts(table, source)
   assets.read_tokenizer(source, config)
@@ -264,7 +264,12 @@ def copy(
     pool.shutdown(cancel_futures=True)
 
 
-def _dtype(name: str | None) -> np.dtype | None:
+def dtype_of(name: str | None) -> np.dtype | None:
+  """Gives the dtype of a name, None of None.
+
+  Raises:
+    CheckpointError: nothing is converted to it.
+  """
   if name is not None and name not in DTYPES:
     raise CheckpointError(
       f'dtype {name!r} is none of {", ".join(DTYPES)}, which are converted to'
@@ -334,7 +339,7 @@ def init_stage1(
     CheckpointError: tensors do not match the configs; see `from_hf`.
     DataError: the vocabulary is damaged.
   """
-  stored, kind = checkpoint_io.read_config(decoder), _dtype(dtype)
+  stored, kind = checkpoint_io.read_config(decoder), dtype_of(dtype)
   if stored.decoder.int4_group is not None:
     raise CheckpointError(
       f'{decoder} keeps int4 weights, which cannot be trained: take what they '

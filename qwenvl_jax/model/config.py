@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.model import attention, remat
 from qwenvl_jax.model.int4 import PER_WORD
+from qwenvl_jax.model.lora import LoraConfig
 
 
 def _check_sizes(config: Any, but: str = '') -> None:
@@ -190,6 +191,7 @@ class QwenVLConfig:
     scan_layers: whether the decoder's layers are stacked and scanned, for
       training, or apart with the outputs of their kernels first
       (`model.stacking`), for inference.
+    lora: which projections are adapted by low-rank factors; None for none.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -203,6 +205,7 @@ class QwenVLConfig:
   attention: str = 'auto'
   unroll: int = 1
   scan_layers: bool = True
+  lora: LoraConfig | None = None
 
   def __post_init__(self):
     _check_sizes(self)

@@ -25,6 +25,7 @@ from qwenvl_jax.model.cache import KVCache, LayerCache, read, write
 from qwenvl_jax.model.config import DecoderConfig
 from qwenvl_jax.model.decode_attention import decode_attention
 from qwenvl_jax.model.layers import Projection, RMSNorm
+from qwenvl_jax.model.lora import LoraConfig, Shared
 from qwenvl_jax.model.remat import GATE, RESIDUAL, UP, keep, remat
 from qwenvl_jax.sharding import constrain
 
@@ -76,6 +77,7 @@ class SelfAttention(nn.Module):
   dtype: Any
   param_dtype: Any
   outputs_first: bool = False
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x, context: Context, cache=None, lengths=None, last=None):
@@ -87,9 +89,14 @@ class SelfAttention(nn.Module):
       'int4_zero_offset': c.int4_zero_offset,
       'outputs_first': self.outputs_first,
       'int8': c.int8,
+      'lora': self.lora,
     }
 
-    def project(name, x):
+    low = Shared(
+      (c.dim,), ('embed',), self.lora, self.dtype, self.param_dtype, name='qkv'
+    )(x)
+
+    def project(name, x, low):
       return Projection(
         'BTD,DNH->BTNH',
         (c.dim, c.heads, c.head_dim),
@@ -97,13 +104,14 @@ class SelfAttention(nn.Module):
         2,
         **kinds,
         name=name,
-      )(x)
+      )(x, low)
 
-    k = rope.rotate(project('k', x), context.cos, context.sin)
-    v = project('v', x)
+    k = rope.rotate(project('k', x, low), context.cos, context.sin)
+    v = project('v', x, low)
     if last is not None:
       x, context = last.take(x), last.context
-    q = rope.rotate(project('q', x), context.cos, context.sin)
+      low = None if low is None else last.take(low)
+    q = rope.rotate(project('q', x, low), context.cos, context.sin)
     if context.logn is not None:
       q = (q * context.logn).astype(self.dtype)
     if cache is None:
@@ -141,6 +149,7 @@ class Mlp(nn.Module):
   dtype: Any
   param_dtype: Any
   outputs_first: bool = False
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x):
@@ -152,6 +161,7 @@ class Mlp(nn.Module):
       'int4_zero_offset': c.int4_zero_offset,
       'outputs_first': self.outputs_first,
       'int8': c.int8,
+      'lora': self.lora,
     }
 
     def project(name):
@@ -177,19 +187,20 @@ class Block(nn.Module):
   dtype: Any
   param_dtype: Any
   outputs_first: bool = False
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x, context, cache=None, lengths=None, last=None):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-    first = {'outputs_first': self.outputs_first}
+    kinds |= {'outputs_first': self.outputs_first, 'lora': self.lora}
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
-    attention = SelfAttention(c, **kinds, **first, name='attn')
+    attention = SelfAttention(c, **kinds, name='attn')
     h, cache = attention(h, context, cache, lengths, last)
     x = x if last is None else last.take(x)
     x = keep(x + h, RESIDUAL)
     h = RMSNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
-    x = x + Mlp(c, **kinds, **first, name='mlp')(h)
+    x = x + Mlp(c, **kinds, name='mlp')(h)
     return constrain(x, 'batch', 'length', 'embed_act'), cache
 
 
@@ -203,10 +214,12 @@ class Decoder(nn.Module):
   unroll: int = 1
   attention: str = 'auto'
   scan_layers: bool = True
+  lora: LoraConfig | None = None
 
   def setup(self):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    kinds['lora'] = self.lora
     first = {'outputs_first': not self.scan_layers}
     if c.int8 and self.scan_layers:
       raise ConfigError(
@@ -223,7 +236,7 @@ class Decoder(nn.Module):
       self.blocks = nn.scan(
         remat(Block, self.remat),
         variable_axes={'params': 0},
-        split_rngs={'params': True},
+        split_rngs={'params': True, 'dropout': True},
         in_axes=nn.broadcast,
         length=c.layers,
         unroll=self.unroll,

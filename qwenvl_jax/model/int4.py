@@ -12,6 +12,7 @@ and held at 4 bits a weight everywhere; arrays of `jnp.int4` are so only on
 devices.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -63,17 +64,50 @@ class Int4Kernel(nn.Module):
     packed = (*outputs[:-1], outputs[-1] // PER_WORD)
     zeros = param('zeros', (groups, *packed), jnp.int32)
     scales = param('scales', (groups, *outputs), jnp.float16)
-    # Not before their input is there: all layers' values would not fit. XLA
-    # drops a barrier before it schedules, but keeps what depends on the input:
-    # this is 0, or all of the product is not a number.
-    words += jnp.isnan(x.ravel()[0]).astype(words.dtype)
-    values = dequantized(words, zeros, scales, self.zero_offset)
-    values = values.astype(self.dtype)
     lead = x.shape[: x.ndim - self.contracted]
     x = x.astype(self.dtype).reshape(*lead, -1, PER_WORD)
-    # Two axes contracted, not one: joining them would move split inputs.
-    contract = ((x.ndim - 1, x.ndim - 2), (0, 1))
-    return jax.lax.dot_general(x, values, (contract, ((), ())))
+    return _product(x, words, zeros, scales, self.zero_offset)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _product(x, words, zeros, scales, zero_offset):
+  """[...,in/8,8] against a kernel, whose gradient nobody wants.
+
+  The gradient of x is by values that are made again: kept from the forward
+  pass, they would be a dequantized copy of the model.
+  """
+  values = _values(x, words, zeros, scales, zero_offset)
+  # Two axes contracted, not one: joining them would move split inputs.
+  contract = ((x.ndim - 1, x.ndim - 2), (0, 1))
+  return jax.lax.dot_general(x, values, (contract, ((), ())))
+
+
+def _product_forward(x, words, zeros, scales, zero_offset):
+  y = _product(x, words, zeros, scales, zero_offset)
+  return y, (words, zeros, scales)
+
+
+def _product_backward(zero_offset, packed, gradient):
+  values = _values(gradient, *packed, zero_offset)
+  outputs = values.ndim - 2
+  last = tuple(range(gradient.ndim - outputs, gradient.ndim))
+  contract = (last, tuple(range(2, values.ndim)))
+  by_x = jax.lax.dot_general(gradient, values, (contract, ((), ())))
+  return by_x.swapaxes(-1, -2), None, None, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _values(x, words, zeros, scales, zero_offset):
+  """A kernel's values in the dtype of what they are multiplied by.
+
+  Not before x is there: all layers' values would not fit. XLA drops a barrier
+  before it schedules, but keeps what depends on x: what is added is 0, or all
+  of the product is not a number.
+  """
+  words += jnp.isnan(x.ravel()[0]).astype(words.dtype)
+  return dequantized(words, zeros, scales, zero_offset).astype(x.dtype)
 
 
 def dequantized(words, zeros, scales, zero_offset: int = 1) -> jax.Array:

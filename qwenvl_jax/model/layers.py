@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from qwenvl_jax.fsdp import multiply
 from qwenvl_jax.model.int4 import Int4Kernel
 from qwenvl_jax.model.int8 import Int8Kernel
+from qwenvl_jax.model.lora import LoraConfig, raised, reduced
 
 # Of tables: tokens, positions, queries.
 default_init = nn.initializers.normal(0.02)
@@ -84,6 +85,7 @@ class Projection(nn.Module):
       released, for inference.
     int8: whether a kernel with its outputs first is held at 8 bits, see
       `Int8Kernel`.
+    lora: whether projections are adapted, and which.
   """
 
   equation: str
@@ -97,9 +99,11 @@ class Projection(nn.Module):
   int4_zero_offset: int = 1
   outputs_first: bool = False
   int8: bool = False
+  lora: LoraConfig | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, low=None):
+    """[...,*in] to [...,*out]; `low` is what `lora.Shared` made of x."""
     _, weights, outputs = re.split(',|->', self.equation)
     contracted = len(set(weights) - set(outputs))
     if self.int4_group is None:
@@ -124,6 +128,11 @@ class Projection(nn.Module):
         self.param_dtype,
       )
       y = y + bias.astype(self.dtype)
+    inputs, outputs = slice(contracted), slice(contracted, None)
+    if self.lora is not None and self.lora.adapts(self.path):
+      low = reduced(self, x, self.shape[inputs], self.axes[inputs])
+    if low is not None:
+      y = y + raised(self, low, self.shape[outputs], self.axes[outputs])
     return y
 
   def _multiply(self, x, contracted: int):

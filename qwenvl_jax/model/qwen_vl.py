@@ -53,11 +53,16 @@ class QwenVL(nn.Module):
     kinds = {'dtype': c.dtype, 'param_dtype': c.param_dtype}
     how = {'unroll': c.unroll, 'attention': c.attention}
     self.vision = VisionTransformer(
-      c.vision, **kinds, **how, remat=c.vision_remat or c.remat
+      c.vision, **kinds, **how, remat=c.vision_remat or c.remat, lora=c.lora
     )
     self.adapter = Adapter(c.adapter, **kinds, attention=c.attention)
     self.decoder = Decoder(
-      c.decoder, **kinds, **how, remat=c.remat, scan_layers=c.scan_layers
+      c.decoder,
+      **kinds,
+      **how,
+      remat=c.remat,
+      scan_layers=c.scan_layers,
+      lora=c.lora,
     )
 
   def __call__(self, batch: Batch, *, inference: bool = False):

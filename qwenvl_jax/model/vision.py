@@ -18,6 +18,7 @@ from qwenvl_jax.fsdp import gathered
 from qwenvl_jax.model.attention import attend, full_mask
 from qwenvl_jax.model.config import VisionConfig
 from qwenvl_jax.model.layers import LayerNorm, Projection
+from qwenvl_jax.model.lora import LoraConfig, Shared
 from qwenvl_jax.model.positions import resize_positions, sincos_positions
 from qwenvl_jax.model.remat import RESIDUAL, UP, keep, remat
 from qwenvl_jax.sharding import constrain
@@ -47,17 +48,24 @@ class SelfAttention(nn.Module):
   dtype: Any
   param_dtype: Any
   attention: str
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x, is_global, grid: tuple[int, int]):
     c = self.config
+    kinds = {
+      'dtype': self.dtype,
+      'param_dtype': self.param_dtype,
+      'lora': self.lora,
+    }
     heads = (c.width, c.heads, c.head_dim)
     axes = ('embed', 'heads', 'head_dim')
+    low = Shared((c.width,), ('embed',), **kinds, name='qkv')(x)
 
     def project(name):
-      return Projection(
-        'BPD,DNH->BPNH', heads, axes, 2, self.dtype, self.param_dtype, name=name
-      )(x)
+      return Projection('BPD,DNH->BPNH', heads, axes, 2, **kinds, name=name)(
+        x, low
+      )
 
     def all_to_all(q, k, v):
       return attend(q, k, v, full_mask(q.shape[1], k.shape[1], self.attention))
@@ -79,8 +87,7 @@ class SelfAttention(nn.Module):
       (c.heads, c.head_dim, c.width),
       ('heads', 'head_dim', 'embed'),
       1,
-      self.dtype,
-      self.param_dtype,
+      **kinds,
       name='out',
     )(out)
 
@@ -125,11 +132,13 @@ class Block(nn.Module):
   param_dtype: Any
   grid: tuple[int, int]
   attention: str
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x, is_global):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    kinds['lora'] = self.lora
     h = LayerNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
     attention = SelfAttention(c, **kinds, attention=self.attention, name='attn')
     x = keep(x + attention(h, is_global, self.grid), RESIDUAL)
@@ -144,11 +153,16 @@ class Mlp(nn.Module):
   config: VisionConfig
   dtype: Any
   param_dtype: Any
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x):
     c = self.config
-    kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    kinds = {
+      'dtype': self.dtype,
+      'param_dtype': self.param_dtype,
+      'lora': self.lora,
+    }
     h = Projection(
       'BPD,DF->BPF',
       (c.width, c.mlp_dim),
@@ -185,6 +199,7 @@ class VisionTransformer(nn.Module):
     remat: policy of the blocks.
     unroll: blocks in a step of their scan.
     attention: kernel, see `QwenVLConfig`.
+    lora: see there.
   """
 
   config: VisionConfig
@@ -193,6 +208,7 @@ class VisionTransformer(nn.Module):
   remat: str = 'none'
   unroll: int = 1
   attention: str = 'auto'
+  lora: LoraConfig | None = None
 
   @nn.compact
   def __call__(self, pixels):
@@ -245,10 +261,18 @@ class VisionTransformer(nn.Module):
     blocks = nn.scan(
       remat(Block, self.remat),
       variable_axes={'params': 0},
-      split_rngs={'params': True},
+      split_rngs={'params': True, 'dropout': True},
       length=c.layers,
       unroll=self.unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(c, self.dtype, self.param_dtype, grid, self.attention, name='blocks')
+    )(
+      c,
+      self.dtype,
+      self.param_dtype,
+      grid,
+      self.attention,
+      self.lora,
+      name='blocks',
+    )
     x, _ = blocks(x, is_global)
     return x

@@ -6,7 +6,7 @@ no checkpoint is opened.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,8 @@ class Job:
     trained: paths of the trained parameters.
     accumulation: microbatches a step.
     steps: of the whole run; None where there is no such thing.
+    kept_bytes: of a chip, of what a training step keeps: 'frozen parameters',
+      'trained parameters', 'optimizer state'.
     hbm_read_bytes: that each chip has to read from its memory in a step, where
       that is what a step waits for; else None.
   """
@@ -68,6 +70,7 @@ class Job:
   trained: frozenset[str] = frozenset()
   accumulation: int = 1
   steps: int | None = None
+  kept_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   hbm_read_bytes: float | None = None
 
 
@@ -167,6 +170,11 @@ def _train(config: TrainConfig, mesh: Mesh) -> Job:
     trained=frozenset(flatten(split(params, config.optimizer)[0])),
     accumulation=config.accumulation,
     steps=config.optimizer.steps,
+    kept_bytes={
+      'frozen parameters': _shard_bytes(state.frozen),
+      'trained parameters': _shard_bytes(state.trained),
+      'optimizer state': _shard_bytes(state.opt_state),
+    },
   )
 
 
@@ -367,6 +375,14 @@ def _ideal_bytes(kept: Any, batch: Any, mesh: Mesh) -> float:
   copies = mesh.shape['data']
   ways = mesh.size if isinstance(batch, State) else data_shards(mesh)
   return _bytes(kept) * copies / mesh.size + _bytes(batch) / ways
+
+
+def _shard_bytes(tree: Any) -> int:
+  """Bytes a chip."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def _bytes(tree: Any) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from qwenvl_jax.data.pipeline import Pipeline
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.lora import FACTORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def model_flops(
 def _place(path: str) -> str | None:
   """Which positions a parameter is multiplied with; None for no matrix."""
   part, *inner = path.split('/')
-  if inner[-1] != 'kernel' and path != 'adapter/proj':
+  if inner[-1] not in ('kernel', *FACTORS) and path != 'adapter/proj':
     return None
   if part == 'decoder':
     return 'head' if inner[0] == 'lm_head' else 'decoder'

@@ -42,6 +42,8 @@ class Plan:
     hbm_share: of the estimated step, what reading takes at full bandwidth.
     argument_bytes: state and batch; the ideal where it does not fit.
     ideal_argument_bytes: of them if nothing were padded or kept whole.
+    kept_bytes: by kind, of what a training step keeps from one to the next;
+      the rest of the peak is activations, gradients and the batch.
     parameters: of the model.
     trained_parameters: of those.
     parameters_per_chip: that a chip keeps.
@@ -92,6 +94,7 @@ class Plan:
   hbm_share: float | None
   argument_bytes: int
   ideal_argument_bytes: float
+  kept_bytes: dict[str, int]
   parameters: int
   trained_parameters: int
   parameters_per_chip: float
@@ -179,6 +182,7 @@ def _setting(job: Job, topology: Topology) -> dict[str, Any]:
     'accumulation': job.accumulation,
     'rows_per_chip': job.work.rows / job.accumulation / shards,
     'ideal_argument_bytes': job.ideal_argument_bytes,
+    'kept_bytes': dict(job.kept_bytes),
     'parameters': parameters,
     'trained_parameters': sum(leaves[path].size for path in job.trained),
     'parameters_per_chip': sum(

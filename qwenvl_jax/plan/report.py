@@ -61,6 +61,11 @@ def _rows(plan: Plan):
     f'{plan.peak_hbm_bytes / GIB:.2f} GiB',
     f'{share:.0%} of {plan.hbm_limit_bytes / GIB:.2f} GiB a chip',
   )
+  for kind, size in plan.kept_bytes.items():
+    yield _row(f'  {kind}', f'{size / GIB:.2f} GiB')
+  if plan.kept_bytes:
+    rest = plan.peak_hbm_bytes - sum(plan.kept_bytes.values())
+    yield _row('  activations and the rest', f'{rest / GIB:.2f} GiB')
   if not plan.fits:
     return
   yield _row(

@@ -1,12 +1,13 @@
 """Checkpoints of a run: saved asynchronously, resumed exactly.
 
 `checkpoints/STEP/` holds the items `params` (the whole tree, so that inference
-restores it alone), `optimizer` (moments and counters), `data` (the state of the
-input iterator) and, of a run with a guard, `guard`. Orbax writes a step under
-another name and renames it when it is complete (in a bucket: marks it), so that
-a kill leaves no half step behind. Checksums of all arrays and a manifest of all
-files tell what changed later. The processes of a run agree on what they
-restore.
+restores it alone; of a run with low-rank factors `trained`, without what is
+frozen, which is the base's), `optimizer` (moments and counters), `data` (the
+state of the input iterator) and, of a run with a guard, `guard`. Orbax writes a
+step under another name and renames it when it is complete (in a bucket: marks
+it), so that a kill leaves no half step behind. Checksums of all arrays and a
+manifest of all files tell what changed later. The processes of a run agree on
+what they restore.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from etils import epath
 
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS, COMPLETE
+from qwenvl_jax.conversion.low_rank import TRAINED
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import manifest
 from qwenvl_jax.train.data_state import (
@@ -82,6 +84,7 @@ class Checkpoints:
     config: CheckpointConfig,
     peers: Peers | None = None,
     reader: Reader | None = None,
+    on_base: bool = False,
   ):
     """Opens the folder and clears away what a kill left half written.
 
@@ -90,8 +93,11 @@ class Checkpoints:
       config: see `CheckpointConfig`.
       peers: the processes of the run.
       reader: the part of the data that this process reads.
+      on_base: whether what is frozen is a base's, and not saved.
     """
     self._config = config
+    self._on_base = on_base
+    self.item = TRAINED if on_base else 'params'
     self._peers = peers or Peers()
     self._reader = reader or Reader()
     self._unsealed = None
@@ -106,7 +112,7 @@ class Checkpoints:
           enable_async_checkpointing=True,
         ),
         item_handlers={
-          'params': ocp.StandardCheckpointHandler(),
+          self.item: ocp.StandardCheckpointHandler(),
           'optimizer': ocp.StandardCheckpointHandler(),
           'data': DataStateHandler(),
           'guard': ocp.JsonCheckpointHandler(),
@@ -152,9 +158,10 @@ class Checkpoints:
     if step == self._newest:
       return
     self.finish()
+    state = self.held(state)
     optimizer = _optimizer_item(state) | {'checksums': checksums(state)}
     items = {
-      'params': ocp.args.StandardSave(
+      self.item: ocp.args.StandardSave(
         state.params, save_args=save_args(state.params)
       ),
       'optimizer': ocp.args.StandardSave(optimizer),
@@ -200,7 +207,8 @@ class Checkpoints:
     the one before it is used.
 
     Args:
-      target: `ShapeDtypeStruct`s with shardings.
+      target: `ShapeDtypeStruct`s with shardings; on a base, with the values of
+        what is frozen, which the state gets.
       iterator: set to the state that was saved with the step; None for none.
       warn: told what was skipped.
       watch: as `iterator`; stays as it is if the step was saved without.
@@ -213,6 +221,7 @@ class Checkpoints:
       CheckpointError: no step can be restored, or the run was started with
         another configuration.
     """
+    frozen, target = target.frozen, self.held(target)
     steps = [
       step
       for step in self._agreed('the list of checkpoints', self._steps())
@@ -227,6 +236,8 @@ class Checkpoints:
         continue
       self._set_aside(damaged, warn, step)
       self._newest = step
+      if self._on_base:
+        state = dataclasses.replace(state, frozen=frozen)
       return state
     if damaged:
       reasons = '; '.join(f'step {s}: {r}' for s, r in damaged.items())
@@ -272,6 +283,10 @@ class Checkpoints:
     """
     if self._peers.index == 0 and buckets.in_bucket(self.folder):
       (self.folder / str(step) / COMPLETE).unlink(missing_ok=True)
+
+  def held(self, state: TrainState) -> TrainState:
+    """What a step holds of a state."""
+    return dataclasses.replace(state, frozen={}) if self._on_base else state
 
   def _steps(self) -> list[int]:
     return list(self._manager.all_steps())
@@ -323,7 +338,7 @@ class Checkpoints:
     optimizer['checksums'] = _abstract_checksums(target)
     read = ocp.StandardCheckpointHandler().restore
     params = read(
-      folder / 'params', args=ocp.args.StandardRestore(target.params)
+      folder / self.item, args=ocp.args.StandardRestore(target.params)
     )
     optimizer = read(
       folder / 'optimizer', args=ocp.args.StandardRestore(optimizer)
@@ -351,7 +366,7 @@ class Checkpoints:
     metadata = self._manager.item_metadata(step)
     optimizer = _optimizer_item(target)
     optimizer['checksums'] = _abstract_checksums(target)
-    for item, tree in (('params', target.params), ('optimizer', optimizer)):
+    for item, tree in ((self.item, target.params), ('optimizer', optimizer)):
       stored, wanted = _shapes(metadata[item].tree), _shapes(tree)
       if stored == wanted:
         continue

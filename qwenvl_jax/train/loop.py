@@ -15,23 +15,29 @@ import jax
 from jax.sharding import Mesh
 
 from qwenvl_jax import buckets
+from qwenvl_jax.conversion import low_rank
+from qwenvl_jax.conversion.adapters import base_of, check_base
 from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS
 from qwenvl_jax.conversion.families.qwen_vl.assets import (
   VOCABULARY,
   write_assets,
 )
+from qwenvl_jax.conversion.low_rank import Base
 from qwenvl_jax.data.pipeline import Pipeline
+from qwenvl_jax.data.survey import survey
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
 from qwenvl_jax.text.tokenizer import Tokenizer
 from qwenvl_jax.train import saved_config
+from qwenvl_jax.train.best import FOLDER as BEST
+from qwenvl_jax.train.best import Best
 from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from qwenvl_jax.train.guard import Guard, Spike, Watch
 from qwenvl_jax.train.hosts import compare, remark, times
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.lock import locked
 from qwenvl_jax.train.objective import NextToken, Objective
-from qwenvl_jax.train.optimizer import OptimizerConfig
+from qwenvl_jax.train.optimizer import OptimizerConfig, split
 from qwenvl_jax.train.peers import Peers
 from qwenvl_jax.train.profile import FOLDER as PROFILE
 from qwenvl_jax.train.profile import Profiler, check_steps
@@ -81,11 +87,24 @@ class HeldOut:
     data: read from its start every time, so that the numbers compare.
     every: steps between two of them.
     batches: how many.
+    patience: after how many in a row without a lower loss the run ends, saved;
+      the best state so far is in the run's folder `best`. None keeps no best
+      state and never ends early.
   """
 
   data: Data
   every: int = 1000
   batches: int = 8
+  patience: int | None = None
+
+  def __post_init__(self):
+    for name in ('every', 'batches'):
+      if getattr(self, name) < 1:
+        raise ConfigError(
+          f'HeldOut.{name}={getattr(self, name)} must be at least 1'
+        )
+    if self.patience is not None and self.patience < 1:
+      raise ConfigError(f'HeldOut.patience={self.patience} must be at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +124,8 @@ class TrainConfig:
     max_skipped: consecutive steps without a finite loss that end the run, or
       with a guard, send it back to a checkpoint from before them.
     heldout: see `HeldOut`.
+    survey: whether records are counted before the first step: how long they
+      are, what of them is cut, and which.
     guard: when to go back to the last good checkpoint; None is never.
     profile_steps: first and last step, counted from 1, of a profiler trace.
     notice: seconds from SIGTERM to the end of a machine that is taken away, for
@@ -123,6 +144,7 @@ class TrainConfig:
   log_every: int = 10
   max_skipped: int = 20
   heldout: HeldOut | None = None
+  survey: bool = False
   guard: Guard | None = None
   profile_steps: tuple[int, int] | None = None
   notice: float = 30.0
@@ -217,7 +239,10 @@ def _train(
   iterator = config.data.iterator(reader.index, reader.count)
   # Opening data may take one host long, and collectives know no time-outs.
   peers.gather('the data being open')
-  checkpoints = Checkpoints(workdir, config.checkpoint, peers, reader)
+  base = _base(config, workdir)
+  checkpoints = Checkpoints(
+    workdir, config.checkpoint, peers, reader, on_base=base is not None
+  )
   watch = Watch(config.guard) if config.guard else None
   with caught_signals() as caught, contextlib.closing(checkpoints):
     state = _start(config, mesh, checkpoints, iterator, watch, first)
@@ -226,7 +251,7 @@ def _train(
       # Not before: a configuration that does not fit the run that is there
       # must leave its files alone.
       with _writing(workdir):
-        changed = _write_files(config, workdir, resolved)
+        changed = _write_files(config, workdir, resolved, base)
     start = int(state.step)
     reporter = Reporter(workdir, start, stop, quiet=not first)
     with contextlib.closing(reporter):
@@ -234,8 +259,18 @@ def _train(
         reporter.say(f'resumed from step {start} of {workdir}')
       for line in changed:
         reporter.say(f'changed since the last start: {line}')
+      best = None
+      if config.heldout and config.heldout.patience:
+        best = Best(workdir, checkpoints.item, first)
+        if _no_better(best, config.heldout, start):
+          stop = start
       if start >= stop:
         reporter.say(f'nothing left to do: the run ends at step {stop}')
+      elif not start and config.survey and isinstance(config.data, Pipeline):
+        for found in survey(config.data):
+          for line in found.lines():
+            reporter.say(line)
+          found.check()
       profiler = Profiler(
         workdir / PROFILE, config.profile_steps if first else None, reporter.say
       )
@@ -250,6 +285,7 @@ def _train(
         profiler=profiler,
         caught=caught,
         check_lock=check_lock,
+        best=best,
       )
       with contextlib.closing(profiler):
         return run(state, iterator, stop)
@@ -272,15 +308,39 @@ def _writing(workdir: Path) -> Iterator[None]:
     ) from error
 
 
-def _write_files(config: TrainConfig, workdir: Path, resolved) -> list[str]:
+def _base(config: TrainConfig, workdir: Path) -> Base | None:
+  """The model whose frozen parameters a run's checkpoints do not hold.
+
+  Raises:
+    CheckpointError: the run was started on another one.
+  """
+  if config.objective.config.lora is None:
+    return None
+  folder = buckets.as_path(config.init.params)
+  if low_rank.is_ours(workdir):
+    _, base = low_rank.read_settings(workdir)
+    check_base(base, folder, str(workdir))
+    return base
+  return base_of(folder)
+
+
+def _write_files(
+  config: TrainConfig, workdir: Path, resolved, base: Base | None
+) -> list[str]:
   """Writes what opens the run's checkpoints, and what made them.
 
   Returns:
     What of the configuration differs from the last start's, a line each.
   """
-  write_assets(workdir, config.objective.config)
-  if isinstance(config.data, Pipeline):
-    Tokenizer(config.data.vocabulary).save(workdir / VOCABULARY)
+  folders = [workdir]
+  if config.heldout and config.heldout.patience:
+    folders.append(workdir / BEST)
+  for folder in folders:
+    write_assets(folder, config.objective.config)
+    if base is not None:
+      low_rank.write_settings(folder, config.objective.config.lora, base)
+    if isinstance(config.data, Pipeline):
+      Tokenizer(config.data.vocabulary).save(folder / VOCABULARY)
   return [] if resolved is None else saved_config.save(workdir, resolved)
 
 
@@ -291,6 +351,19 @@ def check_run(config: TrainConfig, mesh: Mesh) -> None:
     ConfigError: says what does not fit what, and what would.
   """
   check_batch(config.data.batch_size, config.accumulation, mesh)
+  init = config.init or InitFrom()
+  if config.objective.config.lora is not None and (
+    init.params is None or init.vision or init.adapter or init.decoder
+  ):
+    raise ConfigError(
+      'QwenVLConfig.lora adapts one whole model: name its folder as '
+      'InitFrom.params (BASE of finetune/lora.gin), and no other part'
+    )
+  if config.objective.config.lora is None and init.adapted is not None:
+    raise ConfigError(
+      'InitFrom.adapted is an adapter to go on from, but QwenVLConfig.lora is '
+      'None (finetune/lora.gin sets it)'
+    )
   data, objective = config.data, config.objective
   if not (isinstance(data, Pipeline) and isinstance(objective, NextToken)):
     return
@@ -332,13 +405,20 @@ def _start(config, mesh, checkpoints, iterator, watch, first) -> TrainState:
 
   target = abstract_params(config.objective, config.optimizer, mesh)
   abstract = abstract_state(target, config.optimizer, mesh)
+  on_base, params = config.objective.config.lora is not None, None
+
+  def initial():
+    init = config.init or InitFrom()
+    return initial_params(config.objective, target, init, config.seed)
+
+  if on_base:
+    params = initial()
+    _, frozen = split(params, config.optimizer)
+    abstract = dataclasses.replace(abstract, frozen=frozen)
   state = checkpoints.restore(abstract, iterator, warn, watch)
   if state is not None:
     return state
-  params = initial_params(
-    config.objective, target, config.init or InitFrom(), config.seed
-  )
-  return create_state(params, config.optimizer, mesh)
+  return create_state(params or initial(), config.optimizer, mesh)
 
 
 @dataclasses.dataclass
@@ -361,6 +441,7 @@ class _Run:
   profiler: Profiler
   caught: Caught
   check_lock: Callable[[], None] | None
+  best: Best | None = None
 
   def __call__(self, state: TrainState, iterator, stop: int) -> TrainState:
     config = self.config
@@ -415,10 +496,16 @@ class _Run:
           # which data are left out must not.
           _next(iterator, step_number, stop)
         continue
-      if heldout:
-        self._report_heldout(step_number, state)
-      if saving:
+      ending = heldout and self._report_heldout(step_number, state)
+      if saving or ending:
         self._save(step_number, state)
+      if ending:
+        self.reporter.say(
+          f'ended at step {step_number}: the held-out loss has not been lower '
+          f'than {self.best.loss:.4f} since step {self.best.step} '
+          '(HeldOut.patience)'
+        )
+        break
     self.checkpoints.finish()
     return state
 
@@ -519,6 +606,7 @@ class _Run:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       state,
     )
+    target = dataclasses.replace(target, frozen=state.frozen)
     restored = self.checkpoints.go_back(
       spike.good, target, self.reporter.say, self.watch
     )
@@ -533,7 +621,8 @@ class _Run:
     self._window = Window(time.perf_counter())
     return restored
 
-  def _report_heldout(self, step_number: int, state: TrainState) -> None:
+  def _report_heldout(self, step_number: int, state: TrainState) -> bool:
+    """Computes the loss on held-out data; whether the run ends by it."""
     heldout, reader = self.config.heldout, self.reader
     iterator = heldout.data.iterator(reader.index, reader.count)
     began = time.perf_counter()
@@ -548,8 +637,11 @@ class _Run:
       total, weight = total + float(loss), weight + float(weight_here)
     loss = total / weight if weight else float('nan')
     self.reporter.record({'step': step_number, 'heldout_loss': loss})
+    if self.best is not None:
+      self.best.see(step_number, loss, self.checkpoints.held(state).params)
     # This time is not the training's.
     self._window.began += time.perf_counter() - began
+    return _no_better(self.best, heldout, step_number)
 
   def _stop_if_asked(self, turn, step_number, state) -> None:
     asked = self.caught.signum
@@ -573,6 +665,13 @@ class _Run:
       else f'stopped by {name} before the first step',
       asked,
     )
+
+
+def _no_better(best: Best | None, heldout: HeldOut, step: int) -> bool:
+  """Whether the held-out loss has not become lower for long enough."""
+  if best is None or not best.step:
+    return False
+  return step - best.step >= heldout.patience * heldout.every
 
 
 def _next(iterator: Iterator, step_number: int, stop: int) -> dict:

@@ -35,9 +35,17 @@ class Objective(Protocol):
     """Random parameters: a nested dict; leaves may be logically partitioned."""
 
   def loss(
-    self, params: Any, batch: dict[str, jax.Array]
+    self,
+    params: Any,
+    batch: dict[str, jax.Array],
+    key: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Sums over the rows of (a microbatch of) the batch.
+
+    Args:
+      params: the whole tree.
+      batch: the rows.
+      key: of what is left out at random (dropout); None for nothing.
 
     Returns:
       (sum of the loss, sum of the weights, further sums). Of the further sums
@@ -80,11 +88,12 @@ class NextToken:
     batch = text_batch(np.zeros((1, 1), np.int32))
     return QwenVL(self.config).init(key, batch)['params']
 
-  def loss(self, params, batch):
+  def loss(self, params, batch, key=None):
     batch = Batch(**batch)
+    rngs = None if key is None else {'dropout': key}
     if not self.branches:
       batch = dataclasses.replace(batch, branch_ids=None)
-    logits = QwenVL(self.config).apply({'params': params}, batch)
+    logits = QwenVL(self.config).apply({'params': params}, batch, rngs=rngs)
     loss, weight = next_token_loss(logits, batch.targets, batch.loss_weights)
     counts = {
       'tokens': jnp.sum(batch.segment_ids > 0),
@@ -129,7 +138,8 @@ class PatchObjects:
     pixels = jnp.zeros((1, side, side, 3), jnp.uint8)
     return self._model().init(key, pixels)['params']
 
-  def loss(self, params, batch):
+  def loss(self, params, batch, key=None):
+    del key
     outputs = self._model().apply({'params': params}, batch['pixels'])
     logits, coordinates = jnp.split(
       outputs.astype(jnp.float32), [self.classes], axis=-1

@@ -1,7 +1,6 @@
 """The state of a run: what a step takes and gives, and where it lives."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from qwenvl_jax.conversion.layout import is_packed
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.model.lora import is_factor
 from qwenvl_jax.sharding import param_shardings, replicated
 from qwenvl_jax.train.objective import Objective
 from qwenvl_jax.train.optimizer import (
@@ -79,8 +80,8 @@ def abstract_params(
   shardings = flatten(param_shardings(boxed, mesh))
   dtypes = _stored_dtypes(nn.meta.unbox(boxed), objective, config)
   for path, leaf in shapes.items():
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-      dtypes[path] = leaf.dtype  # Of packed kernels, in plans of inference.
+    if is_packed(path) or jnp.issubdtype(leaf.dtype, jnp.integer):
+      dtypes[path] = leaf.dtype
   return unflatten(
     {
       path: jax.ShapeDtypeStruct(
@@ -101,21 +102,18 @@ def run_once_options() -> dict | None:
   return {'xla_backend_optimization_level': 0}
 
 
-def random_params(
-  objective: Objective, target: Any, seed: int, parts: Sequence[str]
-) -> Any:
+def random_params(objective: Objective, target: Any, seed: int) -> Any:
   """Initializes parameters in their places.
 
   Args:
     objective: the model.
-    target: from `abstract_params`.
+    target: from `abstract_params`, or the part of that tree that is wanted.
     seed: the values depend on it only, not on the mesh.
-    parts: which children of the tree; the others are left out.
 
   Returns:
     Nested dict of arrays.
   """
-  wanted = flatten({part: target[part] for part in parts})
+  wanted = flatten(target)
 
   def init(key):
     params = flatten(nn.meta.unbox(objective.init(key)))
@@ -170,8 +168,15 @@ def abstract_state(
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise ConfigError(
         f'{path} is {leaf.dtype}: kernels of 4 bits (DecoderConfig.int4_group) '
-        'are for inference and cannot be trained'
+        'cannot be trained, only low-rank factors beside them '
+        '(finetune/qlora.gin)'
       )
+  still = [path for path in flatten(frozen) if is_factor(path)]
+  if still:
+    raise ConfigError(
+      f'OptimizerConfig.trainable={config.trainable} leaves {still[0]} as it '
+      "starts: with QwenVLConfig.lora it must match all factors ('.*/lora_.')"
+    )
   optimizer = make_optimizer(config)
   everywhere = replicated(mesh)
   # Moments live where their parameters live; counters everywhere.

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.fsdp import whole_vectors
+from qwenvl_jax.model.lora import FACTORS
 from qwenvl_jax.sharding import (
   BATCH_AXES,
   batch_sharding,
@@ -28,6 +29,9 @@ from qwenvl_jax.train.state import TrainState
 
 # Sums over a batch that are reported as they are, not divided by the weight.
 COUNTS = ('tokens', 'images')
+
+# Names of the parameters that are multiplied by.
+_MATRICES = ('kernel', *FACTORS)
 
 
 def check_batch(rows: int, accumulation: int, mesh: Mesh) -> None:
@@ -82,7 +86,7 @@ def _working_copy(trained: Any, dtype: Any) -> Any:
   """
 
   def cast(path, x):
-    return x.astype(dtype) if path[-1].key == 'kernel' else x
+    return x.astype(dtype) if path[-1].key in _MATRICES else x
 
   if all(x.dtype == dtype for x in jax.tree.leaves(trained)):
     return trained
@@ -98,42 +102,45 @@ def accumulate(
   batch: dict[str, jax.Array],
   accumulation: int,
   mesh: Mesh,
+  key: jax.Array | None = None,
 ) -> tuple[Any, jax.Array, jax.Array, dict[str, jax.Array]]:
   """Sums of loss, gradient and counts over the microbatches of a batch.
 
   The gradient of a microbatch has the dtype of the computation, the sum that of
-  the parameters.
+  the parameters. What is drawn at random follows from `key`, None for nothing.
 
   Returns:
     (gradient of the summed loss, summed loss, summed weight, other sums).
   """
 
-  def loss(trained, rows):
-    total, weight, sums = objective.loss(merge(trained, frozen), rows)
+  def loss(trained, rows, key):
+    random = {} if key is None else {'key': key}
+    total, weight, sums = objective.loss(merge(trained, frozen), rows, **random)
     return total, (weight, sums)
 
   working = _working_copy(trained, objective.config.dtype)
   working, frozen = whole_vectors(working), whole_vectors(frozen)
 
-  def one(rows):
+  def one(rows, key):
     (total, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
-      working, rows
+      working, rows, key
     )
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, trained)
     return grads, total, weight, sums
 
   if accumulation == 1:
-    return one(batch)
+    return one(batch, key)
 
+  keys = None if key is None else jax.random.split(key, accumulation)
   micro = _microbatches(batch, accumulation, mesh)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro)),
+    jax.eval_shape(one, *jax.tree.map(lambda x: x[0], (micro, keys))),
   )
   sums, _ = jax.lax.scan(
-    lambda carry, rows: (jax.tree.map(jnp.add, carry, one(rows)), None),
+    lambda carry, rows: (jax.tree.map(jnp.add, carry, one(*rows)), None),
     zeros,
-    micro,
+    (micro, keys),
   )
   return sums
 
@@ -166,8 +173,11 @@ def train_step(
     parameters before the update, `learning_rate`, `weight`, the objective's
     sums, `skipped` and `skipped_in_a_row`.
   """
+  key, lora = None, objective.config.lora
+  if lora is not None and lora.dropout:
+    key = jax.random.fold_in(jax.random.key(0), state.step)
   grads, total, weight, sums = accumulate(
-    objective, state.trained, state.frozen, batch, accumulation, mesh
+    objective, state.trained, state.frozen, batch, accumulation, mesh, key
   )
   loss = total / weight
   grads = jax.tree.map(lambda g: g / weight, grads)

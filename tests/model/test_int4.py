@@ -161,3 +161,27 @@ for sizes in ((1, 2, 2), (1, 4, 1)):
 @pytest.mark.slow
 def test_sharded_like_plain_kernels(run_on_devices):
   run_on_devices(4, SHARDED.format(folder=str(INT4)))
+
+
+@pytest.mark.parametrize('inputs', [(32,), (2, 16)])
+def test_gradient_of_the_inputs(kernel, inputs):
+  """That of the dequantized kernel, which is made again for it."""
+  parts, whole = kernel
+  names = ('embed', 'heads', 'head_dim', 'mlp')
+  shape = (*inputs, 3, 8)
+  module = Int4Kernel(shape, names[: len(shape)], len(inputs), 16, jnp.float32)
+  params = dict(zip(('words', 'zeros', 'scales'), parts, strict=True))
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(5, *inputs)).astype(np.float32)
+  seen = rng.normal(size=(5, 3, 8)).astype(np.float32)
+  loss = jax.jit(
+    jax.grad(lambda x: jnp.sum(module.apply({'params': params}, x) * seen))
+  )
+  wanted = np.einsum('bnh,inh->bi', seen, whole).reshape(x.shape)
+  np.testing.assert_allclose(loss(x), wanted, rtol=1e-4, atol=1e-5)
+  # No values are kept from the forward pass.
+  saved = jax.eval_shape(
+    lambda x: jax.vjp(lambda x: module.apply({'params': params}, x), x)[1], x
+  )
+  kept = [leaf for leaf in jax.tree.leaves(saved) if leaf.size >= 32 * 3 * 8]
+  assert not kept

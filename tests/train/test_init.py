@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp('checkpoint')
   everything = OptimizerConfig(peak=1.0, end=0.1, warmup=0, steps=9)
   full = abstract_params(MODEL, everything, make_mesh())
-  params = random_params(MODEL, full, 7, list(full))
+  params = random_params(MODEL, full, 7)
   write_assets(path, MODEL.config)
   golden.save_params(path, params)
   return path, jax.device_get(params)

@@ -10,6 +10,7 @@ import pytest
 import standin
 from tensorboardX.proto import event_pb2
 
+from qwenvl_jax.conversion.orbax_store import open_stores
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train import lock
@@ -219,3 +220,25 @@ def test_a_second_process_ends_before_it_writes(tmp_path, monkeypatch):
 def test_seeds_that_jax_would_cut_are_refused(seed):
   with pytest.raises(ConfigError, match=f'TrainConfig.seed={seed} is not'):
     dataclasses.replace(standin.line_run(steps=4), seed=seed)
+
+
+def test_the_best_state_is_kept_and_the_run_ends_early(tmp_path):
+  # A rate that never falls overshoots: the first steps are the best.
+  optimizer = {'peak': 2.0, 'end': 2.0, 'warmup': 0}
+  config = standin.line_run(
+    steps=100,
+    optimizer=optimizer,
+    heldout=HeldOut(standin.Points(batch_size=16), 2, 2, patience=3),
+  )
+  state = train(config, tmp_path)
+  losses = {
+    r['step']: r['heldout_loss'] for r in log(tmp_path) if 'heldout_loss' in r
+  }
+  best = min(losses, key=losses.get)
+  assert int(state.step) == max(losses) == best + 6 < 100
+  found = json.loads((tmp_path / 'best/best.json').read_text())
+  assert found == {'step': best, 'heldout_loss': losses[best]}
+  stores = open_stores(tmp_path / 'best/params')
+  assert stores.keys() == {'model/kernel', 'model/bias', 'fixed/scale'}
+  # Started again, it knows that it has ended.
+  assert int(train(config, tmp_path).step) == int(state.step)

@@ -15,7 +15,7 @@ MESH = make_mesh()
 def begin(config):
   objective = config.objective
   target = abstract_params(objective, config.optimizer, MESH)
-  params = random_params(objective, target, 0, list(target))
+  params = random_params(objective, target, 0)
   state = create_state(params, config.optimizer, MESH)
   step = compile_step(
     objective, config.optimizer, config.accumulation, MESH, state
@@ -121,7 +121,7 @@ def test_patch_objects_learn_and_leave_a_vision_tree():
   boxes = np.stack([labels * x for x in (0.1, 0.2, 0.6, 0.9)], -1)
   labels[0, 0, 0] = NO_LABEL
   state = create_state(
-    random_params(objective, target, 0, list(target)), config.optimizer, MESH
+    random_params(objective, target, 0), config.optimizer, MESH
   )
   step = compile_step(objective, config.optimizer, 1, MESH, state)
   batch = put_batch(

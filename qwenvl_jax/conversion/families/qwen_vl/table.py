@@ -120,10 +120,11 @@ def rules(config: QwenVLConfig, parts: Iterable[str] = PARTS) -> list[Rule]:
   return [rule for part in parts for rule in of_part[part](config)]
 
 
-def _decoder(config: QwenVLConfig) -> Iterable[Rule]:
+def decoder_sizes(config: QwenVLConfig) -> dict[str, int]:
+  """Lengths of the axes that the decoder's patterns name."""
   c = config.decoder
   attn, group = c.heads * c.head_dim, c.int4_group or 1
-  sizes = {
+  return {
     FUSED: 3,
     'vocab': c.vocab_size,
     'dim': c.dim,
@@ -138,15 +139,20 @@ def _decoder(config: QwenVLConfig) -> Iterable[Rule]:
     'attn_groups': attn // group,
     'mlp_groups': c.mlp_dim // group,
   }
+
+
+def _decoder(config: QwenVLConfig) -> Iterable[Rule]:
+  c, sizes = config.decoder, decoder_sizes(config)
   kernels = _DECODER_KERNELS if c.int4_group is None else _INT4_KERNELS
   where = 'transformer.h.*.', 'decoder/blocks/', c.layers
   yield from make_rules(_DECODER, sizes)
   yield from make_rules(_DECODER_NORMS + kernels, sizes, *where)
 
 
-def _vision(config: QwenVLConfig) -> Iterable[Rule]:
+def vision_sizes(config: QwenVLConfig) -> dict[str, int]:
+  """Lengths of the axes that the vision transformer's patterns name."""
   c = config.vision
-  sizes = {
+  return {
     FUSED: 3,
     'rgb': 3,
     'patch_rows': c.patch_size,
@@ -157,6 +163,10 @@ def _vision(config: QwenVLConfig) -> Iterable[Rule]:
     'head_dim': c.head_dim,
     'mlp': c.mlp_dim,
   }
+
+
+def _vision(config: QwenVLConfig) -> Iterable[Rule]:
+  c, sizes = config.vision, vision_sizes(config)
   where = _VISUAL + 'transformer.resblocks.*.', 'vision/blocks/', c.layers
   yield from make_rules(_VISION, sizes, _VISUAL)
   yield from make_rules(_VISION_BLOCK, sizes, *where)

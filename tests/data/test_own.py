@@ -1,0 +1,85 @@
+"""A data set of one's own: parts, steps, and what does not fit a row."""
+
+import pytest
+
+from qwenvl_jax.data import formats, own
+from qwenvl_jax.data.pipeline import Pipeline, Stream
+from qwenvl_jax.data.records import Record, Turn
+from qwenvl_jax.data.survey import survey
+from qwenvl_jax.errors import BadRecordError, DataError
+
+
+def record(number, words=3, question=2):
+  turns = (Turn('user', 'what ' * question), Turn('assistant', 'it ' * words))
+  return Record(id=f'mine/{number}', turns=turns)
+
+
+class Listed:
+  """Records in memory, of which some cannot be read."""
+
+  def __init__(self, *records):
+    self.records = records
+
+  def open(self):
+    return self
+
+  def __len__(self):
+    return len(self.records)
+
+  def __getitem__(self, index):
+    if isinstance(self.records[index], Exception):
+      raise self.records[index]
+    return self.records[index]
+
+
+def look(vocabulary, length, *records):
+  stream = Stream(Listed(*records), formats.Conversations(), name='mine')
+  pipeline = Pipeline(
+    streams=[stream],
+    vocabulary=vocabulary,
+    sequence_length=length,
+    image_slots=0,
+  )
+  (found,) = survey(pipeline)
+  return found
+
+
+@pytest.mark.parametrize('count', [2, 10, 137])
+def test_parts_are_all_records_once(count):
+  held = own.Part('mine', 'heldout').indices(count)
+  train = own.Part('mine').indices(count)
+  assert sorted([*held, *train]) == list(range(count))
+  assert len(held) == max(1, round(0.05 * count))
+  assert len(own.Part('mine', heldout=0).indices(count)) == count
+
+
+def test_steps_of_epochs():
+  part = own.Part('mine')
+  assert own.steps(part, 8, 5.0, records=100) == 63
+  assert own.steps(part, 8, 5.0, share=0.01, records=100) == 1
+  with pytest.raises(DataError, match='mine is not prepared'):
+    own.steps(part, 8, 5.0)
+
+
+def test_what_is_cut_is_named(vocabulary):
+  found = look(
+    vocabulary,
+    100,
+    record(0),
+    record(1, words=200),
+    record(2, question=200),
+    BadRecordError('malformed', 'mine/3 is no record'),
+  )
+  assert found.cut == ['mine/1', 'mine/2'] and found.unlearned == ['mine/2']
+  assert max(found.lengths) > 200
+  found.check()
+  said = '\n'.join(found.lines())
+  assert '4 records' in said and 'and a row has 100' in said
+  assert 'of 1 no answer is left: mine/2' in said
+  assert '1 records are dropped (malformed), e.g. mine/3 is no record' in said
+
+
+def test_if_all_answers_are_cut_nothing_is_trained(vocabulary):
+  found = look(vocabulary, 60, *(record(i, question=99) for i in range(3)))
+  with pytest.raises(DataError, match='3 are cut before it at 60 tokens'):
+    found.check()
