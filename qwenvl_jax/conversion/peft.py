@@ -260,6 +260,7 @@ def config_of(adapter: LowRank, base: str) -> dict:
   """
   layers = [layer_name(target) for target in adapter.lora.names]
   names = [layer.rpartition('*.')[2] for layer in layers]
+  alpha = adapter.lora.alpha
   towers = {target.split('/')[0] for target in adapter.lora.names}
   # A name is matched as the end of a layer's name, in both towers.
   targets = (
@@ -275,7 +276,8 @@ def config_of(adapter: LowRank, base: str) -> dict:
     'bias': 'none',
     'fan_in_fan_out': False,
     'inference_mode': True,
-    'lora_alpha': adapter.lora.alpha,
+    # PEFT's own are whole numbers.
+    'lora_alpha': int(alpha) if alpha == int(alpha) else alpha,
     'lora_dropout': adapter.lora.dropout,
     'modules_to_save': [
       name.rpartition('.')[2]

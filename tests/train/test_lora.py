@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import golden
 import jax
@@ -178,6 +179,14 @@ def test_a_run_opens_as_an_adapter_and_by_itself(run, base, tmp_path):
   adapters.merge(base, folder, tmp_path / 'merged')
   merged = qwenvl_jax.load(tmp_path / 'merged').logits(tokens)
   np.testing.assert_allclose(merged, wanted, atol=1e-4)
+
+
+def test_a_run_whose_base_is_gone_says_so(base, run, tmp_path):
+  shutil.copy(run[0] / 'lora.json', tmp_path)
+  path = tmp_path / 'lora.json'
+  path.write_text(path.read_text().replace(str(base), str(base / 'gone')))
+  with pytest.raises(CheckpointError, match='gone, which is not there'):
+    qwenvl_jax.load(tmp_path)
 
 
 def test_factors_must_be_trained(base):
