@@ -89,9 +89,12 @@ def run(command: str, *arguments: object) -> None:
   else:
     raise ConfigError(f'{command} is no command of qwenvl_jax')
   print(f'$ {shlex.join(shown)}', flush=True)
+  # Kernels force colours on what they start, which would draw bars for a
+  # terminal that is not there.
+  environment = {k: v for k, v in os.environ.items() if k != 'FORCE_COLOR'}
   process = subprocess.Popen(
     [sys.executable, '-m', module, *words],
-    env=os.environ | {'PYTHONUNBUFFERED': '1'},
+    env=environment | {'PYTHONUNBUFFERED': '1'},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -46,6 +46,7 @@ def execute(name: str, folder: Path, **parameters) -> nbformat.NotebookNode:
     notebook,
     timeout=1200,
     kernel_name='python3',
+    coalesce_streams=True,
     resources={'metadata': {'path': str(folder)}},
   ).execute()
   del notebook.cells[at + 1]

@@ -8,12 +8,14 @@ from matplotlib.figure import Figure
 
 from qwenvl_jax.errors import DataError
 
+LOSSES = ('loss', 'heldout_loss')
+
 
 def draw(runs: Mapping[str, Path]) -> Figure:
   """Draws the loss of each run over its steps, beside each other.
 
   Where a run was evaluated while it trained, the loss on what was held out is
-  drawn, too (`../loss` in its log).
+  drawn, too.
 
   Args:
     runs: title to a run's folder, with `log.jsonl`.
@@ -47,9 +49,9 @@ def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
       f'{path} does not exist: {folder} is no training run, or none that has '
       'come to its first line yet'
     ) from error
-  found = {'loss': []}
+  found = {}
   for record in map(json.loads, lines):
-    for name, value in record.items():
-      if value is not None and (name == 'loss' or name.endswith('/loss')):
-        found.setdefault(name, []).append((record['step'], value))
+    for name in LOSSES:
+      if record.get(name) is not None:
+        found.setdefault(name, []).append((record['step'], record[name]))
   return found

@@ -1,6 +1,8 @@
 """The notebooks run from their first cell to the last."""
 
 import configparser
+import dataclasses
+import shlex
 import shutil
 import socket
 
@@ -11,6 +13,8 @@ import reciter
 pytest.importorskip('nbclient')
 
 import notebooks
+
+from qwenvl_jax.conversion import checkpoint_io
 
 
 @pytest.fixture(scope='module')
@@ -60,6 +64,45 @@ def test_serve(chat, tmp_path):
   assert 'Is there an apple? -> ' in text
   assert len(notebooks.pictures(done)) == 1
   assert reciter.ANSWER in (tmp_path / 'kept' / 'answers.md').read_text()
+
+
+def test_finetune(tmp_path):
+  """By Q-LoRA, on the golden Int4 model."""
+  base = tmp_path / 'Int4'
+  shutil.copytree(golden.FOLDER.parent / 'int4', base)
+  (base / 'qwen.tiktoken').write_text(golden.vocabulary())
+  sizes = tmp_path / 'sizes.gin'
+  sizes.write_text(_sizes(checkpoint_io.read_config(base)))
+  flags = [f'--gin_file={sizes}', '--gin.RANK=4', '--gin.BATCH=4', '--steps=3']
+  done = notebooks.execute(
+    '3_finetune',
+    tmp_path,
+    BASE=str(base),
+    KEEP=str(tmp_path / 'kept'),
+    MORE=shlex.join(flags),
+  )
+  text = notebooks.output(done)
+  assert 'mine: 95 records with 95 pictures' in text
+  assert 'before: ' in text and 'after: ' in text
+  # Curves, and the picture that was asked about.
+  assert len(notebooks.pictures(done)) == 2
+  assert (tmp_path / 'kept' / 'peft' / 'adapter_model.safetensors').exists()
+
+
+def _sizes(config) -> str:
+  """A config file that binds a model's sizes."""
+  lines = ['from __gin__ import dynamic_registration']
+  lines += ['from qwenvl_jax.data import pipeline']
+  lines += ['from qwenvl_jax.model import config']
+  lines += ['pipeline.Pipeline.sequence_length = 512']
+  lines += [f'QUERIES = {config.adapter.queries}']
+  lines += [f'IMAGE_SIZE = {config.vision.image_size}']
+  lines += [f'config.QwenVLConfig.image_start_id = {config.image_start_id}']
+  for part in (config.vision, config.adapter, config.decoder):
+    for field in dataclasses.fields(part):
+      if isinstance(value := getattr(part, field.name), (int, float)):
+        lines.append(f'config.{type(part).__name__}.{field.name} = {value}')
+  return '\n'.join(lines) + '\n'
 
 
 @pytest.mark.slow
