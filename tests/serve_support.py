@@ -19,16 +19,16 @@ KEY = 'a key for tests'
 
 
 @contextlib.contextmanager
-def running(server):
-  """Serves on a free port of this machine; yields the address."""
+def running(server, warm_up=False):
+  """Serves on a free port of this machine; yields the address once ready."""
   listening = socket.socket()
   listening.bind(('127.0.0.1', 0))
-  config = uvicorn_config(make_app(server, warm_up=False), log_level='error')
+  config = uvicorn_config(make_app(server, warm_up), log_level='error')
   http = uvicorn.Server(config)
   thread = threading.Thread(target=http.run, kwargs={'sockets': [listening]})
   thread.start()
   try:
-    while not http.started:
+    while not (http.started and server.worker.ready):
       time.sleep(0.01)
     yield f'http://127.0.0.1:{listening.getsockname()[1]}'
   finally:
