@@ -20,9 +20,9 @@ KEY = 'a key for tests'
 
 
 @contextlib.contextmanager
-def running(server, demo=False):
-  """Serves on a free port of this machine; yields the address."""
-  app = make_app(server, warm_up=False)
+def running(server, warm_up=False, demo=False):
+  """Serves on a free port of this machine; yields the address once ready."""
+  app = make_app(server, warm_up)
   if demo:
     web_demo.add_demo(app, server)
   listening = socket.socket()
@@ -33,7 +33,7 @@ def running(server, demo=False):
   thread = threading.Thread(target=http.run, kwargs={'sockets': [listening]})
   thread.start()
   try:
-    while not http.started:
+    while not (http.started and server.worker.ready):
       time.sleep(0.01)
     yield f'http://127.0.0.1:{listening.getsockname()[1]}'
   finally:

@@ -67,12 +67,14 @@ class Clients:
       for client, number, pause in crew
       for _ in range(number)
     ]
-    done, _ = await asyncio.wait(
-      tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION
-    )
-    for task in tasks:
-      task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+      done, _ = await asyncio.wait(
+        tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION
+      )
+    finally:
+      for task in tasks:
+        task.cancel()
+      await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
       task.result()
 
