@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -12,7 +12,7 @@ from absl import logging
 from qwenvl_jax.data import roots
 from qwenvl_jax.data.catalogue import DATA_SETS
 from qwenvl_jax.errors import BadRecordError, DataError
-from qwenvl_jax.eval.task import File, Picture, Task
+from qwenvl_jax.eval.task import Example, File, Picture, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,29 +90,30 @@ class Benchmark(Task):
 
   count: int = 0
 
-  def check(self, data_dir: pathlib.Path) -> None:
-    """As `Task.check`; the number of examples and their pictures, too."""
-    super().check(data_dir)
-    count, missing, pictures = 0, [], set()
-    for example in self.examples(data_dir):
-      count += 1
-      for one in example.prompt.pictures:
-        if isinstance(one.source, (str, os.PathLike)):
-          pictures.add(os.fspath(one.source))
+  def check_examples(
+    self, data_dir: pathlib.Path, examples: Sequence[Example], limited: bool
+  ) -> None:
+    """As `Task.check_examples`; some of the files are enough for a few."""
+    pictures = {
+      os.fspath(one.source)
+      for example in examples
+      for one in example.prompt.pictures
+      if isinstance(one.source, (str, os.PathLike))
+    }
     missing = sorted(x for x in pictures if not os.path.isfile(x))
-    source = self.files[0].source if self.files else 'from its authors'
+    source = self.files[0].source
     if missing:
       raise DataError(
         f'{self.name}: {len(missing):,} of {len(pictures):,} pictures are not '
         f'there, the first is {missing[0]}; they are {source}'
       )
-    if self.count and count != self.count:
-      name = self.files[0].path if self.files else self.name
+    count = len(examples)
+    if self.count and count != self.count and not limited:
       what = 'is cut off' if count < self.count else 'holds other data, too'
       raise DataError(
-        f'{self.name}: {data_dir / name}: {count:,} examples, but there are '
-        f'{self.count:,}: the file {what}, or it is another split; it is '
-        f'{source}'
+        f'{self.name}: {data_dir / self.files[0].path}: {count:,} examples, '
+        f'but there are {self.count:,}: the file {what}, or it is another '
+        f'split; it is {source}'
       )
 
 

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval import registry
+from qwenvl_jax.eval import registry, runner
 from qwenvl_jax.eval.annotations import videos
 
 
@@ -54,7 +54,7 @@ def test_problems_of_another_split_are_named(files):
   scienceqa(files, listed=('4',))
   task = dataclasses.replace(registry.get('scienceqa_img'), count=2)
   with pytest.raises(DataError, match='problem 5 is none of the test split'):
-    task.check(files.root)
+    runner.take(task, files.root)
 
 
 def seed_bench(files):
@@ -218,10 +218,10 @@ def test_damaged_tables_are_named(files):
   whole = path.read_bytes()
   path.write_bytes(whole[: len(whole) * 2 // 3])
   with pytest.raises(DataError, match=r'dev_20230712.tsv, line \d+: .*cut off'):
-    task.check(files.root)
+    runner.take(task, files.root)
   path.write_bytes(whole.replace(b'\thint\t', b'\tclue\t'))
   with pytest.raises(DataError, match="no column 'hint'.*another version"):
-    task.check(files.root)
+    runner.take(task, files.root)
   mmbench(files, A='')
   with pytest.raises(DataError, match='line 3: no options'):
-    task.check(files.root)
+    runner.take(task, files.root)
