@@ -37,7 +37,7 @@ def sanitize(record: Record) -> tuple[Record, list[str]]:
   for data in record.images:
     sizes.append(image.load(data, record.id, notes, image.MIN_SIDE).size)
   if sizes:
-    record = _turned(record, sizes[0])
+    record = turned(record, sizes[0])
   for turn in record.turns:
     _check_length(turn.text, record.id)
   plain = _Plain(record.id, notes)
@@ -106,7 +106,7 @@ def _with_readable_pictures(record: Record, notes: list[str]) -> Record:
   return dataclasses.replace(record, images=tuple(images), texts=tuple(texts))
 
 
-def _turned(record: Record, shown: tuple[int, int]) -> Record:
+def turned(record: Record, shown: tuple[int, int]) -> Record:
   """Returns the record, its size and places those of the picture as shown.
 
   Annotations are taken to be of the stored picture, whose size they state,

@@ -107,7 +107,7 @@ def appending(folder: Path, shard: Shard) -> Iterator[BinaryIO]:
       f'{path}: another process writes it; wait for it, or name another --out'
     ) from None
   with lock:
-    _drop_torn(path)
+    drop_torn(path)
     # Unbuffered: a line is one call, whole in the file when it returns.
     with path.open('ab', buffering=0) as file:
       yield file
@@ -128,8 +128,8 @@ def _parse(line: bytes, name: str) -> tuple[str, Line]:
     ) from error
 
 
-def _drop_torn(path: Path) -> None:
-  """Removes a last line without its end."""
+def drop_torn(path: Path) -> None:
+  """Removes the last line of a file if it has no end: a write was killed."""
   if not path.exists():
     return
   with path.open('rb+') as file:

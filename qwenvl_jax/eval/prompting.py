@@ -10,7 +10,9 @@ from qwenvl_jax.text.tokenizer import Tokenizer
 
 
 def chat_parts(prompt: Prompt) -> list[str | Picture]:
-  """The content of a chat's turn: its pictures are numbered."""
+  """The content of a chat's turn: its pictures are numbered, mostly."""
+  if not prompt.numbered:
+    return list(prompt.parts)
   parts, number = [], 0
   for part in prompt.parts:
     if isinstance(part, Picture):
@@ -62,5 +64,8 @@ def digest(example: Example) -> str:
   """
   prompt = example.prompt
   parts = [x if isinstance(x, str) else None for x in prompt.parts]
-  about = [parts, prompt.chat, prompt.system, list(example.choices)]
+  about = [
+    *(parts, prompt.chat, prompt.system, prompt.numbered),
+    list(example.choices),
+  ]
   return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

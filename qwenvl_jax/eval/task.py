@@ -68,11 +68,14 @@ class Prompt:
       (`Picture 1: ..`). Otherwise the model continues the parts as they are, a
       picture being its `<img>` span.
     system: of a chat; None for the model's own.
+    numbered: of a chat; False for the turn as the parts are, its pictures
+      without numbers.
   """
 
   parts: tuple[str | Picture, ...]
   chat: bool = False
   system: str | None = None
+  numbered: bool = True
 
   @property
   def pictures(self) -> tuple[Picture, ...]:
@@ -241,6 +244,20 @@ class Task:
       DataError: an annotation cannot be read; names file, record and key.
     """
     raise NotImplementedError
+
+  def check_examples(
+    self, data_dir: Path, examples: Sequence[Example], limited: bool
+  ) -> None:
+    """Checks examples, before a model is opened.
+
+    Args:
+      data_dir: what they were made from.
+      examples: that will be asked.
+      limited: whether these are only the first.
+
+    Raises:
+      DataError: there are too few or too many, or pictures are missing.
+    """
 
   def parse(self, text: str, example: Example) -> Any:
     """Returns the answer in what the model said; a JSON value."""

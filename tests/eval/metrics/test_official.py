@@ -9,7 +9,7 @@ import pytest
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import answers, vqa
-from qwenvl_jax.eval.metrics.captions import score_captions
+from qwenvl_jax.eval.metrics.captions import score_captions, tokenized
 
 GOLDENS = json.loads(
   (pathlib.Path(__file__).parents[2] / 'goldens/metrics.json').read_text()
@@ -123,20 +123,15 @@ def test_captions():
     golden['cider_each'], rel=1e-12
   )
   assert 0 < scores.corpus['meteor'] < 1
-  assert metrics.caption_scores(
-    golden['predictions'], golden['references']
-  ) == pytest.approx(scores.corpus)
 
 
 def test_a_caption_of_several_lines_stays_one():
   """The tokenizer reads lines: a stray one would shift all that follow."""
   pytest.importorskip('pycocoevalcap')
-  references = {'a': ['a dog runs'], 'b': ['two cats sit'], 'c': ['a red car']}
-  one = {'a': 'a dog runs fast', 'b': '', 'c': 'a red car'}
-  broken = {'a': 'a dog\r\nruns\u2028\x85fast\n', 'b': '\n', 'c': 'a red\rcar'}
-  expected = score_captions(one, references)
-  assert score_captions(broken, references) == expected
-  assert expected.cider['b'] == 0
+  found = tokenized(
+    [['A dog\r\nruns\u2028\x85fast.\n', ''], ['\n'], ['a red\rcar']]
+  )
+  assert found == {0: ['a dog runs fast', ''], 1: [''], 2: ['a red car']}
 
 
 def test_captions_of_other_pictures_are_refused():

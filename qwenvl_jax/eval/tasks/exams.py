@@ -1,0 +1,187 @@
+"""Text only: MMLU, C-Eval and CMMLU, the paper's Appendix E.4."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping
+
+from qwenvl_jax.errors import DataError
+from qwenvl_jax.eval.annotations.rows import rows
+from qwenvl_jax.eval.choices import LETTERS, LIKELIEST, Choices, lettered
+from qwenvl_jax.eval.task import Example, File, Prompt
+
+_FOUR = LETTERS[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """How a benchmark's tables lie, and its authors' prompt.
+
+  Attributes:
+    folder: below the data folder.
+    path: of a table, from split and subject.
+    dev: the split that the solved examples are from.
+    columns: their names: question, options, answer; '' if there is no row of
+      names.
+    heading: before the examples, with the subject.
+    question: of one question, from question and options.
+    space: between the prompt and a letter.
+  """
+
+  folder: str
+  path: str
+  dev: str
+  columns: tuple[str, ...]
+  heading: str
+  question: str
+  space: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam(Choices):
+  """Questions of many subjects, after five solved ones of the same.
+
+  Attributes:
+    form: of the files.
+    split: that is asked.
+    subjects: how many there are.
+    shots: how many solved questions stand before each.
+  """
+
+  form: Form = Form('', '', '', (), '', '')
+  split: str = 'test'
+  subjects: int = 0
+  shots: int = 5
+
+  def examples(self, data_dir: pathlib.Path) -> Iterable[Example]:
+    for subject in self._subjects(data_dir):
+      solved = ''
+      found = list(self._rows(data_dir, self.form.dev, subject))
+      if len(found) < self.shots:
+        raise DataError(
+          f'{self.name}: {subject}: {len(found)} solved questions of '
+          f'{self.shots}; download {self.form.folder} again'
+        )
+      for _, question, answer in found[: self.shots]:
+        solved += f'{question}{self.form.space}{answer}\n\n'
+      heading = self.form.heading.format(subject.replace('_', ' '))
+      for number, question, answer in self._rows(data_dir, self.split, subject):
+        yield Example(
+          f'{subject}/{number}',
+          Prompt((heading + solved + question,)),
+          target=answer,
+          choices=tuple(self.form.space + letter for letter in _FOUR),
+          category=subject,
+        )
+
+  def check(self, data_dir: pathlib.Path) -> None:
+    """As `Benchmark.check`; and that no subject is missing."""
+    found = self._subjects(data_dir)
+    if self.subjects and len(found) != self.subjects:
+      raise DataError(
+        f'{self.name}: {len(found)} subjects in {data_dir / self.form.folder}, '
+        f'but there are {self.subjects}; it is {self.files[0].source}'
+      )
+    super().check(data_dir)
+
+  def _subjects(self, data_dir: pathlib.Path) -> list[str]:
+    before, after = self.form.path.format(self.split, '\0').split('\0')
+    folder = data_dir / self.form.folder
+    pattern = f'{before}*{after}'.replace(f'{self.split}/', '', 1)
+    return sorted(
+      path.name.removesuffix(after)
+      for path in (folder / self.split).glob(pattern)
+      if not path.name.startswith('.')
+    )
+
+  def _rows(self, data_dir, split: str, subject: str):
+    file = data_dir / self.form.folder / self.form.path.format(split, subject)
+    names = self.form.columns
+    has_header = names[0].lower() == 'question' and self.form.folder != 'MMLU'
+    table = rows(
+      file,
+      names if has_header else (),
+      names=() if has_header else names,
+    )
+    question, *options, answer = names
+    for number, (record, row) in enumerate(table):
+      letter = row[answer].upper()
+      if letter not in tuple(_FOUR):
+        raise DataError(
+          f'{split}/{record}: {row[answer]!r:.40} is none of A, B, C, D'
+        )
+      text = self.form.question.format(
+        row[question], lettered([row[option] for option in options])
+      )
+      yield number, text, letter
+
+
+_COLUMNS = ('question', 'A', 'B', 'C', 'D', 'answer')
+_MMLU = Form(
+  'MMLU',
+  '{0}/{1}_{0}.csv',
+  'dev',
+  _COLUMNS,
+  'The following are multiple choice questions (with answers) about {}.\n\n',
+  '{}\n{}\nAnswer:',
+  ' ',
+)
+_CEVAL = Form(
+  'C-Eval',
+  '{0}/{1}_{0}.csv',
+  'dev',
+  _COLUMNS,
+  '以下是中国考试的单项选择题，请选出其中的正确答案。\n\n',
+  '{}\n{}\n答案：',
+)
+_CMMLU = Form(
+  'CMMLU',
+  '{0}/{1}.csv',
+  'dev',
+  ('Question', 'A', 'B', 'C', 'D', 'Answer'),
+  '以下是单项选择题，请直接给出正确答案的选项。\n\n',
+  '题目：{}\n{}\n答案是：',
+)
+
+
+def _exam(
+  name: str,
+  title: str,
+  form: Form,
+  split: str,
+  source: str,
+  subjects: int,
+  count: int,
+  figure: float,
+) -> Exam:
+  paper: Mapping[str, Mapping[str, float]] = {'Qwen-VL': {'accuracy': figure}}
+  return Exam(
+    name,
+    title,
+    files=tuple(File(f'{form.folder}/{x}', source) for x in (split, form.dev)),
+    template=f'{form.heading}5 x ({form.question} {{}}), {form.question}',
+    postprocessing=LIKELIEST,
+    paper=paper,
+    count=count,
+    form=form,
+    split=split,
+    subjects=subjects,
+  )
+
+
+TASKS = (
+  _exam(
+    'mmlu', 'MMLU test, 5 shots', _MMLU, 'test',
+    'data.tar of https://github.com/hendrycks/test, its folders dev and test',
+    57, 14042, 50.7,
+  ),
+  _exam(
+    'ceval', 'C-Eval val, 5 shots', _CEVAL, 'val',
+    'ceval-exam.zip of https://huggingface.co/datasets/ceval/ceval-exam', 52,
+    1346, 51.1,
+  ),
+  _exam(
+    'cmmlu', 'CMMLU test, 5 shots', _CMMLU, 'test',
+    'cmmlu_v1_0_1.zip of https://huggingface.co/datasets/haonan-li/cmmlu', 67,
+    11582, 49.5,
+  ),
+)  # fmt: skip
