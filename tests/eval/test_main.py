@@ -105,7 +105,10 @@ def test_another_model_or_decoding_is_refused(
   assert len(error.splitlines()) == 1
 
 
-def test_runs_are_compared(checkpoint, questions, tmp_path, capsys):
+def test_runs_are_compared(
+  checkpoint, questions, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setenv('COLUMNS', '200')
   first, second = tmp_path / 'first', tmp_path / 'second'
   assert run(checkpoint, questions, first) == 0
   lines = questions.read_text().replace('"no"', json.dumps(reciter.ANSWER))
