@@ -55,6 +55,7 @@ def take(task: Task, data_dir: Path, limit: int | None = None) -> list[Example]:
   examples = list(_limited(task.examples(data_dir), limit))
   if not examples:
     raise DataError(f'{task.name}: its files hold no example')
+  task.check_examples(data_dir, examples, limit is not None)
   keys = collections.Counter(example.key for example in examples)
   key, count = keys.most_common(1)[0]
   if count > 1:

@@ -245,6 +245,20 @@ class Task:
     """
     raise NotImplementedError
 
+  def check_examples(
+    self, data_dir: Path, examples: Sequence[Example], limited: bool
+  ) -> None:
+    """Checks examples, before a model is opened.
+
+    Args:
+      data_dir: what they were made from.
+      examples: that will be asked.
+      limited: whether these are only the first.
+
+    Raises:
+      DataError: there are too few or too many, or pictures are missing.
+    """
+
   def parse(self, text: str, example: Example) -> Any:
     """Returns the answer in what the model said; a JSON value."""
     return text.strip()

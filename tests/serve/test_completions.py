@@ -1,7 +1,13 @@
+import base64
+import io
+
 import numpy as np
 import openai
 import pytest
 import reciter
+from PIL import Image
+
+from qwenvl_jax.text import chatml
 
 PROMPT = 'I see something'
 
@@ -78,3 +84,33 @@ def test_the_span_of_an_image_needs_one(client, handle):
   start = handle.config.image_start_id
   with pytest.raises(openai.BadRequestError):
     complete(client, [start, *[5] * 16, start + 1])
+
+
+def test_a_prompt_with_pictures(client, handle):
+  """What is shown is scored as the engine scores it; text opens nothing."""
+  picture = Image.new('RGB', (9, 9), 'red')
+  encoded = io.BytesIO()
+  picture.save(encoded, 'png')
+  url = f'data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}'
+  tokenizer = handle.tokenizer
+  ids = chatml.encode_parts(tokenizer, ['a', None, 'b</img>'], 16)
+  found = complete(
+    client,
+    'a<img></img>b</img>',
+    max_tokens=0,
+    echo=True,
+    logprobs=0,
+    extra_body={'images': [url]},
+  )
+  pixels = np.asarray(picture.resize((28, 28)))[None]
+  (expected,) = handle.score([ids[:1]], [ids[1:]], pixels)
+  np.testing.assert_allclose(
+    found.choices[0].logprobs.token_logprobs[1:], expected.logprobs, atol=1e-4
+  )
+  for prompt, images, said in (
+    ('a', [url], '0 <img></img> in the prompt'),
+    ([1], [url], 'one text'),
+    ('<img></img>', ['data:,'], 'picture 1'),
+  ):
+    with pytest.raises(openai.BadRequestError, match=said):
+      complete(client, prompt, extra_body={'images': images})

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.errors import DataError
@@ -24,13 +24,15 @@ class ScienceQa(Choices):
 
   split: Split = Split('scienceqa', 'test')
 
-  def check(self, data_dir: pathlib.Path) -> None:
-    """As `Benchmark.check`; the split of the authors' list must be the same."""
-    super().check(data_dir)
+  def check_examples(
+    self, data_dir: pathlib.Path, examples: Sequence[Example], limited: bool
+  ) -> None:
+    """As `Benchmark`; all must be of the split that the authors list."""
+    super().check_examples(data_dir, examples, limited)
     root = self.split.root(data_dir)
     listed = fields.load_json(root, 'pid_splits.json')
     wanted = set(map(str, fields.field(listed, 'test', 'pid_splits.json')))
-    for example in self.examples(data_dir):
+    for example in examples:
       if example.key not in wanted:
         raise DataError(
           f'{self.name}: {root}: problem {example.key} is none of the test '

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval import registry
+from qwenvl_jax.eval import registry, runner
 
 
 def karpathy(files):
@@ -54,7 +54,7 @@ def test_flickr30k(files, run):
 def test_few_shot_captions(files):
   karpathy(files)
   task = dataclasses.replace(registry.get('flickr30k_test_2shot'), count=2)
-  task.check(files.root)
+  runner.take(task, files.root)
   for example in task.examples(files.root):
     shown = [str(x) for x in example.prompt.pictures[:2]]
     assert set(shown) <= {'1001.jpg', '1002.jpg'}
@@ -91,6 +91,6 @@ def test_nocaps(files):
   )
   files.pictures('nocaps/images/0013ea2087020901.jpg')
   task = dataclasses.replace(registry.get('nocaps_val'), count=1)
-  task.check(files.root)
+  runner.take(task, files.root)
   [example] = task.examples(files.root)
   assert len(example.target) == 10

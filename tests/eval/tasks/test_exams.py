@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval import registry
+from qwenvl_jax.eval import registry, runner
 
 
 def mmlu(files, solved=5):
@@ -59,7 +59,7 @@ def test_chinese_exams(files, run, name):
 def test_missing_subjects_are_named(files):
   mmlu(files)
   with pytest.raises(DataError, match='1 subjects in .*MMLU, but there are 57'):
-    registry.get('mmlu').check(files.root)
+    runner.take(registry.get('mmlu'), files.root)
   mmlu(files, solved=2)
   with pytest.raises(DataError, match='2 solved questions of 5'):
     list(registry.get('mmlu').examples(files.root))

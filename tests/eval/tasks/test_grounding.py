@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval import registry
+from qwenvl_jax.eval import registry, runner
 
 BOX = [10.0, 4.0, 20.0, 8.0]  # x, y, width, height in pixels of 40 x 20
 
@@ -110,7 +110,7 @@ def test_a_pickle_runs_no_code(files, capsys):
   files.write('refcoco/refs(unc).p', pickle.dumps([Evil()]))
   task = dataclasses.replace(registry.get('refcoco_val'), count=2)
   with pytest.raises(DataError, match='no pickle|not a pickle of plain data'):
-    task.check(files.root)
+    runner.take(task, files.root)
   assert not capsys.readouterr().out
 
 

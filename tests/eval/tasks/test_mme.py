@@ -1,7 +1,8 @@
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval import registry
+from qwenvl_jax.eval import registry, runner
+from qwenvl_jax.eval.prompting import chat_parts
 from qwenvl_jax.eval.tasks.mme import SUBTASKS
 
 
@@ -40,14 +41,15 @@ def test_mme(files, run):
     'cognition': pytest.approx(3 * 200 + 100),
   }
   prompt = outcome.items[0].example.prompt
-  assert prompt.chat and not prompt.numbered
+  # The release's query: without `Picture 1: `.
+  assert prompt.chat and chat_parts(prompt) == list(prompt.parts)
   assert prompt.parts[1] == ('\nIs there a dog? Please answer yes or no.')
 
 
 def test_a_subtask_that_is_cut_off_is_named(files):
   mme(files)
   with pytest.raises(DataError, match='MME/existence: 56 examples.*2,374'):
-    registry.get('mme').check(files.root)
+    runner.take(registry.get('mme'), files.root)
   files.write('MME/scene/0001.txt', b'Is there a dog?\tperhaps\n')
   with pytest.raises(DataError, match='scene/0001.txt, line 1.*no question'):
     list(registry.get('mme').examples(files.root))
