@@ -8,17 +8,17 @@ import shutil
 import golden
 import numpy as np
 import pytest
+import vllm_standins
 from PIL import Image
 
-vllm = pytest.importorskip('vllm', reason='run by launch/vllm.sh')
+import qwenvl_jax
+from qwenvl_jax import image as pictures_lib
+from qwenvl_jax.conversion import convert
 
-import vllm_standins  # noqa: E402
+if not vllm_standins.prepare():
+  pytest.skip('run by launch/vllm.sh', allow_module_level=True)
 
-vllm_standins.prepare()
-
-import qwenvl_jax  # noqa: E402
-from qwenvl_jax import image as pictures_lib  # noqa: E402
-from qwenvl_jax.conversion import convert  # noqa: E402
+import vllm
 
 NEW = 24
 
