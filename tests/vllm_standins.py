@@ -4,6 +4,7 @@ A mesh without coordinates, a memory size, and attention by XLA in place of the
 kernel. Everything else of vLLM runs as it does on TPUs.
 """
 
+import importlib.util
 import os
 
 import jax
@@ -28,9 +29,18 @@ SIZES = {
 }
 
 
-def prepare() -> None:
-  """Takes the places of the three; before an engine is made."""
-  os.environ.update(ENVIRONMENT)
+def available() -> bool:
+  """Whether this is vLLM's environment."""
+  return importlib.util.find_spec('tpu_inference') is not None
+
+
+def prepare() -> bool:
+  """Takes the places of the three before vLLM is imported; False without."""
+  if not available():
+    return False
+  for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  jax.config.update('jax_platforms', 'cpu')
   from tpu_inference import utils
   from tpu_inference.layers.common import attention_interface
   from tpu_inference.runner import tpu_runner
@@ -39,6 +49,7 @@ def prepare() -> None:
   for module in (utils, tpu_runner):
     module.make_optimized_mesh = _mesh
   attention_interface.sharded_ragged_paged_attention = attend
+  return True
 
 
 def _mesh(shape, names, *, devices=None):

@@ -54,9 +54,7 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
 class Processor(BaseMultiModalProcessor[ProcessingInfo]):
   """Our preprocessing; prompts come with whole spans of ids."""
 
-  def _apply_hf_processor_main(
-    self, prompt, mm_items, *_, enable_hf_prompt_update
-  ):
+  def _apply_hf_processor_main(self, prompt, mm_items, *_, **__):
     tokenizer = self.info.get_tokenizer()
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     features = BatchFeature()

@@ -3,22 +3,26 @@
 In vLLM's environment: launch/vllm.sh python -m pytest tests/serve/vllm_plugin
 """
 
+import base64
+import io
 import shutil
 
 import golden
 import numpy as np
 import pytest
+import vllm_standins
 from PIL import Image
 
-vllm = pytest.importorskip('vllm', reason='run by launch/vllm.sh')
+import qwenvl_jax
+from qwenvl_jax import image as pictures_lib
+from qwenvl_jax.conversion import convert
+from qwenvl_jax.serve.conversation import build_prompt
+from qwenvl_jax.serve.schemas import Message
 
-import vllm_standins  # noqa: E402
+if not vllm_standins.prepare():
+  pytest.skip('run by launch/vllm.sh', allow_module_level=True)
 
-vllm_standins.prepare()
-
-import qwenvl_jax  # noqa: E402
-from qwenvl_jax import image as pictures_lib  # noqa: E402
-from qwenvl_jax.conversion import convert  # noqa: E402
+import vllm
 
 NEW = 24
 
@@ -63,18 +67,17 @@ def picture(seed: int) -> Image.Image:
 def prompts(config):
   """8 prompts with their pictures, 4 of them with one.
 
-  Two of these ask about one picture, two begin alike.
+  Three of these ask the same about different pictures, two about the same.
   """
   noise = np.random.default_rng(7)
   words = [noise.integers(0, 286, n).tolist() for n in (3, 30, 61, 200)]
   start = config.image_start_id
   span = [start, *[start + 2] * config.adapter.queries, start + 1]
-  shown = [picture(seed) for seed in (1, 1, 2, 3)]
   return [
     *[(ids, []) for ids in words],
     *[
-      ([*words[0], *span, *words[1][:n]], [one])
-      for n, one in zip((5, 9, 17, 30), shown, strict=True)
+      ([*words[0], *span, *words[1][:length]], [picture(seed)])
+      for length, seed in ((17, 1), (17, 2), (17, 3), (30, 1))
     ],
   ]
 
@@ -100,5 +103,29 @@ def test_same_ids_as_our_engine(engine, ours):
     use_tqdm=False,
   )
   assert [list(one.outputs[0].token_ids) for one in found] == wanted
-  # Not all alike, or pictures would not have been seen.
+  # Each picture makes a difference.
   assert len({tuple(ids) for ids in wanted}) == len(wanted)
+
+
+def test_messages_become_what_our_server_makes_of_them(engine, ours):
+  shown = io.BytesIO()
+  picture(2).save(shown, 'PNG')
+  data = base64.b64encode(shown.getvalue()).decode()
+  url = f'data:image/png;base64,{data}'
+  content = [
+    {'type': 'image_url', 'image_url': {'url': url}},
+    {'type': 'text', 'text': 'What <img>is</img> it?'},
+  ]
+  messages = [{'role': 'user', 'content': content}]
+  settings = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+  (found,) = engine.chat(messages, settings, use_tqdm=False)
+  prompt = build_prompt(
+    ours.tokenizer,
+    [Message.model_validate(message) for message in messages],
+    ours.config.adapter.queries,
+  )
+  assert found.prompt_token_ids == prompt.tokens
+  pixels = pictures_lib.pixels(picture(2), ours.config.vision.image_size)
+  (wanted,) = ours.generate([prompt.tokens], [pixels], max_new_tokens=8)
+  assert list(found.outputs[0].token_ids) == wanted
+  assert found.outputs[0].text
