@@ -21,9 +21,10 @@ from rich.progress import (
 from rich.table import Table
 
 from qwenvl_jax import api, buckets, configuration, entry
-from qwenvl_jax.conversion import checkpoint_io, inspection, layout, reference
+from qwenvl_jax.conversion import checkpoint_io, inspection, reference
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.job import Conversion, byte_size
+from qwenvl_jax.conversion.layout import some
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
 from qwenvl_jax.errors import CheckpointError, ConfigError
@@ -303,10 +304,10 @@ def _verify(args) -> int:
     (f'only in {destination}', found.added),
   ):
     if names:
-      print(f'{title}: {len(names)} tensors: {layout.some(names, 8)}')
+      print(f'{title}: {len(names)} tensors: {some(names, 8)}')
   if found.differing:
     texts = [f'{k} (by up to {v:g})' for k, v in found.differing.items()]
-    print(f'{len(texts)} tensors differ: {layout.some(texts, 8)}')
+    print(f'{len(texts)} tensors differ: {some(texts, 8)}')
   for line in (*found.settings, *found.notes):
     print(line)
   same = found.same
