@@ -25,12 +25,12 @@ from qwenvl_jax.conversion import (
   adapters,
   checkpoint_io,
   inspection,
-  layout,
   reference,
 )
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.hub import local_folder
 from qwenvl_jax.conversion.job import Conversion, byte_size
+from qwenvl_jax.conversion.layout import some
 from qwenvl_jax.conversion.verify import verify
 from qwenvl_jax.conversion.writer import DTYPES
 from qwenvl_jax.errors import CheckpointError, ConfigError
@@ -376,10 +376,10 @@ def _verify(args) -> int:
     (f'only in {destination}', found.added),
   ):
     if names:
-      print(f'{title}: {len(names)} tensors: {layout.some(names, 8)}')
+      print(f'{title}: {len(names)} tensors: {some(names, 8)}')
   if found.differing:
     texts = [f'{k} (by up to {v:g})' for k, v in found.differing.items()]
-    print(f'{len(texts)} tensors differ: {layout.some(texts, 8)}')
+    print(f'{len(texts)} tensors differ: {some(texts, 8)}')
   for line in (*found.settings, *found.notes):
     print(line)
   same = found.same

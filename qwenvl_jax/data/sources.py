@@ -136,7 +136,7 @@ class RecordSequence:
       raise BadRecordError(
         'unreadable_record',
         f'record {index} of {self.shards} ({error}); `qwenvl-data prepare '
-        f'{self.name} --again` writes it anew',
+        f'{self.name} --again`, or what else made it, writes it anew',
       ) from error
     return self.parse(data)
 

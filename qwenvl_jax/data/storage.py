@@ -305,5 +305,5 @@ def open_split(directory: pathlib.Path, name: str, split: str):
   except (OSError, ValueError, RuntimeError) as error:
     raise DataError(
       f'a shard of {directory} cannot be opened ({error}); `qwenvl-data '
-      f'prepare {name} --again` writes it anew'
+      f'prepare {name} --again`, or what else made it, writes it anew'
     ) from error
