@@ -237,9 +237,8 @@ class Page:
 
   def _running(self, turns, language):
     turns[-1].due = True
-    busy = gr.update(
-      value=None, submit_btn=False, stop_btn=True, interactive=True
-    )
+    empty = {'text': '', 'files': []}
+    busy = gr.update(value=empty, submit_btn=False, stop_btn=True)
     return turns, show(turns, language), busy
 
   def _idle(self, turns, language, text: str = '', pictures=()):
