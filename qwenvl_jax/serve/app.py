@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 import fastapi
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 
-from qwenvl_jax.serve import chats, completions
+from qwenvl_jax.serve import chats, completions, replies
 from qwenvl_jax.serve.conversation import encode
 from qwenvl_jax.serve.limits import ApiError, busy
 from qwenvl_jax.serve.schemas import (
@@ -37,7 +38,30 @@ what the operator allows), are numbered `Picture 1`, `Picture 2`, .. through a
 conversation, and answers name places in thousandths of the last picture,
 `<ref>phrase</ref><box>(x1,y1),(x2,y2)</box>`; `boxes` beside `content` has them
 in pixels.
+
+With a key, requests send `Authorization: Bearer KEY`. Every answer has an
+`x-request-id`, that of the request if it has one.
 """
+
+_CHAT = replies.streamed(
+  replies.ChatCompletion,
+  '{"id": "chatcmpl-5d2f", "object": "chat.completion.chunk", "created": '
+  '1764338400, "model": "stage3", "choices": [{"index": 0, "delta": {"content":'
+  ' "A dog"}, "logprobs": null, "finish_reason": null}]}',
+)
+_COMPLETION = replies.streamed(
+  replies.TextCompletion,
+  '{"id": "cmpl-5d2f", "object": "text_completion", "created": 1764338400, '
+  '"model": "stage3", "choices": [{"index": 0, "text": " dog", "logprobs": '
+  'null, "finish_reason": null}]}',
+)
+# Routes that say how the server is by their status alone.
+_PROBE = {
+  'tags': ['server'],
+  'response_class': Response,
+  'responses': {503: {'description': 'Not (yet).'}},
+  'openapi_extra': {'security': []},
+}
 
 
 def make_app(server: Server, warm_up: bool = True) -> fastapi.FastAPI:
@@ -60,6 +84,9 @@ def make_app(server: Server, warm_up: bool = True) -> fastapi.FastAPI:
     description=_DESCRIPTION,
     version=importlib.metadata.version('qwenvl_jax'),
     lifespan=lifespan,
+    responses=replies.ERRORS,
+    # What it checks is `_Guard`'s matter; here it tells /docs of the key.
+    dependencies=[fastapi.Depends(HTTPBearer(auto_error=False))],
   )
   _guard(app, server)
   _operations(app, server)
@@ -68,20 +95,28 @@ def make_app(server: Server, warm_up: bool = True) -> fastapi.FastAPI:
 
 
 def _inference(app: fastapi.FastAPI, server: Server) -> None:
-  @app.post('/v1/chat/completions', tags=['answers'])
+  @app.post(
+    '/v1/chat/completions',
+    tags=['answers'],
+    responses=replies.ANSWER_ERRORS | {200: _CHAT},
+  )
   async def chat_completions(body: ChatRequest, request: Request):
     """Answers a conversation, whole or as server-sent events."""
     wait = functools.partial(finish, gone=request.is_disconnected)
     return await chats.chat(server, body, request.state.salt, wait)
 
-  @app.post('/v1/completions', tags=['answers'])
+  @app.post(
+    '/v1/completions',
+    tags=['answers'],
+    responses=replies.ANSWER_ERRORS | {200: _COMPLETION},
+  )
   async def text_completions(body: CompletionRequest, request: Request):
     """Continues prompts; with echo and logprobs, scores them."""
     wait = functools.partial(finish, gone=request.is_disconnected)
     return await completions.complete(server, body, request.state.salt, wait)
 
-  @app.post('/tokenize', tags=['tokens'])
-  async def tokenize(body: TokenizeRequest):
+  @app.post('/tokenize', tags=['tokens'], responses=replies.BODY_ERRORS)
+  async def tokenize(body: TokenizeRequest) -> replies.Tokens:
     """Ids of a text or of a conversation."""
     server.find_model(body.model)
     if (body.prompt is None) == (not body.messages):
@@ -90,50 +125,52 @@ def _inference(app: fastapi.FastAPI, server: Server) -> None:
       tokens = (await asyncio.to_thread(server.prompt, body)).tokens
     else:
       tokens = await asyncio.to_thread(encode, server.tokenizer, body.prompt)
-    return {
-      'count': len(tokens),
-      'max_model_len': server.max_len,
-      'tokens': tokens,
-    }
+    return replies.Tokens(
+      count=len(tokens), max_model_len=server.max_len, tokens=tokens
+    )
 
-  @app.post('/detokenize', tags=['tokens'])
-  async def detokenize(body: DetokenizeRequest):
+  @app.post('/detokenize', tags=['tokens'], responses=replies.BODY_ERRORS)
+  async def detokenize(body: DetokenizeRequest) -> replies.Text:
     """The text of ids."""
     server.find_model(body.model)
-    return {'prompt': server.tokenizer.decode(body.tokens)}
+    return replies.Text(prompt=server.tokenizer.decode(body.tokens))
 
 
 def _operations(app: fastapi.FastAPI, server: Server) -> None:
   @app.get('/v1/models', tags=['server'])
-  async def models():
+  async def models() -> replies.Models:
     """The models that are served: the checkpoint, then its adapters."""
-    return {'object': 'list', 'data': server.models}
+    return replies.Models(object='list', data=server.models)
 
-  @app.get('/v1/models/{name:path}', tags=['server'])
-  async def model(name: str):
+  @app.get(
+    '/v1/models/{name:path}',
+    tags=['server'],
+    responses={404: replies.BODY_ERRORS[404]},
+  )
+  async def model(name: str) -> replies.Model:
     """One of them."""
     return server.find_model(name)
 
-  @app.get('/health', tags=['server'])
+  @app.get('/health', **_PROBE)
   async def health():
     """Status 200 while the engine runs."""
     return Response(status_code=200 if server.worker.alive else 503)
 
-  @app.get('/ready', tags=['server'])
+  @app.get('/ready', **_PROBE)
   async def ready():
     """Status 200 once everything is compiled."""
     fine = server.worker.alive and server.worker.ready
     return Response(status_code=200 if fine else 503)
 
   @app.get('/version', tags=['server'])
-  async def version():
+  async def version() -> replies.Version:
     """Version of the package."""
-    return {'version': app.version}
+    return replies.Version(version=app.version)
 
-  @app.get('/metrics', tags=['server'])
+  @app.get('/metrics', tags=['server'], response_class=PlainTextResponse)
   async def metrics():
     """Counters in Prometheus' format, under vLLM's names."""
-    return Response(server.metrics.text(), media_type='text/plain')
+    return PlainTextResponse(server.metrics.text())
 
 
 def _guard(app: fastapi.FastAPI, server: Server) -> None:
@@ -155,10 +192,10 @@ def _guard(app: fastapi.FastAPI, server: Server) -> None:
   @app.exception_handler(HTTPException)
   async def http_error(request, error):
     del request
+    status = error.status_code
+    kind = f'{"invalid_request" if status == 400 else "not_found"}_error'
     return refused(
-      ApiError(
-        str(error.detail), status=error.status_code, kind='not_found_error'
-      )
+      ApiError(error.detail, status=status, kind=kind, headers=error.headers)
     )
 
   @app.exception_handler(Exception)

@@ -16,6 +16,7 @@ import re
 import socket
 import ssl
 import stat
+import threading
 import time
 import urllib.parse
 
@@ -186,6 +187,11 @@ def _ask(scheme, host, port, path, limits, ends):
   if not found or not all(map(is_public, found)):
     raise OSError('not a public address')
   plain = socket.create_connection((found[0], port), timeout=_left(ends))
+  # Reads have time-outs of their own, which a byte now and then would renew.
+  timer = threading.Timer(
+    _left(ends), lambda: socket.socket.shutdown(plain, socket.SHUT_RDWR)
+  )
+  timer.start()
   try:
     if scheme == 'https':
       context = ssl.create_default_context()
@@ -205,8 +211,10 @@ def _ask(scheme, host, port, path, limits, ends):
         data += chunk
         if len(data) > limits.image_bytes:
           return None
+    _left(ends)  # What was cut off then is not the picture.
     return answer.status, answer.getheader('Location'), bytes(data)
   finally:
+    timer.cancel()
     plain.close()
 
 

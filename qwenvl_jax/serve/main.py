@@ -145,7 +145,7 @@ def _run(argv: Sequence[str]) -> int:
     web_demo.add_demo(app, server)
   config = uvicorn_config(
     app,
-    log_level='warning',
+    log_level='error',
     ssl_certfile=args.ssl_certfile,
     ssl_keyfile=args.ssl_keyfile,
   )

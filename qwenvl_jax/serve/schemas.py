@@ -17,6 +17,12 @@ _Id = Annotated[int, Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_Id], Field(min_length=1, max_length=2**17)]
 _Text = Annotated[str, Field(max_length=2**20)]
 
+# A picture of one pixel, for examples.
+_DOT = (
+  'data:image/gif;base64,R0lGODlhAQABAIAAAP8AAP///yH5BAAAAAAALAAAAAABAAEAAAICRA'
+  'EAOw=='
+)
+
 
 class _Strict(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(extra='forbid')
@@ -109,21 +115,32 @@ class Settings(_Strict):
   """What chats and completions have in common."""
 
   model: str | None = None
-  temperature: float = Field(1.0, ge=0, le=2)
-  top_p: float | None = Field(None, gt=0, le=1)
-  top_k: int = Field(0, ge=-1)
-  min_p: float = Field(0.0, ge=0, le=1)
-  n: int = Field(1, ge=1)
-  seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-  stop: str | list[str] | None = None
+  temperature: float = Field(1.0, ge=0, le=2, description='0 is greedy.')
+  top_p: float | None = Field(
+    None, gt=0, le=1, description="0.3 if not given, as in the model's release."
+  )
+  top_k: int = Field(0, ge=-1, description='0 or -1 for all tokens.')
+  min_p: float = Field(
+    0.0, ge=0, le=1, description="Least share of the most likely token's."
+  )
+  n: int = Field(1, ge=1, description='Answers.')
+  seed: int | None = Field(
+    None,
+    ge=-(2**63),
+    lt=2**63,
+    description='The same one gives the same answer.',
+  )
+  stop: str | list[str] | None = Field(
+    None, description='Texts that end an answer, and are not part of it.'
+  )
   stop_token_ids: list[_Id] = Field(default_factory=list, max_length=8)
-  ignore_eos: bool = False
+  ignore_eos: bool = Field(False, description='Go on to `max_tokens`.')
   min_tokens: int = Field(0, ge=0, lt=2**31)
   presence_penalty: float = Field(0.0, ge=-2, le=2)
   frequency_penalty: float = Field(0.0, ge=-2, le=2)
   repetition_penalty: float = Field(1.0, gt=0.001, lt=1000)
   logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
-  stream: bool = False
+  stream: bool = Field(False, description='Answer by server-sent events.')
   stream_options: StreamOptions | None = None
   response_format: ResponseFormat | None = None
   structured_outputs: StructuredOutputs | None = None
@@ -134,11 +151,18 @@ class ChatRequest(Settings):
   """Body of `/v1/chat/completions`."""
 
   messages: list[Message] = Field(min_length=1)
-  max_tokens: int | None = Field(None, ge=1, lt=2**31)
+  max_tokens: int | None = Field(
+    None,
+    ge=1,
+    lt=2**31,
+    description='As many as there is room for if not given.',
+  )
   max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
   logprobs: bool = False
   top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-  continue_final_message: bool = False
+  continue_final_message: bool = Field(
+    False, description='The last message is the beginning of the answer.'
+  )
   add_generation_prompt: bool = True
   store: Literal[False] | None = None
   metadata: dict[str, str] | None = Field(None, description='Unused.')
@@ -150,7 +174,20 @@ class ChatRequest(Settings):
         {
           'messages': [{'role': 'user', 'content': 'What can you see?'}],
           'max_tokens': 64,
-        }
+        },
+        {
+          'messages': [
+            {
+              'role': 'user',
+              'content': [
+                {'type': 'image_url', 'image_url': {'url': _DOT}},
+                {'type': 'text', 'text': 'Where is the dog?'},
+              ],
+            }
+          ],
+          'temperature': 0,
+          'structured_outputs': {'boxes': {'ref': 'the dog'}},
+        },
       ]
     },
   )
@@ -166,6 +203,16 @@ class CompletionRequest(Settings):
   best_of: Literal[1] | None = None
   suffix: None = None
 
+  model_config = pydantic.ConfigDict(
+    extra='forbid',
+    json_schema_extra={
+      'examples': [
+        {'prompt': 'Once upon a time', 'max_tokens': 16},
+        {'prompt': 'Scored', 'echo': True, 'logprobs': 1, 'max_tokens': 0},
+      ]
+    },
+  )
+
 
 class TokenizeRequest(_Strict):
   """Body of `/tokenize`: a text, or a conversation without pictures."""
@@ -176,9 +223,13 @@ class TokenizeRequest(_Strict):
   add_generation_prompt: bool = True
   continue_final_message: bool = False
 
+  model_config = pydantic.ConfigDict(
+    extra='forbid', json_schema_extra={'examples': [{'prompt': 'Hello'}]}
+  )
+
 
 class DetokenizeRequest(_Strict):
   """Body of `/detokenize`."""
 
   model: str | None = None
-  tokens: list[_Id] = Field(max_length=2**17)
+  tokens: list[_Id] = Field(max_length=2**17, examples=[[9707, 1879]])

@@ -26,8 +26,11 @@ def handle(tmp_path_factory):
 def make_server(handle):
   """Makes a server whose worker is not started."""
 
-  def make(slots=4, max_waiting=64, key=KEY, max_len=768, **limits):
-    engine = handle.engine(EngineConfig(slots=slots, max_len=max_len))
+  def make(
+    slots=4, max_waiting=64, key=KEY, max_len=768, images=None, **limits
+  ):
+    sizes = EngineConfig(slots=slots, max_len=max_len, images=images)
+    engine = handle.engine(sizes)
     scheduler = Scheduler(engine, max_waiting=max_waiting)
     return Server(
       name='tiny',

@@ -1,12 +1,16 @@
 """Keys, limits, counters, and clients that go away."""
 
 import concurrent.futures
+import dataclasses
+import datetime
+import hmac
 import http.client
+import ipaddress
 import json
-import pathlib
+import re
 import signal
-import subprocess
-import sys
+import socket
+import ssl
 import time
 import urllib.parse
 
@@ -14,7 +18,7 @@ import httpx
 import openai
 import pytest
 import reciter
-from serve_support import KEY, running
+from serve_support import KEY, command, key_file, running
 
 from qwenvl_jax.serve import main
 
@@ -58,10 +62,56 @@ def test_health_is_for_everybody(address):
   assert httpx.get(f'{address}/ready').status_code == 200
 
 
+def test_keys_are_compared_in_constant_time(http_client, monkeypatch):
+  equal, compared = hmac.compare_digest, []
+
+  def compare(*digests):
+    compared.append(digests)
+    return equal(*digests)
+
+  monkeypatch.setattr(hmac, 'compare_digest', compare)
+  for header in '', 'Bearer x', f'Basic {KEY}', f'Bearer {KEY}':
+    http_client.get('/version', headers={'Authorization': header})
+  # Of one length whatever was sent, and for every request.
+  assert [(len(a), len(b)) for a, b in compared] == [(32, 32)] * 4
+
+
+def test_requests_are_named(http_client):
+  def name(path, given):
+    headers = {'X-Request-Id': given} | HEADERS
+    return http_client.get(path, headers=headers).headers['x-request-id']
+
+  assert name('/version', 'mine-7') == 'mine-7'
+  for odd in 'a b', 'x' * 65, '<b>', '':
+    assert re.fullmatch('[0-9a-f]{32}', name('/version', odd))
+  refused = http_client.get('/version', headers={'Authorization': ''})
+  assert refused.headers['x-request-id']
+
+
 def test_models_and_versions(client, http_client):
   (model,) = client.models.list().data
   assert (model.id, model.max_model_len) == ('tiny', 768)
+  assert client.models.retrieve('tiny') == model
   assert http_client.get('/version').json()['version']
+
+
+def test_adapters_are_models(make_server):
+  server = dataclasses.replace(
+    make_server(key=None), adapters=('charts', 'maps/v2')
+  )
+  with running(server) as address:
+    models = httpx.get(f'{address}/v1/models').json()['data']
+    assert [(x['id'], x['parent']) for x in models] == [
+      ('tiny', None),
+      ('charts', 'tiny'),
+      ('maps/v2', 'tiny'),
+    ]
+    found = httpx.get(f'{address}/v1/models/maps/v2')
+    assert found.json() == models[2]
+    missing = httpx.get(f'{address}/v1/models/other')
+    assert missing.status_code == 404
+    assert missing.json()['error']['code'] == 'model_not_found'
+    assert "'maps/v2'" in missing.json()['error']['message']
 
 
 def test_tokens_there_and_back(http_client):
@@ -238,21 +288,10 @@ def test_the_engine_s_failure_is_told_without_details(make_server, monkeypatch):
 def test_the_command_serves_and_drains(tmp_path):
   folder = tmp_path / 'reciter'
   reciter.save(folder)
-  key = tmp_path / 'key'
-  key.write_text(f'{KEY.replace(" ", "-")}\n')
-  command = pathlib.Path(sys.executable).parent / 'qwenvl-serve'
-  arguments = ('--checkpoint', folder, '--port=18431', '--slots=2')
-  process = subprocess.Popen(
-    [command, *arguments, f'--api_key_file={key}', '--max_len=512'],
-    stdout=subprocess.PIPE,
-    text=True,
-  )
-  try:
-    said = process.stdout.readline()
-    assert 'reciter will be at http://127.0.0.1:18431/v1' in said
-    assert process.stdout.readline().startswith('ready: ')
+  key, named = key_file(tmp_path)
+  with command(folder, named, '--slots=2', '--max_len=512') as (process, port):
     with openai.OpenAI(
-      base_url='http://127.0.0.1:18431/v1', api_key=KEY.replace(' ', '-')
+      base_url=f'http://127.0.0.1:{port}/v1', api_key=key
     ) as client:
       stream = client.chat.completions.create(
         model='reciter', stream=True, temperature=0, **QUESTION
@@ -262,9 +301,55 @@ def test_the_command_serves_and_drains(tmp_path):
       pieces += [c.choices[0].delta.content or '' for c in stream]
     assert ''.join(pieces) == reciter.ANSWER
     assert process.wait(timeout=30) in (0, -signal.SIGTERM)
-  finally:
-    process.kill()
-    process.wait()
+
+
+def test_a_port_that_is_taken_is_told_before_loading(tmp_path, capsys):
+  with socket.create_server(('127.0.0.1', 0)) as other:
+    port = other.getsockname()[1]
+    assert main.main([f'--checkpoint={tmp_path}', f'--port={port}']) == 2
+  assert f'--port={port} cannot be served at' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_https(tmp_path):
+  reciter.save(tmp_path / 'reciter')
+  pem = certificate(tmp_path / 'server.pem')
+  arguments = f'--ssl_certfile={pem}', '--slots=1', '--max_len=64'
+  with command(tmp_path / 'reciter', *arguments) as (_, port):
+    trusted = ssl.create_default_context(cafile=pem)
+    answer = httpx.get(f'https://127.0.0.1:{port}/health', verify=trusted)
+    assert answer.status_code == 200
+    with pytest.raises(httpx.HTTPError):
+      httpx.get(f'http://127.0.0.1:{port}/health')
+
+
+def certificate(path):
+  """Writes a key and a certificate of 127.0.0.1 that it signs itself."""
+  x509 = pytest.importorskip('cryptography.x509')
+  from cryptography.hazmat.primitives import hashes, serialization
+  from cryptography.hazmat.primitives.asymmetric import ec
+
+  key = ec.generate_private_key(ec.SECP256R1())
+  name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'tests')])
+  now = datetime.datetime.now(datetime.UTC)
+  local = x509.IPAddress(ipaddress.ip_address('127.0.0.1'))
+  signed = (
+    x509.CertificateBuilder(name, name, key.public_key(), 1)
+    .not_valid_before(now - datetime.timedelta(days=1))
+    .not_valid_after(now + datetime.timedelta(days=1))
+    .add_extension(x509.SubjectAlternativeName([local]), critical=False)
+    .sign(key, hashes.SHA256())
+  )
+  encoding = serialization.Encoding.PEM
+  path.write_bytes(
+    key.private_bytes(
+      encoding,
+      serialization.PrivateFormat.PKCS8,
+      serialization.NoEncryption(),
+    )
+    + signed.public_bytes(encoding)
+  )
+  return path
 
 
 @pytest.mark.parametrize(
@@ -275,6 +360,9 @@ def test_the_command_serves_and_drains(tmp_path):
     (['--media_folder=/nowhere'], 'no folder'),
     (['--slots=0'], 'at least 1'),
     (['--timeout=0'], 'above 0'),
+    (['--port=99999999'], 'another one'),
+    (['--ssl_keyfile=/nowhere'], 'needs --ssl_certfile'),
+    (['--ssl_certfile=/nowhere'], 'no certificate'),
     ([], 'config.json'),
   ],
 )

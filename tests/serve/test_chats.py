@@ -241,6 +241,78 @@ def test_mistakes_become_the_client_s_exceptions(client, settings, error, said):
 
 
 @pytest.mark.parametrize(
+  'settings',
+  [
+    {'chat_template': '{{ 1 }}'},
+    {'chat_template_kwargs': {'x': 1}},
+    {'mm_processor_kwargs': {'x': 1}},
+    {'prompt_embeds': 'AAAA'},
+    {'cache_salt': 'x'},
+    {'documents': []},
+  ],
+)
+def test_no_templates_and_no_embeddings(client, settings):
+  with pytest.raises(openai.BadRequestError, match=[*settings][0]):
+    create(client, ask(), extra_body=settings)
+
+
+@pytest.mark.parametrize(
+  'part',
+  [
+    {'type': 'image_embeds', 'image_embeds': 'AAAA'},
+    {'type': 'video_url', 'video_url': {'url': 'http://a/b.mp4'}},
+    {'type': 'file', 'file': {'file_data': 'AAAA'}},
+    {'type': 'image_url', 'image_url': {'url': data_url(), 'format': 'pt'}},
+  ],
+)
+def test_no_other_parts(client, part):
+  with pytest.raises(openai.BadRequestError):
+    create(client, [{'role': 'user', 'content': [part]}])
+
+
+@pytest.mark.parametrize('mode', ['1', 'P', 'LA', 'RGBA', 'I;16'])
+def test_the_engine_survives_odd_pictures(client, mode):
+  for size in (1, 1), (1, 900):
+    found = create(client, ask('?', data_url(size, mode=mode)))
+    assert found.choices[0].message.content == reciter.ANSWER
+
+
+def test_nothing_is_made_of_what_is_too_much(client, monkeypatch, server):
+  monkeypatch.setattr(
+    server.tokenizer, 'encode', lambda *_, **__: pytest.fail('encoded')
+  )
+  for messages, said in (
+    (ask('?', *['data:,'] * 17), '17 pictures'),
+    (ask('a' * 500_000), 'context'),
+    (ask() * 513, '513 messages'),
+  ):
+    with pytest.raises(openai.BadRequestError, match=said):
+      create(client, messages)
+  for path in '/completions', '/../tokenize':
+    with pytest.raises(openai.BadRequestError, match='prompt'):
+      client.post(path, body={'prompt': 'a' * 2**20 + 'b'}, cast_to=object)
+
+
+@pytest.mark.parametrize(
+  'form',
+  [
+    {'regex': '(a{1000}){1000}'},
+    {'regex': 'x' * 20_000},
+    {'choice': ['x'] * 20_000},
+    {'json': {'type': 'object', 'not': {}}},
+    {'json': json.loads('{"items":' * 60 + '{}' + '}' * 60)},
+  ],
+  ids=['repeated', 'long', 'many', 'unknown', 'deep'],
+)
+def test_hostile_forms_are_refused_or_followed(client, form):
+  try:
+    create(client, ask(), extra_body={'structured_outputs': form}, max_tokens=4)
+  except openai.BadRequestError as error:
+    assert error.body['param'] in form
+  assert create(client, ask()).choices[0].message.content == reciter.ANSWER
+
+
+@pytest.mark.parametrize(
   ('messages', 'said'),
   [
     ([], 'messages'),

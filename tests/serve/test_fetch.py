@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import http.server
 import os
 import socket
@@ -167,6 +168,53 @@ def test_what_is_allowed_is_fetched(host):
   refused(url + '/file', 'does not fetch from', **limits)
   refused(url + '/large', 'more than', **limits)
   refused(url + '/gone', 'answers 404', **limits)
+
+
+def test_a_name_that_changes_is_not_dialled(host, monkeypatch):
+  """A host that is public when first asked, and of the own network then."""
+  host.answers['/moved'] = 302, {'Location': '/a'}, b''
+  host.answers['/a'] = 200, {}, b'secret'
+  found = ['8.8.8.8', '127.0.0.1']
+  monkeypatch.setattr(fetching, 'addresses', lambda *_: [found.pop(0)])
+  monkeypatch.setattr(fetching, 'is_public', is_public)
+  dialled, dial = [], socket.create_connection
+
+  def create_connection(address, **settings):
+    dialled.append(address[0])
+    return dial(('127.0.0.1', address[1]), **settings)
+
+  monkeypatch.setattr(socket, 'create_connection', create_connection)
+  url = f'http://{host.name}/moved'
+  refused(url, 'could not be fetched', media_domains=(host.name,))
+  assert dialled == ['8.8.8.8'] and not found
+
+
+@pytest.mark.parametrize('head', [b'HT', b'HTTP/1.1 200 OK\r\n\r\nx'])
+def test_a_host_that_dawdles_is_given_up(monkeypatch, head):
+  monkeypatch.setattr(fetching, 'addresses', lambda *_: ['127.0.0.1'])
+  monkeypatch.setattr(fetching, 'is_public', lambda address: True)
+  over = threading.Event()
+
+  def dawdle():
+    connection, _ = listening.accept()
+    with connection, contextlib.suppress(OSError):
+      connection.sendall(head)
+      while not over.wait(0.05):
+        connection.sendall(b'x')
+
+  with socket.create_server(('127.0.0.1', 0)) as listening:
+    thread = threading.Thread(target=dawdle)
+    thread.start()
+    name = f'good.com:{listening.getsockname()[1]}'
+    try:
+      refused(
+        *(f'http://{name}/', 'could not'),
+        media_domains=(name,),
+        fetch_seconds=0.5,
+      )
+    finally:
+      over.set()
+      thread.join()
 
 
 def test_a_host_that_is_silent_is_given_up():

@@ -73,6 +73,17 @@ def test_large_pictures_are_refused_by_their_header(monkeypatch):
       open_pictures([url(bomb(*size))], Limits())
 
 
+def test_a_jpeg_of_a_thousand_scans_is_not_decoded(monkeypatch):
+  data = encoded(Image.new('L', (16, 16), 99), 'JPEG')
+  assert open_pictures([url(data)], Limits())
+  scan = data[data.index(b'\xff\xda') : -2]
+  monkeypatch.setattr(
+    Image.Image, 'load', lambda self: pytest.fail('decoded'), raising=False
+  )
+  with pytest.raises(ApiError, match='not a readable'):
+    open_pictures([url(data[:-2] + scan * 1000 + data[-2:])], Limits())
+
+
 def test_budgets_are_of_all_pictures_together():
   small = url(encoded(Image.new('RGB', (10, 10))))
   limits = Limits(images=3, image_pixels=250)

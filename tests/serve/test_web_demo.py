@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import sys
 import threading
 import time
 import types
@@ -20,6 +21,7 @@ from serve_support import KEY, running
 
 from qwenvl_jax.data.making import web
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.serve import web_demo
 from qwenvl_jax.serve import web_demo_turns as turns_lib
 from qwenvl_jax.serve.limits import ApiError, Limits
 from qwenvl_jax.serve.web_demo_turns import Turn
@@ -150,6 +152,12 @@ def test_a_conversation_asks_for_no_more_than_a_body(picture):
   turns[0].pictures[0].unlink()
   with pytest.raises(ApiError, match='no longer here'):
     turns_lib.to_messages(turns, Limits())
+
+
+def test_without_gradio_it_is_said_how_to_get_it(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gradio', None)
+  with pytest.raises(ConfigError, match='EXTRAS=dev,demo launch/env.sh'):
+    web_demo.check()
 
 
 @pytest.fixture
