@@ -5,6 +5,7 @@ does (`web_demo_asking`); nothing of it is fetched from elsewhere, and nothing
 is sent anywhere.
 """
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -43,7 +44,6 @@ def add_demo(app: fastapi.FastAPI, server: Server) -> None:
   check()
   # Of this process alone, and gone with it; gradio's own is everybody's.
   folder = tempfile.TemporaryDirectory(prefix='qwenvl-demo-')
-  app.state.demo_folder = folder
   path = pathlib.Path(folder.name)
   os.environ['GRADIO_TEMP_DIR'] = str(path)
   import gradio
@@ -71,6 +71,7 @@ def add_demo(app: fastapi.FastAPI, server: Server) -> None:
     css=web_demo_page.CSS,
   )
   app.add_middleware(Gate, folder=path)
+  app.router.lifespan_context = _then_remove(folder, app.router)
 
 
 def let_go(http: uvicorn.Server, app: fastapi.FastAPI) -> None:
@@ -83,6 +84,19 @@ def let_go(http: uvicorn.Server, app: fastapi.FastAPI) -> None:
     await shutdown(sockets)
 
   http.shutdown = shut
+
+
+def _then_remove(folder: tempfile.TemporaryDirectory, router):
+  """The router's lifespan, with the end of a folder: signals end processes."""
+  before = router.lifespan_context
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app):
+    async with before(app) as state:
+      yield state
+    folder.cleanup()
+
+  return lifespan
 
 
 def _only_below(folder: pathlib.Path):

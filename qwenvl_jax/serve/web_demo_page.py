@@ -236,9 +236,9 @@ class Page:
     )
 
   def _running(self, turns, language):
-    busy = gr.update(
-      value=None, submit_btn=False, stop_btn=True, interactive=True
-    )
+    turns[-1].due = True
+    empty = {'text': '', 'files': []}
+    busy = gr.update(value=empty, submit_btn=False, stop_btn=True)
     return turns, show(turns, language), busy
 
   def _idle(self, turns, language, text: str = '', pictures=()):
@@ -300,7 +300,12 @@ class Page:
     request: gr.Request,
   ):
     """Answers the last question; yields the page as the answer grows."""
+    # It may have been taken back before this began.
+    if not turns or not turns[-1].due:
+      yield gr.skip(), gr.skip(), gr.skip()
+      return
     turn = turns[-1]
+    turn.due = False
     turn.answer, turn.drawn, turn.lacking = '', (), ''
     turn.asked += 1
     mine = turn.asked
@@ -330,6 +335,7 @@ class Page:
   def stop(self, turns: list[Turn], language: str):
     """Keeps what was answered so far."""
     if turns:
+      turns[-1].due = False
       turns[-1].asked += 1
       draw_boxes(turns, self._folder)
       if not turns[-1].answer:

@@ -44,6 +44,7 @@ class Turn:
     answer: as the model wrote it, boxes and all.
     drawn: (number of a picture, file that shows it with its boxes).
     lacking: characters of labels that no font could show.
+    due: whether its answer is wanted and has not begun.
     asked: how often it was asked; an older answer does not go on.
   """
 
@@ -52,6 +53,7 @@ class Turn:
   answer: str = ''
   drawn: tuple[tuple[int, pathlib.Path], ...] = ()
   lacking: str = ''
+  due: bool = False
   asked: int = 0
 
 
