@@ -46,7 +46,7 @@ if ! grep -qsxF "$wanted" "$stamp"; then
   sed -n 's/==.*/==/p' "$root/constraints-vllm.txt" |
     grep -vhf - "$root/constraints.txt" |
     cat - "$root/constraints-vllm.txt" >"$venv/constraints.txt"
-  if ! (cd "$root" && "$venv/bin/python" -m pip install --no-input \
+  if ! (cd "$root" && "$venv/bin/python" -m pip install --no-input --no-compile \
     -c "$venv/constraints.txt" -e . vllm-tpu pytest) \
     >"$venv/install.log" 2>&1; then
     tail -n 15 "$venv/install.log" >&2

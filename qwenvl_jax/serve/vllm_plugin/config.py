@@ -9,7 +9,7 @@ from qwenvl_jax.serve.vllm_plugin import ARCHITECTURE, MODE
 logger = init_logger(__name__)
 
 # What vLLM would read otherwise than we do; the model reads the file itself.
-_UNREAD = ('rotary_emb_base', 'rotary_pct', 'quantization_config', 'auto_map')
+_UNREAD = ('rotary_emb_base', 'rotary_pct', 'auto_map')
 
 
 class CheckpointConfig(PretrainedConfig):
@@ -25,6 +25,10 @@ class CheckpointConfig(PretrainedConfig):
     if visual is not None:
       for name in _UNREAD:
         kwargs.pop(name, None)
+      # Int4 kernels are dequantized, as `qwenvl_jax.load` does.
+      if kwargs.pop('quantization_config', None):
+        kwargs.pop('torch_dtype', None)
+        kwargs['dtype'] = 'bfloat16'
       kwargs['architectures'] = [ARCHITECTURE]
       kwargs['head_dim'] = kwargs['kv_channels']
       # NTK frequencies follow from the length of a whole prompt, which vLLM

@@ -50,7 +50,12 @@ class ServedQwenVL(nnx.Module):
     self.mesh = mesh
     dtype = jnp.dtype(settings.dtype)
     config = checkpoint_io.read_config(buckets.as_path(self.folder))
-    self.config = checkpoint_io.dequantized(config).replace(
+    if config.decoder.int4_group is not None:
+      raise ConfigError(
+        f'{self.folder} keeps kernels at 4 bits, which vLLM cannot run: '
+        'convert without --keep_int4, or serve it by qwenvl-serve'
+      )
+    self.config = config.replace(
       dtype=dtype, param_dtype=dtype, remat='none', scan_layers=False
     )
     if settings.max_model_len > config.decoder.seq_length:

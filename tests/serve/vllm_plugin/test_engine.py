@@ -27,22 +27,20 @@ import vllm
 NEW = 24
 
 
-@pytest.fixture(scope='module')
-def released(tmp_path_factory):
-  """The golden checkpoint with a vocabulary."""
-  folder = tmp_path_factory.mktemp('vllm') / 'released'
-  shutil.copytree(golden.FOLDER, folder)
-  (folder / 'qwen.tiktoken').write_text(golden.vocabulary())
-  return folder
-
-
-@pytest.fixture(scope='module', params=['released', 'converted'])
-def folder(request, released):
-  if request.param == 'released':
+@pytest.fixture(scope='module', params=['released', 'converted', 'int4'])
+def folder(request, tmp_path_factory):
+  """A golden checkpoint with a vocabulary."""
+  golden_folder = golden.FOLDER
+  if request.param == 'int4':
+    golden_folder = golden.FOLDER.with_name('int4')
+  released = tmp_path_factory.mktemp('vllm') / 'released'
+  shutil.copytree(golden_folder, released)
+  (released / 'qwen.tiktoken').write_text(golden.vocabulary())
+  if request.param != 'converted':
     return released
-  target = released.with_name('converted')
-  convert.from_hf(released, target)
-  return target
+  converted = released.with_name('converted')
+  convert.from_hf(released, converted)
+  return converted
 
 
 @pytest.fixture(scope='module')
@@ -53,8 +51,8 @@ def engine(folder):
 
 
 @pytest.fixture(scope='module')
-def ours(released):
-  return qwenvl_jax.load(released, dtype='float32')
+def ours(folder):
+  return qwenvl_jax.load(folder, dtype='float32')
 
 
 def picture(seed: int) -> Image.Image:

@@ -25,7 +25,7 @@ if not vllm_standins.available():
 import openai
 
 TESTS = pathlib.Path(__file__).parents[2]
-START_SECONDS = 600
+START_SECONDS = 1200
 
 
 @pytest.fixture(scope='module')
@@ -133,18 +133,15 @@ def test_nobody_writes_control_ids(client):
 
 
 @pytest.mark.parametrize(
-  ('messages', 'settings'),
+  'message',
   [
-    ([{'role': 'assistant', 'content': [shown(4)]}], {}),
-    ([{'role': 'user', 'content': 'x' * 300}], {}),
-    ([{'role': 'user', 'content': 'x'}], {'seed': 1}),
+    {'role': 'assistant', 'content': [shown(4)]},
+    {'role': 'user', 'content': 'x' * 300},
   ],
 )
 def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(
-  client, messages, settings
+  client, message
 ):
   with pytest.raises(openai.BadRequestError):
-    client.chat.completions.create(
-      model='tiny', messages=messages, temperature=0, **settings
-    )
+    client.chat.completions.create(model='tiny', messages=[message])
   assert ask(client, 'b').choices[0].message.content == reciter.ANSWER
