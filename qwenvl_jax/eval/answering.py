@@ -105,16 +105,16 @@ class Ahead:
         return
       self._futures.append(self._pool.submit(self._function, found))
 
-  def take(self, count: int, wait: bool) -> list:
-    """Takes results that are there, at most so many.
+  def take(self, most: int, least: int = 0) -> list:
+    """Takes results that are there.
 
     Args:
-      count: most results.
-      wait: for one, where none is there; none are left if none comes then.
+      most: so many at most.
+      least: so many are waited for, or all if fewer are to come.
     """
     found = []
-    while self._futures and len(found) < count:
-      if not (self._futures[0].done() or wait and not found):
+    while self._futures and len(found) < most:
+      if len(found) >= least and not self._futures[0].done():
         break
       found.append(self._futures.popleft().result())
       self._fill()

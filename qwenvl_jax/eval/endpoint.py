@@ -103,7 +103,7 @@ class Endpoint:
     )
     try:
       while ahead.left:
-        yield from ahead.take(self._requests, wait=True)
+        yield from ahead.take(self._requests, least=1)
     finally:
       ahead.close()
 

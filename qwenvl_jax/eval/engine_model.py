@@ -1,7 +1,9 @@
 """The engine in this process as what answers examples."""
 
+import collections
+import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +31,8 @@ from qwenvl_jax.text.tokenizer import Tokenizer
 _THREADS = 8
 
 
-class _Prepared(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Prepared:
   """An example on its way: its requests, or why there are none."""
 
   example: Example
@@ -79,25 +82,29 @@ class EngineModel:
     self, examples: Iterable[Example], decoding: Decoding
   ) -> Iterator[tuple[Example, Reply | Problem]]:
     slots = self._engine.slots
+    rows = min(self._engine.read_rows, slots)
     threads = min(os.cpu_count() or 1, _THREADS)
     ahead = Ahead(
       lambda example: self._prepare(example, decoding),
-      *(examples, threads, 2 * slots + threads),
+      *(examples, threads, slots + threads),
     )
+    ready: list[_Prepared] = []
     asked: list[_Asked] = []
     try:
-      while ahead.left or asked:
-        if self._scheduler.load.waiting < slots:
-          prepared = ahead.take(2 * slots, wait=not asked)
-          for found in prepared:
+      while ahead.left or ready or asked:
+        # Slots wait until so many are free that prompts are read together.
+        while (ahead.left or ready) and self._free() >= rows:
+          for found in ahead.take(slots - len(ready), rows - len(ready)):
             if found.problem:
               yield found.example, found.problem
-          asked += self._submit(x for x in prepared if not x.problem)
+            else:
+              ready.append(found)
+          group = self._alike(ready)
+          ready = [x for x in ready if x not in group]
+          asked += self._submit(group)
         self._scheduler.step()
-        done, asked = (
-          [x for x in asked if x.finished],
-          [x for x in asked if not x.finished],
-        )
+        done = [x for x in asked if x.finished]
+        asked = [x for x in asked if not x.finished]
         for one in done:
           yield one.example, self._reply(one, decoding)
     finally:
@@ -105,6 +112,23 @@ class EngineModel:
       for one in asked:
         for answer in one.answers:
           self._scheduler.cancel(answer)
+
+  def _free(self) -> int:
+    """Slots that nobody has or waits for."""
+    load = self._scheduler.load
+    return load.free - load.waiting
+
+  def _alike(self, ready: Sequence[_Prepared]) -> list[_Prepared]:
+    """Of those of one length, as few programs see it, who are read next.
+
+    They are of the length of which most are ready.
+    """
+    groups = collections.defaultdict(list)
+    for one in ready:
+      size = self._engine.prefix_size(len(one.requests[0].tokens))
+      groups[size].append(one)
+    most = max(groups.values(), key=len, default=[])
+    return most[: self._engine.read_rows]
 
   def _prepare(self, example: Example, decoding: Decoding) -> _Prepared:
     """Opens an example's pictures and makes its requests."""
@@ -153,8 +177,6 @@ class EngineModel:
     return _Prepared(example, tuple(requests))
 
   def _submit(self, prepared: Iterable[_Prepared]) -> list[_Asked]:
-    """Asks, those of like length one after the other."""
-    order = sorted(prepared, key=lambda x: len(x.requests[0].tokens))
     return [
       _Asked(
         one.example,
@@ -163,7 +185,7 @@ class EngineModel:
           for request in one.requests
         ),
       )
-      for one in order
+      for one in prepared
     ]
 
   def _reply(self, asked: _Asked, decoding: Decoding) -> Reply | Problem:
