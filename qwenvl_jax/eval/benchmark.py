@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
 
 from qwenvl_jax.data import roots
 from qwenvl_jax.data.catalogue import DATA_SETS
+from qwenvl_jax.data.readers import fields
 from qwenvl_jax.errors import BadRecordError, DataError
 from qwenvl_jax.eval.task import Example, File, Picture, Task
 
@@ -44,7 +45,7 @@ class Split:
 
   def records(self, data_dir: pathlib.Path) -> Iterator[Any]:
     """Yields records; DataError for the first that cannot be used."""
-    yield from usable(self.reader.records(self.root(data_dir)))
+    yield from usable(self._found(self.reader.records, data_dir))
 
   def pairs(
     self, data_dir: pathlib.Path, leave_out_empty: bool = False
@@ -56,7 +57,7 @@ class Split:
       leave_out_empty: those without question or answer; their number is
         logged.
     """
-    found = self.reader.pairs(self.root(data_dir))
+    found = self._found(self.reader.pairs, data_dir)
     if not leave_out_empty:
       yield from usable(found)
       return
@@ -71,6 +72,10 @@ class Split:
         '%s: %d questions without text or answer are left out',
         *(self.data_set, empty),
       )
+
+  def _found(self, read: Callable, data_dir: pathlib.Path) -> Iterator[Any]:
+    # What is no list at all fails where it is iterated over.
+    return fields.guarded(read(self.root(data_dir)), self.reader.files[0])
 
   def picture(
     self, data_dir: pathlib.Path, name: str, record: str = ''
@@ -123,6 +128,24 @@ def usable(found: Iterable[Any]) -> Iterator[Any]:
     if isinstance(one, DataError):
       raise one
     yield one
+
+
+def each(
+  found: Any, make: Callable[[Any, str], Iterator[Any]], name: str
+) -> Iterator[Any]:
+  """Yields what is made of each entry of a list or dict.
+
+  Args:
+    found: what an annotation file holds.
+    make: of an entry, and what errors call it.
+    name: of the file.
+
+  Raises:
+    DataError: it is no list, or an entry has fields of another type.
+  """
+  for record, entry in usable(fields.guarded(fields.entries(found), name)):
+    record = f'{name}, entry {record}'
+    yield from usable(fields.guarded(make(entry, record), record))
 
 
 def picture(folder: pathlib.Path, name: str, record: str) -> Picture:

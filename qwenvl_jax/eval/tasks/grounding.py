@@ -1,9 +1,11 @@
 """Referring expressions: RefCOCO, +, g and GRIT, the paper's Table 6."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -13,7 +15,7 @@ from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.readers.release import EvaluationLines
 from qwenvl_jax.data.records import Record, Region
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval.benchmark import Benchmark, Split, usable
+from qwenvl_jax.eval.benchmark import Benchmark, Split, each, usable
 from qwenvl_jax.eval.metrics import boxes
 from qwenvl_jax.eval.task import (
   Decoding,
@@ -109,29 +111,32 @@ class GritRefexp(Grounding):
   def examples(self, data_dir: pathlib.Path) -> Iterable[Example]:
     root = data_dir / 'GRIT'
     name = f'samples/{self.subset}/refexp.json'
-    for number, sample in fields.entries(fields.load_json(root, name)):
-      record = f'{name}, sample {number}'
-      # Flat as downloaded; nested in the authors' examples.
-      given = sample.get('input', sample) if isinstance(sample, dict) else {}
-      key = 'image_id' if 'image_id' in given else 'image_path'
-      image_name = fields.text_field(given, key, record)
-      path = roots.inside(root / 'images', image_name, record)
-      phrase = fields.text_field(given, 'task_query', record)
-      found = sample.get('output') or sample.get('gt') or {}
-      regions = ()
-      if found.get('bboxes'):
-        box = fields.numbers(found['bboxes'][0], 4, record)
-        regions = (Region(phrase, (box,)),)
-      blank = Record(record, (image_name,), regions=regions)
-      shown = _shown(blank, path)
-      example = _example(
-        str(given.get('example_id', number)),
-        Picture(path, image_name),
-        phrase,
-        shown.regions[0].boxes[0] if shown.regions else None,
-        shown.size,
-      )
-      yield dataclasses.replace(example, meta={'size': list(shown.size)})
+    make = functools.partial(self._examples, root / 'images')
+    return each(fields.load_json(root, name), make, name)
+
+  def _examples(
+    self, folder: pathlib.Path, sample: Any, record: str
+  ) -> Iterator[Example]:
+    # Flat as downloaded; nested in the authors' examples.
+    given = sample.get('input', sample)
+    key = 'image_id' if 'image_id' in given else 'image_path'
+    name = fields.text_field(given, key, record)
+    path = roots.inside(folder, name, record)
+    phrase = fields.text_field(given, 'task_query', record)
+    found = sample.get('output') or sample.get('gt') or {}
+    regions = ()
+    if found.get('bboxes'):
+      box = fields.numbers(found['bboxes'][0], 4, record)
+      regions = (Region(phrase, (box,)),)
+    shown = _shown(Record(record, (name,), regions=regions), path)
+    example = _example(
+      str(given.get('example_id', record)),
+      Picture(path, name),
+      phrase,
+      shown.regions[0].boxes[0] if regions else None,
+      shown.size,
+    )
+    yield dataclasses.replace(example, meta={'size': list(shown.size)})
 
   def finish(self, items: Sequence[Item], folder: pathlib.Path) -> None:
     """Writes `refexp.json` for GRIT's leaderboard; boxes in pixels."""

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.eval.annotations import videos
-from qwenvl_jax.eval.benchmark import picture
+from qwenvl_jax.eval.benchmark import each, picture
 from qwenvl_jax.eval.choices import LIKELIEST, Choices, lettered, letters
 from qwenvl_jax.eval.task import Example, File, Picture, Prompt
 
@@ -37,30 +37,33 @@ class SeedBench(Choices):
     root = data_dir / 'seed_bench'
     found = fields.load_json(root, 'SEED-Bench.json')
     entries = fields.field(found, 'questions', 'SEED-Bench.json')
-    for number, entry in fields.entries(entries):
-      record = f'SEED-Bench.json, question {number}'
-      dimension = fields.field(entry, 'question_type_id', record)
-      if dimension not in self.dimensions:
-        continue
-      key = fields.text_field(entry, 'question_id', record)
-      options = [
-        fields.text_field(entry, f'choice_{x}', record) for x in 'abcd'
-      ]
-      question = fields.text_field(entry, 'question', record)
-      answer = fields.text_field(entry, 'answer', record)
-      if answer not in tuple('ABCD'):
-        raise DataError(f'{record}: {answer!r} is none of A, B, C, D')
-      parts = []
-      for one in self._pictures(root, entry, key, dimension, record):
-        parts += [one, '\n']
-      text = f'Question: {question}\nOptions: {lettered(options)}\nAnswer:'
-      yield Example(
-        key,
-        Prompt((*parts[:-1], f'\n{text}')),
-        target=answer,
-        choices=letters(4),
-        category=_DIMENSIONS[dimension - 1],
-      )
+    return each(
+      entries, functools.partial(self._examples, root), 'SEED-Bench.json'
+    )
+
+  def _examples(
+    self, root: pathlib.Path, entry: Any, record: str
+  ) -> Iterator[Example]:
+    dimension = fields.field(entry, 'question_type_id', record)
+    if dimension not in self.dimensions:
+      return
+    key = fields.text_field(entry, 'question_id', record)
+    options = [fields.text_field(entry, f'choice_{x}', record) for x in 'abcd']
+    question = fields.text_field(entry, 'question', record)
+    answer = fields.text_field(entry, 'answer', record)
+    if answer not in tuple('ABCD'):
+      raise DataError(f'{record}: {answer!r} is none of A, B, C, D')
+    parts = []
+    for one in self._pictures(root, entry, key, dimension, record):
+      parts += [one, '\n']
+    text = f'Question: {question}\nOptions: {lettered(options)}\nAnswer:'
+    yield Example(
+      key,
+      Prompt((*parts[:-1], f'\n{text}')),
+      target=answer,
+      choices=letters(4),
+      category=_DIMENSIONS[dimension - 1],
+    )
 
   def _pictures(
     self, root, entry: Any, key: str, dimension: int, record: str

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 
 import pytest
 
@@ -108,6 +109,43 @@ def test_seed_bench(files, run):
   pictures = registry.get('seed_bench_image')
   scores, *_ = run(pictures, said, 3)
   assert scores == {'accuracy': 2 / 3}
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'question_type_id': [1]}, None),  # no dimension: not asked
+    ({'answer': 'AB'}, "entry 0: 'AB' is none of A, B, C, D"),
+    ({'data_id': '../x'}, 'entry 0: .*leads out of'),
+    ({'choice_c': float('nan')}, "entry 0: 'choice_c' is nan"),
+    ({'question_id': None}, "entry 0: 'question_id' is not text"),
+  ],
+)
+def test_odd_questions_are_named(files, change, message):
+  seed_bench(files)
+  path = files.root / 'seed_bench/SEED-Bench.json'
+  found = json.loads(path.read_text())
+  found['questions'][0] |= change
+  files.json('seed_bench/SEED-Bench.json', found)
+  task = registry.get('seed_bench_image')
+  if message is None:
+    assert len(list(task.examples(files.root))) == 2
+    return
+  with pytest.raises(DataError, match=message):
+    list(task.examples(files.root))
+
+
+@pytest.mark.parametrize('questions', [5, None, [7], {'a': ['b']}])
+def test_files_of_another_kind_are_named(files, questions):
+  files.json('seed_bench/SEED-Bench.json', {'questions': questions})
+  with pytest.raises(DataError, match='SEED-Bench.json'):
+    list(registry.get('seed_bench_image').examples(files.root))
+  files.json('docvqa/val_v1.0_withQT.json', {'data': questions})
+  with pytest.raises(DataError, match='val_v1.0_withQT.json'):
+    list(registry.get('docvqa_val').examples(files.root))
+  files.json('GRIT/samples/test/refexp.json', questions)
+  with pytest.raises(DataError, match='refexp.json'):
+    list(registry.get('grit_refexp_test').examples(files.root))
 
 
 def test_frames_are_taken_from_videos(files, tmp_path):
