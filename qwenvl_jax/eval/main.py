@@ -238,7 +238,7 @@ def _model(
     'digest': api.digest(args.checkpoint),
     **settings,
   }
-  return identity, functools.cache(lambda: _engine(args, identity))
+  return identity, lambda: _engine(args, identity)
 
 
 def _engine(args: argparse.Namespace, identity: Mapping[str, Any]) -> Model:

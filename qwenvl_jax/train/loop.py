@@ -26,6 +26,7 @@ from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
 from qwenvl_jax.text.tokenizer import Tokenizer
 from qwenvl_jax.train import saved_config
 from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
+from qwenvl_jax.train.evaluation import Evaluation, note_best
 from qwenvl_jax.train.guard import Guard, Spike, Watch
 from qwenvl_jax.train.hosts import compare, remark, times
 from qwenvl_jax.train.init import InitFrom, initial_params
@@ -105,6 +106,7 @@ class TrainConfig:
     max_skipped: consecutive steps without a finite loss that end the run, or
       with a guard, send it back to a checkpoint from before them.
     heldout: see `HeldOut`.
+    evaluation: what scores the model on tasks meanwhile, see `Evaluation`.
     guard: when to go back to the last good checkpoint; None is never.
     profile_steps: first and last step, counted from 1, of a profiler trace.
     notice: seconds from SIGTERM to the end of a machine that is taken away, for
@@ -123,6 +125,7 @@ class TrainConfig:
   log_every: int = 10
   max_skipped: int = 20
   heldout: HeldOut | None = None
+  evaluation: Evaluation | None = None
   guard: Guard | None = None
   profile_steps: tuple[int, int] | None = None
   notice: float = 30.0
@@ -291,6 +294,11 @@ def check_run(config: TrainConfig, mesh: Mesh) -> None:
     ConfigError: says what does not fit what, and what would.
   """
   check_batch(config.data.batch_size, config.accumulation, mesh)
+  if config.evaluation and jax.process_count() > 1:
+    raise ConfigError(
+      'TrainConfig.evaluation is for runs of one process; leave it out, and '
+      'score the checkpoints of this one with qwenvl-eval'
+    )
   data, objective = config.data, config.objective
   if not (isinstance(data, Pipeline) and isinstance(objective, NextToken)):
     return
@@ -403,7 +411,11 @@ class _Run:
       self.profiler.after(step_number, metrics)
       self.checkpoints.check()
       heldout = config.heldout and step_number % config.heldout.every == 0
-      saving = self.checkpoints.due(step_number) or step_number == stop
+      evaluation = config.evaluation
+      scoring = evaluation and step_number % evaluation.every == 0
+      saving = (
+        self.checkpoints.due(step_number) or step_number == stop or scoring
+      )
       if heldout or saving or self._long_steps:
         self._settle()
       if self._spike is not None:
@@ -417,6 +429,8 @@ class _Run:
         continue
       if heldout:
         self._report_heldout(step_number, state)
+      if scoring:
+        self._report_scores(step_number, state)
       if saving:
         self._save(step_number, state)
     self.checkpoints.finish()
@@ -549,6 +563,17 @@ class _Run:
     loss = total / weight if weight else float('nan')
     self.reporter.record({'step': step_number, 'heldout_loss': loss})
     # This time is not the training's.
+    self._window.began += time.perf_counter() - began
+
+  def _report_scores(self, step_number: int, state: TrainState) -> None:
+    workdir, began = self.checkpoints.folder.parent, time.perf_counter()
+    scores = self.config.evaluation(
+      self.config.objective.config, state.params, workdir
+    )
+    record = {f'eval/{name}': score for name, score in scores.items()}
+    self.reporter.record(
+      {'step': step_number} | record, note_best(workdir, step_number, scores)
+    )
     self._window.began += time.perf_counter() - began
 
   def _stop_if_asked(self, turn, step_number, state) -> None:
