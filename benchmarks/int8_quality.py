@@ -12,11 +12,15 @@ bfloat16.
 
 import argparse
 import collections
+import dataclasses
 import pathlib
 
 from qwenvl_jax import api
-from qwenvl_jax.data import sources
-from qwenvl_jax.eval import scenes
+from qwenvl_jax.eval import registry
+from qwenvl_jax.eval.engine_model import EngineModel
+from qwenvl_jax.eval.task import Item
+from qwenvl_jax.eval.tasks import scenes
+from qwenvl_jax.infer.engine import EngineConfig
 
 WAYS = {
   'float32': ({'dtype': 'float32'}, None),
@@ -25,7 +29,6 @@ WAYS = {
   'int8 cache': ({'dtype': 'bfloat16'}, 'int8'),
   'both': ({'dtype': 'bfloat16', 'int8': True}, 'int8'),
 }
-KINDS = ('caption', 'exist', 'count', 'colour', 'refer')
 
 
 def main() -> None:
@@ -35,25 +38,33 @@ def main() -> None:
   parser.add_argument('folder', type=pathlib.Path, help='of a quickstart')
   parser.add_argument('--scenes', type=int, default=200)
   args = parser.parse_args()
-  data = str(args.folder / 'data')
-  test = list(sources.Scenes(data, 'test', 'default', limit=args.scenes).open())
+  task = dataclasses.replace(registry.get('scenes_test'), scenes=args.scenes)
+  examples = [x for x in task.examples(args.folder / 'data') if x.meta]
   texts = {}
   for way, (settings, cache) in WAYS.items():
     handle = api.load(args.folder / 'stage2', **settings)
-    size = handle.config.vision.image_size
-    asked, pictures = scenes.exam(test, size, kinds=KINDS)
-    answers, _ = scenes.ask(
-      *(handle.config, handle.params, handle.tokenizer, asked, pictures),
+    sizes = EngineConfig(
+      slots=128,
+      max_len=handle.config.decoder.seq_length,
+      read_rows=8,
       cache_dtype=cache,
     )
+    model = EngineModel(handle.engine(sizes), handle.tokenizer, {})
+    said = {
+      example.key: reply.text
+      for example, reply in model.answer(examples, task.decoding)
+    }
     right, count = collections.Counter(), collections.Counter()
-    for answer in answers:
-      count[answer.question.kind] += 1
-      right[answer.question.kind] += answer.correct
-    texts[way] = [answer.answer for answer in answers]
+    for example in examples:
+      kind = example.meta['kind']
+      item = Item(example, said[example.key])
+      judged = scenes.judge(scenes.question_of(item), item.text)
+      count[kind] += 1
+      right[kind] += judged.correct
+    texts[way] = [said[example.key] for example in examples]
     shares = ', '.join(f'{k} {right[k] / count[k]:.3f}' for k in sorted(count))
     print(
-      f'{way:13s} all {right.total() / count.total():.3f} of {len(asked)}; '
+      f'{way:13s} all {right.total() / count.total():.3f} of {len(examples)}; '
       f'{shares}',
       flush=True,
     )

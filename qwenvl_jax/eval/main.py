@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from qwenvl_jax import api, buckets, entry
 from qwenvl_jax.errors import CheckpointError, ConfigError
@@ -238,7 +238,7 @@ def _model(
     'digest': api.digest(args.checkpoint),
     **settings,
   }
-  return identity, functools.cache(lambda: _engine(args, identity))
+  return identity, lambda: _engine(args, identity)
 
 
 def _engine(args: argparse.Namespace, identity: Mapping[str, Any]) -> Model:
@@ -368,7 +368,9 @@ def _positive(args: argparse.Namespace, name: str) -> int | None:
 
 
 def _print_list(console: Console) -> None:
-  shown = Table('task', 'benchmark', 'metric', 'files in --data_dir', box=None)
+  # A name that is cut cannot be copied to --tasks.
+  name = Column('task', no_wrap=True)
+  shown = Table(name, 'benchmark', 'metric', 'files in --data_dir', box=None)
   for task in registry.all_tasks().values():
     files = ', '.join(file.path for file in task.files)
     shown.add_row(task.name, task.title, task.metric, files)

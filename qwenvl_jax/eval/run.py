@@ -38,6 +38,10 @@ class Run:
   shard: Shard = ALL
   pictures: int = 50
 
+  @functools.cached_property
+  def _model(self) -> Model:
+    return self.open_model()
+
   def prepare(self, tasks: Sequence[Task]) -> None:
     """Checks everything that can be wrong, before a model is opened.
 
@@ -66,8 +70,9 @@ class Run:
     """
     folder = self.out / task.name
     examples = runner.take(task, self.data_dir, self.limit)
-    model = functools.cache(self.open_model)
-    runner.ask(task, examples, model, folder, self.shard, progress)
+    runner.ask(
+      task, examples, lambda: self._model, folder, self.shard, progress
+    )
     outcome = runner.score(task, examples, folder)
     if outcome.missing:
       return outcome

@@ -32,6 +32,7 @@ from qwenvl_jax.train import saved_config
 from qwenvl_jax.train.best import FOLDER as BEST
 from qwenvl_jax.train.best import Best
 from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
+from qwenvl_jax.train.evaluation import Evaluation, note_best
 from qwenvl_jax.train.guard import Guard, Spike, Watch
 from qwenvl_jax.train.hosts import compare, remark, times
 from qwenvl_jax.train.init import InitFrom, initial_params
@@ -126,6 +127,7 @@ class TrainConfig:
     heldout: see `HeldOut`.
     survey: whether records are counted before the first step: how long they
       are, what of them is cut, and which.
+    evaluation: what scores the model on tasks meanwhile, see `Evaluation`.
     guard: when to go back to the last good checkpoint; None is never.
     profile_steps: first and last step, counted from 1, of a profiler trace.
     notice: seconds from SIGTERM to the end of a machine that is taken away, for
@@ -145,6 +147,7 @@ class TrainConfig:
   max_skipped: int = 20
   heldout: HeldOut | None = None
   survey: bool = False
+  evaluation: Evaluation | None = None
   guard: Guard | None = None
   profile_steps: tuple[int, int] | None = None
   notice: float = 30.0
@@ -364,6 +367,11 @@ def check_run(config: TrainConfig, mesh: Mesh) -> None:
       'InitFrom.adapted is an adapter to go on from, but QwenVLConfig.lora is '
       'None (finetune/lora.gin sets it)'
     )
+  if config.evaluation and jax.process_count() > 1:
+    raise ConfigError(
+      'TrainConfig.evaluation is for runs of one process; leave it out, and '
+      'score the checkpoints of this one with qwenvl-eval'
+    )
   data, objective = config.data, config.objective
   if not (isinstance(data, Pipeline) and isinstance(objective, NextToken)):
     return
@@ -484,7 +492,11 @@ class _Run:
       self.profiler.after(step_number, metrics)
       self.checkpoints.check()
       heldout = config.heldout and step_number % config.heldout.every == 0
-      saving = self.checkpoints.due(step_number) or step_number == stop
+      evaluation = config.evaluation
+      scoring = evaluation and step_number % evaluation.every == 0
+      saving = (
+        self.checkpoints.due(step_number) or step_number == stop or scoring
+      )
       if heldout or saving or self._long_steps:
         self._settle()
       if self._spike is not None:
@@ -497,6 +509,8 @@ class _Run:
           _next(iterator, step_number, stop)
         continue
       ending = heldout and self._report_heldout(step_number, state)
+      if scoring:
+        self._report_scores(step_number, state)
       if saving or ending:
         self._save(step_number, state)
       if ending:
@@ -642,6 +656,17 @@ class _Run:
     # This time is not the training's.
     self._window.began += time.perf_counter() - began
     return _no_better(self.best, heldout, step_number)
+
+  def _report_scores(self, step_number: int, state: TrainState) -> None:
+    workdir, began = self.checkpoints.folder.parent, time.perf_counter()
+    scores = self.config.evaluation(
+      self.config.objective.config, state.params, workdir
+    )
+    record = {f'eval/{name}': score for name, score in scores.items()}
+    self.reporter.record(
+      {'step': step_number} | record, note_best(workdir, step_number, scores)
+    )
+    self._window.began += time.perf_counter() - began
 
   def _stop_if_asked(self, turn, step_number, state) -> None:
     asked = self.caught.signum

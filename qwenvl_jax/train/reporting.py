@@ -229,6 +229,11 @@ def describe(record: dict) -> str:
   parts = []
   if 'heldout_loss' in record:
     parts.append(f'held-out loss {record["heldout_loss"]:.4f}')
+  parts += [
+    f'{name.removeprefix("eval/")} {score:.4f}'
+    for name, score in record.items()
+    if name.startswith('eval/') and score is not None
+  ]
   if 'loss' in record:
     loss = record['loss']
     parts.append('loss -' if loss is None else f'loss {loss:.4f}')

@@ -20,11 +20,11 @@ class Form:
     folder: below the data folder.
     path: of a table, from split and subject.
     dev: the split that the solved examples are from.
-    columns: their names: question, options, answer; '' if there is no row of
-      names.
+    columns: question, options and answer, by name.
     heading: before the examples, with the subject.
     question: of one question, from question and options.
     space: between the prompt and a letter.
+    named: whether a row of names comes first.
   """
 
   folder: str
@@ -34,6 +34,7 @@ class Form:
   heading: str
   question: str
   space: str = ''
+  named: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,23 +86,15 @@ class Exam(Choices):
 
   def _subjects(self, data_dir: pathlib.Path) -> list[str]:
     before, after = self.form.path.format(self.split, '\0').split('\0')
-    folder = data_dir / self.form.folder
-    pattern = f'{before}*{after}'.replace(f'{self.split}/', '', 1)
+    found = (data_dir / self.form.folder).glob(f'{before}*{after}')
     return sorted(
-      path.name.removesuffix(after)
-      for path in (folder / self.split).glob(pattern)
-      if not path.name.startswith('.')
+      path.name.removesuffix(after) for path in found if path.name[0] != '.'
     )
 
   def _rows(self, data_dir, split: str, subject: str):
     file = data_dir / self.form.folder / self.form.path.format(split, subject)
     names = self.form.columns
-    has_header = names[0].lower() == 'question' and self.form.folder != 'MMLU'
-    table = rows(
-      file,
-      names if has_header else (),
-      names=() if has_header else names,
-    )
+    table = rows(file, names) if self.form.named else rows(file, names=names)
     question, *options, answer = names
     for number, (record, row) in enumerate(table):
       letter = row[answer].upper()
@@ -124,6 +117,7 @@ _MMLU = Form(
   'The following are multiple choice questions (with answers) about {}.\n\n',
   '{}\n{}\nAnswer:',
   ' ',
+  named=False,
 )
 _CEVAL = Form(
   'C-Eval',

@@ -77,17 +77,15 @@ class Mme(Benchmark):
     }
 
   def aggregate(self, units: Sequence[Unit]) -> Scores:
-    """Both totals, up to 2000 and 800; of one subtask, its score up to 200."""
+    """Both totals, up to 2000 and 800; of the subtasks that were asked."""
     groups = collections.defaultdict(list)
     for unit in units:
       groups[unit.category].append(unit)
-    totals = {'perception': 0.0, 'cognition': 0.0}
+    totals = collections.defaultdict(float)
     for subtask, found in groups.items():
       total = 'cognition' if subtask in COGNITION else 'perception'
       totals[total] += _score(found)
-    if len(groups) == 1:
-      return {'score': _score(units)}
-    return totals
+    return dict(totals)
 
 
 def _score(units: Sequence[Unit]) -> float:

@@ -90,7 +90,7 @@ class ShortAnswers(Benchmark):
       pool = [
         (split, image, asked)
         for split in self.train
-        for image, asked in split.pairs(data_dir)
+        for image, asked in split.pairs(data_dir, leave_out_empty=True)
       ]
     for category, split in self.splits:
       # Where nobody says how many there are, empty ones do not count.
