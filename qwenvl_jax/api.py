@@ -51,36 +51,36 @@ def load(
 ) -> 'Handle':
   """Opens a checkpoint folder.
 
-    Args:
-      folder: the released layout (safetensors or `.bin` shards), a converted
-        checkpoint, or a training run (its newest complete step; of one with
+  Args:
+    folder: the released layout (safetensors or `.bin` shards), a converted
+      checkpoint, or a training run (its newest complete step; of one with
       low-rank factors, on its base); on a disk, in a bucket (`gs://..`), or a
       hub id (`Qwen/Qwen-VL-Chat`; extra `hub`), which is downloaded the first
       time.
-      dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
-        dtype that is stored, and in bfloat16 with int4 weights.
-      shardings: tree of shardings like the parameters; None splits them over the
-        mesh in use (`sharding.use_mesh`), if there is one. Each device's shard is
-        read by itself.
-      keep_int4: of the Int4 release, keep the decoder's kernels at 4 bits, which
-        halves the memory of the whole model. Otherwise they are dequantized. A
-        checkpoint that was converted with them always keeps them.
-      int8: round the decoder's kernels to 8 bits as they are read, which halves
-        what a token reads from memory beside bfloat16 (docs/serving.md says what
-        that costs in quality).
-      adapter: folder of a low-rank adapter for this model: a run of
-        `finetune/lora.gin`, what `qwenvl-convert adapter-from-peft` made, or
-        PEFT's own. It is applied beside the kernels, unmerged, so that these may
-        stay packed (`qwenvl-convert merge-adapter` makes one model of both).
+    dtype: of parameters and activations, e.g. 'bfloat16'; None computes in the
+      dtype that is stored, and in bfloat16 with int4 weights.
+    shardings: tree of shardings like the parameters; None splits them over the
+      mesh in use (`sharding.use_mesh`), if there is one. Each device's shard is
+      read by itself.
+    keep_int4: of the Int4 release, keep the decoder's kernels at 4 bits, which
+      halves the memory of the whole model. Otherwise they are dequantized. A
+      checkpoint that was converted with them always keeps them.
+    int8: round the decoder's kernels to 8 bits as they are read, which halves
+      what a token reads from memory beside bfloat16 (docs/serving.md says what
+      that costs in quality).
+    adapter: folder of a low-rank adapter for this model: a run of
+      `finetune/lora.gin`, what `qwenvl-convert adapter-from-peft` made, or
+      PEFT's own. It is applied beside the kernels, unmerged, so that these may
+      stay packed (`qwenvl-convert merge-adapter` makes one model of both).
 
-    Returns:
-      A `Handle`.
+  Returns:
+    A `Handle`.
 
-    Raises:
-      CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged, or has
-        no int4 weights to keep; or it cannot be downloaded; or the adapter is
-        none of this model.
-      ConfigError: no such dtype, or a bucket that may not be used.
+  Raises:
+    CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged, or has
+      no int4 weights to keep; or it cannot be downloaded; or the adapter is
+      none of this model.
+    ConfigError: no such dtype, or a bucket that may not be used.
   """
   try:
     dtype = dtype and jnp.dtype(dtype)
