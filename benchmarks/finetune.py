@@ -29,9 +29,13 @@ from qwenvl_jax.quickstart import own_pictures
 
 OLD_SKILLS = ('caption', 'exist', 'count', 'colour', 'refer')
 # The settings of the release are for 9.6 billion parameters.
+_ROW = 'Pipeline.sequence_length=96'
 METHODS = {
-  'LoRA': ('lora', ('RANK=16', 'ALPHA=32.0', 'OptimizerConfig.peak=5e-3')),
-  'full': ('full', ('OptimizerConfig.peak=1e-3',)),
+  'LoRA': (
+    'lora',
+    ('RANK=16', 'ALPHA=32.0', 'OptimizerConfig.peak=5e-3', _ROW),
+  ),
+  'full': ('full', ('OptimizerConfig.peak=1e-3', _ROW)),
 }
 
 
@@ -109,7 +113,7 @@ def main() -> None:
   parser.add_argument('quickstart', type=pathlib.Path, help='its folder')
   parser.add_argument('--folder', type=pathlib.Path, required=True)
   parser.add_argument('--pictures', type=int, default=100)
-  parser.add_argument('--epochs', type=float, default=20.0)
+  parser.add_argument('--epochs', type=float, default=5.0)
   parser.add_argument('--scenes', type=int, default=100, help='of old skills')
   args = parser.parse_args()
   base = args.quickstart.absolute() / 'stage3'
