@@ -11,11 +11,11 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from qwenvl_jax.data.readers import fields, json_lines
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.eval import predictions
-from qwenvl_jax.eval.answering import Ahead
 
 # Environment variables; the first two are those of OpenAI's own client.
 KEY, URL, MODEL = 'OPENAI_API_KEY', 'OPENAI_BASE_URL', 'QWENVL_JUDGE'
@@ -55,17 +55,16 @@ class Judge:
     new = [key for key in asked if key not in known]
     if new:
       client = _client()
-      ahead = Ahead(
-        lambda key: self._ask(client, asked[key]), new, _AT_A_TIME, _AT_A_TIME
-      )
+      pool = ThreadPoolExecutor(_AT_A_TIME)
       try:
-        for key in new:
-          [known[key]] = ahead.take(1, wait=True)
-          line = {'key': key, 'model': self.model, 'reply': known[key]}
+        replies = pool.map(lambda key: self._ask(client, asked[key]), new)
+        for key, reply in zip(new, replies, strict=True):
+          known[key] = reply
+          line = {'key': key, 'model': self.model, 'reply': reply}
           with open(self.file, 'a', encoding='utf-8') as file:
             file.write(json.dumps(line, ensure_ascii=False) + '\n')
       finally:
-        ahead.close()
+        pool.shutdown(wait=False, cancel_futures=True)
     return [known[key] for key in keys]
 
   def _key(self, messages) -> str:
