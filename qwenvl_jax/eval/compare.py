@@ -191,7 +191,8 @@ def page(found: Sequence[Comparison], data_dir: Path | None, count: int) -> str:
     if len(keys) > count:
       keys = keys[: count - count // 2] + keys[len(keys) - count // 2 :]
     examples = {}
-    if data_dir is not None:
+    # Of own questions the file is not known any more.
+    if data_dir is not None and type(one.task) is not Task:
       one.task.check(data_dir)
       examples = {x.key: x for x in one.task.examples(data_dir)}
     shown = (
