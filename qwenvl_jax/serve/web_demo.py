@@ -92,9 +92,11 @@ def _then_remove(folder: tempfile.TemporaryDirectory, router):
 
   @contextlib.asynccontextmanager
   async def lifespan(app):
-    async with before(app) as state:
-      yield state
-    folder.cleanup()
+    try:
+      async with before(app) as state:
+        yield state
+    finally:
+      folder.cleanup()
 
   return lifespan
 
