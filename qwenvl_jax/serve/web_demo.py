@@ -5,10 +5,12 @@ does (`web_demo_asking`); nothing of it is fetched from elsewhere, and nothing
 is sent anywhere.
 """
 
+import asyncio
 import contextlib
 import os
 import pathlib
 import tempfile
+import time
 
 import fastapi
 import uvicorn
@@ -17,7 +19,10 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.serve.limits import ApiError
 from qwenvl_jax.serve.server import Server
 from qwenvl_jax.serve.web_demo_gate import PATH, Gate
+from qwenvl_jax.serve.web_demo_turns import EXAMPLES
 
+# Seconds that pictures of conversations are kept, and between two looks.
+_KEEP, _LOOK = 86400, 600
 # Clicks that wait; the engine has a queue of its own.
 _MAX_WAITING = 256
 
@@ -71,7 +76,7 @@ def add_demo(app: fastapi.FastAPI, server: Server) -> None:
     css=web_demo_page.CSS,
   )
   app.add_middleware(Gate, folder=path)
-  app.router.lifespan_context = _then_remove(folder, app.router)
+  app.router.lifespan_context = _with_folder(folder, app.router)
 
 
 def let_go(http: uvicorn.Server, app: fastapi.FastAPI) -> None:
@@ -86,19 +91,35 @@ def let_go(http: uvicorn.Server, app: fastapi.FastAPI) -> None:
   http.shutdown = shut
 
 
-def _then_remove(folder: tempfile.TemporaryDirectory, router):
-  """The router's lifespan, with the end of a folder: signals end processes."""
+def _with_folder(folder: tempfile.TemporaryDirectory, router):
+  """The router's lifespan, and the folder's: signals end processes at once."""
   before = router.lifespan_context
 
   @contextlib.asynccontextmanager
   async def lifespan(app):
+    looking = asyncio.create_task(_look_after(pathlib.Path(folder.name)))
     try:
       async with before(app) as state:
         yield state
     finally:
+      looking.cancel()
       folder.cleanup()
 
   return lifespan
+
+
+async def _look_after(folder: pathlib.Path) -> None:
+  while True:
+    await asyncio.sleep(_LOOK)
+    await asyncio.to_thread(remove_old, folder, _KEEP)
+
+
+def remove_old(folder: pathlib.Path, seconds: float) -> None:
+  """Removes files that are older, but for the examples."""
+  for path in folder.rglob('*'):
+    old = path.is_file() and time.time() - path.stat().st_mtime > seconds
+    if old and not path.is_relative_to(folder / EXAMPLES):
+      path.unlink(missing_ok=True)
 
 
 def _only_below(folder: pathlib.Path):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import gradio as gr
 
+from qwenvl_jax.serve import web_demo_turns as turns_lib
 from qwenvl_jax.serve.limits import FORMATS, ApiError
 from qwenvl_jax.serve.server import Server
 from qwenvl_jax.serve.web_demo_asking import ask, grouped
@@ -95,7 +96,10 @@ class Page:
     """
     self._server, self._folder = server, folder
     self._examples = [
-      tuple(keep_picture(path.read_bytes(), folder) for path in one.pictures)
+      tuple(
+        keep_picture(path.read_bytes(), folder / turns_lib.EXAMPLES)
+        for path in one.pictures
+      )
       for one in EXAMPLES
     ]
 
@@ -105,8 +109,6 @@ class Page:
       title=f'{self._server.name} · Qwen-VL',
       analytics_enabled=False,
       fill_height=True,
-      # Pictures of conversations go after a day.
-      delete_cache=(600, 86400),
     ) as page:
       turns = gr.State([])
       with gr.Row(elem_id='head'):

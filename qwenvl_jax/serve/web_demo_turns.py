@@ -24,6 +24,8 @@ from qwenvl_jax.serve.pictures import open_pictures
 from qwenvl_jax.serve.schemas import ImagePart, Message
 from qwenvl_jax.text import drawing, grounding
 
+# Folder of the pictures that stay.
+EXAMPLES = 'examples'
 # What a shared conversation says that it is.
 _KIND = 'qwenvl_jax conversation'
 # Longer side of a picture that boxes are drawn on, in pixels.
@@ -191,7 +193,7 @@ def keep_picture(data: bytes, folder: pathlib.Path) -> pathlib.Path:
   with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
     suffix = picture.format.lower()
   path = folder / hashlib.sha256(data).hexdigest() / f'picture.{suffix}'
-  path.parent.mkdir(exist_ok=True)
+  path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(data)
   return path
 

@@ -152,6 +152,18 @@ def test_a_conversation_asks_for_no_more_than_a_body(picture):
     turns_lib.to_messages(turns, Limits())
 
 
+def test_pictures_are_not_kept_for_ever(tmp_path):
+  old = turns_lib.keep_picture(encoded((8, 8)), tmp_path)
+  new = turns_lib.keep_picture(encoded((9, 9)), tmp_path)
+  example = turns_lib.keep_picture(
+    encoded((8, 8)), tmp_path / turns_lib.EXAMPLES
+  )
+  for path in (old, example):
+    os.utime(path, (0, 0))
+  web_demo.remove_old(tmp_path, 3600)
+  assert [path.exists() for path in (old, new, example)] == [False, True, True]
+
+
 def test_without_gradio_it_is_said_how_to_get_it(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gradio', None)
   with pytest.raises(ConfigError, match='EXTRAS=dev,demo launch/env.sh'):
@@ -320,8 +332,9 @@ def test_files_are_of_one_folder(browser):
   config = browser.get('/demo/config').text
   inside = config.partition('/gradio_api/file=')[2].partition('"')[0]
   assert browser.get(f'/demo/gradio_api/file={inside}').status_code == 200
-  folder = pathlib.Path(inside).parent
-  for outside in (f'{folder}/../../passwd', f'{folder.parent}x/y'):
+  folder = pathlib.Path(inside).parents[2]
+  assert folder.name.startswith('qwenvl-demo-')
+  for outside in (f'{folder}/../passwd', f'{folder}x/y'):
     assert browser.get(f'/demo/gradio_api/file={outside}').status_code == 404
 
 
