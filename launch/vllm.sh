@@ -11,10 +11,10 @@ Usage: launch/vllm.sh COMMAND [ARGUMENTS]
 Makes .venv-vllm at the repository's root, or reuses it, and runs the command
 there: vLLM for TPUs and this package, whose plugin it finds by itself. vLLM asks
 for other versions of some packages than training does (constraints-vllm.txt),
-hence an environment of its own (about 8 GB, with the CUDA libraries that PyPI's
+hence an environment of its own (about 7 GB, with the CUDA libraries that PyPI's
 torch wants on any machine).
 
-  launch/vllm.sh vllm serve Qwen-VL-Chat --disable-chunked-mm-input
+  launch/vllm.sh vllm serve runs/quickstart/stage3
   launch/vllm.sh python -m pytest tests/serve/vllm_plugin
 
 PYTHON=/path/to/python picks the interpreter (3.12: vLLM's wheel has no other).

@@ -5,6 +5,8 @@ calls `register` in each of its processes, in an environment of its own
 (`launch/vllm.sh`). Importing this module imports nothing of vLLM.
 """
 
+import importlib.util
+
 # vLLM's name of the model, and of what reads its texts and messages.
 ARCHITECTURE = 'QwenVLForConditionalGeneration'
 MODE = 'qwenvl_jax'
@@ -15,8 +17,6 @@ def register() -> None:
 
   Does nothing where vLLM has no tpu-inference: the model runs in JAX.
   """
-  import importlib.util
-
   if importlib.util.find_spec('tpu_inference') is None:
     return
   from qwenvl_jax.serve.vllm_plugin.registration import register_all

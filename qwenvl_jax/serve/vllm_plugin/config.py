@@ -1,12 +1,9 @@
 """config.json of our folders as vLLM wants it, and settings it must have."""
 
 from transformers import PretrainedConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from qwenvl_jax.serve.vllm_plugin import ARCHITECTURE, MODE
-
-logger = init_logger(__name__)
 
 # What vLLM would read otherwise than we do; the model reads the file itself.
 _UNREAD = ('rotary_emb_base', 'rotary_pct', 'auto_map')
@@ -25,7 +22,7 @@ class CheckpointConfig(PretrainedConfig):
     if visual is not None:
       for name in _UNREAD:
         kwargs.pop(name, None)
-      # Int4 kernels are dequantized, as `qwenvl_jax.load` does.
+      # Of Int4, which is dequantized as by `qwenvl_jax.load`.
       if kwargs.pop('quantization_config', None):
         kwargs.pop('torch_dtype', None)
         kwargs['dtype'] = 'bfloat16'
@@ -42,9 +39,12 @@ class Defaults(VerifyAndUpdateConfig):
 
   @staticmethod
   def verify_and_update_model_config(model_config) -> None:
-    """Takes our tokenizer, and with it our form of messages."""
+    """Takes our tokenizer and form of messages, and no kernels of 4 bits."""
     if model_config.tokenizer_mode == 'auto':
       model_config.tokenizer_mode = MODE
+    if getattr(model_config.hf_config, 'quantization_config', None):
+      del model_config.hf_config.quantization_config
+      model_config.model_arch_config.quantization_config = None
 
   @staticmethod
   def verify_and_update_config(vllm_config) -> None:

@@ -151,6 +151,10 @@ class ServedQwenVL(nnx.Module):
       np.zeros((1, side, side, 3), np.uint8),
     )
 
+  def modules(self) -> list:
+    """Of torch, which vLLM looks through when it ends: none."""
+    return []
+
   def _params(self) -> dict:
     return self.structure.unflatten([leaf.get_value() for leaf in self.leaves])
 
