@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwenvl_jax.errors import ConfigError, DataError
-from qwenvl_jax.infer.request import GenerationError
+from qwenvl_jax.infer.request import GrammarError
 from qwenvl_jax.text.special_tokens import SPECIAL_TOKENS
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ class Grammar:
     first = self.matcher(())
     try:
       possible = first.mask().any()
-    except GenerationError as error:
+    except GrammarError as error:
       # Too much work for the whole vocabulary, or nothing to go on with.
       message = f'{name} allows no answer; loosen it'
       failed = first._inner.is_error()
@@ -192,7 +192,7 @@ class Matcher:
       row: [ceil(V/32)] uint32, contiguous: of one answer, in a batch's masks.
 
     Raises:
-      GenerationError: no id may come next though the answer is not complete, or
+      GrammarError: no id may come next though the answer is not complete, or
         the grammar needs more work than is allowed.
     """
     if row.shape != (self._words,) or row.dtype != np.uint32:
@@ -208,7 +208,7 @@ class Matcher:
     for stop in self._stop_ids:
       _set(row, stop, may_end)
     if not may_end and not row.any():
-      raise GenerationError(
+      raise GrammarError(
         f'{self._grammar.name}: no token may follow the {len(self._tokens)} '
         f'so far, and an end (stop ids {list(self._stop_ids)}) would be too '
         'early; give other stop ids or loosen the grammar'
@@ -233,12 +233,12 @@ class Matcher:
     """Goes on after a token.
 
     Raises:
-      GenerationError: it is not allowed (the matcher stays where it was), or
+      GrammarError: it is not allowed (the matcher stays where it was), or
         the grammar needs more work than may be done.
     """
     token = int(token)
     if not self.allows(token):
-      raise GenerationError(
+      raise GrammarError(
         f'{self._grammar.name} does not allow token {token} after '
         f'{len(self._tokens)} tokens; choose tokens by its masks'
       )
@@ -279,7 +279,7 @@ class Matcher:
 
   def _check(self) -> None:
     if self._inner.is_error():
-      raise GenerationError(
+      raise GrammarError(
         f'{self._grammar.name} needs more work than is allowed after '
         f'{len(self._tokens)} tokens ({_one_line(self._inner.get_error())}); '
         'make it simpler: smaller counts, fewer alternatives'

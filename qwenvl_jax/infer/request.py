@@ -23,6 +23,10 @@ class GenerationError(QwenVLError):
   """An answer that cannot be completed."""
 
 
+class GrammarError(GenerationError):
+  """An answer that the form asked for, not the model, does not let go on."""
+
+
 def not_finite(count: int) -> GenerationError:
   """The error of logits that are NaN or infinite after `count` new tokens."""
   return GenerationError(

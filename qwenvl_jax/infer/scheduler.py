@@ -28,7 +28,7 @@ from qwenvl_jax.infer.request import (
   STOP,
   TIMEOUT,
   Answer,
-  GenerationError,
+  GrammarError,
   Request,
   Token,
   check_fits,
@@ -445,11 +445,11 @@ def _told(request: Request, token: int, chosen: Chosen, slot: int) -> Token:
 
 
 def _check(chosen: Chosen, slot: int, count: int) -> None:
-  """GenerationError if a slot's token is none, after `count` new ones."""
+  """QwenVLError if a slot's token is none, after `count` new ones."""
   if not chosen.valid[slot]:
     raise not_finite(count)
   if not chosen.possible[slot]:
-    raise GenerationError(
+    raise GrammarError(
       f'no token may follow after {count} new ones: the grammar can only end '
       'there, which min_new_tokens forbids; ask for fewer'
     )

@@ -170,6 +170,8 @@ def _failure(answer) -> ApiError:
     return ApiError(
       'the answer was cancelled', status=499, kind='cancelled_error'
     )
+  if isinstance(answer.error, engine_request.GrammarError):
+    return ApiError(str(answer.error)[:500], code='generation_failed')
   return ApiError(
     'the model could not answer this request',
     status=500,
