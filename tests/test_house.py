@@ -31,7 +31,7 @@ ROOMS = {
   'plan': ('train', 'infer', 'model', 'data', 'sharding'),
   'infer': ('model', 'text', 'image', 'conversion', 'sharding'),
   'serve': ('infer', 'model', 'text', 'image', 'sharding'),
-  'eval': ('infer', 'data', 'text', 'model', 'image'),
+  'eval': ('infer', 'data', 'text', 'model', 'image', 'sharding'),
   'api': (
     'conversion',
     'infer',

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import qwenvl_jax
 from qwenvl_jax import buckets
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.eval import interval
@@ -27,16 +26,15 @@ RUN = 'run.json'
 RESULTS = 'results.json'
 PREDICTIONS = 'predictions.jsonl'
 
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'numpy', 'pillow', 'tiktoken')
+_PACKAGES = (
+  *('qwenvl_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow', 'tiktoken'),
+)
 
 
 def versions() -> dict[str, str]:
   """What the figures may depend on, by name."""
   found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  ours = getattr(qwenvl_jax, '__version__', None)
-  if ours is None:
-    ours = importlib.metadata.version('qwenvl_jax')
-  return {'qwenvl_jax': ours, 'python': platform.python_version()} | found
+  return {'python': platform.python_version()} | found
 
 
 def claim(folder: Path, about: Mapping[str, Any]) -> None:
