@@ -27,13 +27,7 @@ RESULTS = 'results.json'
 PREDICTIONS = 'predictions.jsonl'
 
 _PACKAGES = (
-  'qwenvl_jax',
-  'jax',
-  'jaxlib',
-  'flax',
-  'numpy',
-  'pillow',
-  'tiktoken',
+  *('qwenvl_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow', 'tiktoken'),
 )
 
 

@@ -103,9 +103,10 @@ def test_a_prompt_with_pictures(client, handle):
     extra_body={'images': [url]},
   )
   pixels = np.asarray(picture.resize((28, 28)))[None]
-  (expected,) = handle.score([ids[:1]], [ids[1:]], pixels)
+  # The letter and the picture, then the rest.
+  (expected,) = handle.score([ids[:19]], [ids[19:]], pixels)
   np.testing.assert_allclose(
-    found.choices[0].logprobs.token_logprobs[1:], expected.logprobs, atol=1e-4
+    found.choices[0].logprobs.token_logprobs[19:], expected.logprobs, atol=1e-4
   )
   for prompt, images, said in (
     ('a', [url], '0 <img></img> in the prompt'),
