@@ -97,7 +97,7 @@ def test_from_pictures_to_an_adapter(place, capsys):
     ['--gin_file=finetune/lora.gin', f'--workdir={run}',
      *(f'--gin.{x}' for x in given)]
   )  # fmt: skip
-  said = capsys.readouterr().out
+  said = ' '.join(capsys.readouterr().err.split())
   assert 'mine: 19 records with 19 pictures' in said
   assert 'mine: the ends of 1 records are cut: ' in said
   records = [

@@ -9,7 +9,9 @@ import standin
 
 from qwenvl_jax.conversion import convert, layout
 from qwenvl_jax.conversion.checkpoint_io import (
+  dequantized,
   read_config,
+  read_params,
 )
 from qwenvl_jax.conversion.families import openclip
 from qwenvl_jax.conversion.families.qwen_vl.assets import write_assets
@@ -70,8 +72,18 @@ def test_packed_kernels_are_not_trained(tmp_path):
   with pytest.raises(ConfigError, match=r'kernel/words is int32: .*int4_group'):
     abstract_state(wanted, everything, mesh)
   init = InitFrom(params=str(tmp_path / 'kept'))
+  plain = NextToken(dequantized(model.config))
   with pytest.raises(CheckpointError, match='keeps int4 .*without --keep_int4'):
-    initial_params(model, wanted, init, seed=0)
+    initial_params(
+      plain, abstract_params(plain, everything, mesh), init, seed=0
+    )
+  # Low-rank factors are trained beside them, as they are stored.
+  kept = flatten(initial_params(model, wanted, init, seed=0))
+  stored = read_params(tmp_path / 'kept', model.config)
+  for path, x in layout.flatten(stored):
+    if layout.is_packed(path):
+      assert kept[path].dtype == x.dtype
+      np.testing.assert_array_equal(kept[path], x, err_msg=path)
 
 
 def test_random_parts_depend_on_the_seed(folder):
