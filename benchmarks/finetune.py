@@ -27,6 +27,7 @@ from qwenvl_jax.data import sources
 from qwenvl_jax.eval import scenes
 from qwenvl_jax.quickstart import own_pictures
 
+NEW_SKILLS = ('new style', 'new thing', 'known things', 'its background')
 OLD_SKILLS = ('caption', 'exist', 'count', 'colour', 'refer')
 # The settings of the release are for 9.6 billion parameters.
 _ROW = 'Pipeline.sequence_length=96'
@@ -71,7 +72,7 @@ def train(args: argparse.Namespace, base: pathlib.Path, name: str) -> float:
 def new_skills(qwen, count: int) -> dict[str, float]:
   """Shares of right answers on pictures that were not trained on."""
   rng = random.Random('held out')
-  counts = dict.fromkeys(('style', 'new thing', 'known things', 'colour'), 0.0)
+  counts = dict.fromkeys(NEW_SKILLS, 0.0)
   for number in range(count):
     new = number % 2 == 0
     drawn = own_pictures.draw(rng, new)
@@ -80,11 +81,11 @@ def new_skills(qwen, count: int) -> dict[str, float]:
       own_pictures.QUESTION, [drawn.picture], max_new_tokens=24
     )
     said = answer.split(' / ')
-    counts['style'] += (len(said) == 2) / count
+    counts['new style'] += (len(said) == 2) / count
     counts['new thing' if new else 'known things'] += (said[0] == thing) / (
       count / 2
     )
-    counts['colour'] += (said[-1] == colour) / count
+    counts['its background'] += (said[-1] == colour) / count
   return counts
 
 
@@ -114,7 +115,8 @@ def main() -> None:
   parser.add_argument('--folder', type=pathlib.Path, required=True)
   parser.add_argument('--pictures', type=int, default=100)
   parser.add_argument('--epochs', type=float, default=5.0)
-  parser.add_argument('--scenes', type=int, default=100, help='of old skills')
+  parser.add_argument('--asked', type=int, default=40, help='of new skills')
+  parser.add_argument('--scenes', type=int, default=20, help='of old skills')
   args = parser.parse_args()
   base = args.quickstart.absolute() / 'stage3'
   args.folder = args.folder.absolute()
@@ -141,7 +143,7 @@ def main() -> None:
       )
       sizes[name] = size(newest / 'params')
     qwen = qwenvl_jax.load(folder)
-    columns[name] = new_skills(qwen, args.pictures) | old_skills(qwen, test)
+    columns[name] = new_skills(qwen, args.asked) | old_skills(qwen, test)
     print(name, json.dumps(columns[name]), flush=True)
   table = Table(title=f'{args.pictures} pictures, {args.epochs:g} epochs')
   table.add_column('right answers')
