@@ -20,10 +20,8 @@ class Words:
   settings: str
   temperature: str
   temperature_info: str
-  language: str
   picture: str
   marked: str
-  nothing: str
   lacking: str
   stopped: str
   errors: dict[str, str]
@@ -40,10 +38,8 @@ WORDS = {
     settings='Settings',
     temperature='Temperature',
     temperature_info='0 gives the same answer each time',
-    language='Language',
     picture='Picture {}',
     marked='Marked on picture {}:',
-    nothing='(no words)',
     lacking='No font here shows these characters of labels: {}',
     stopped='Stopped.',
     errors={},
@@ -57,10 +53,8 @@ WORDS = {
     settings='设置',
     temperature='温度',
     temperature_info='为 0 时每次回答相同',
-    language='语言',
     picture='图 {}',
     marked='已在图 {} 上标出：',
-    nothing='（无文字）',
     lacking='没有字体能显示标签中的这些字符：{}',
     stopped='已停止。',
     errors={
