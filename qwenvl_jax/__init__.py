@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from qwenvl_jax.api import Handle, load
+  from qwenvl_jax.api import Handle, digest, load
 
-__all__ = ['Handle', 'load']
+__all__ = ['Handle', 'digest', 'load']
 
 
 def __getattr__(name):
