@@ -34,9 +34,9 @@ _ROW = 'Pipeline.sequence_length=96'
 METHODS = {
   'LoRA': (
     'lora',
-    ('RANK=16', 'ALPHA=32.0', 'OptimizerConfig.peak=5e-3', _ROW),
+    ('RANK=16', 'ALPHA=32.0', 'OptimizerConfig.peak=1e-3', _ROW),
   ),
-  'full': ('full', ('OptimizerConfig.peak=1e-3', _ROW)),
+  'full': ('full', ('OptimizerConfig.peak=3e-4', _ROW)),
 }
 
 
