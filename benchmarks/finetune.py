@@ -34,9 +34,9 @@ _ROW = 'Pipeline.sequence_length=96'
 METHODS = {
   'LoRA': (
     'lora',
-    ('RANK=16', 'ALPHA=32.0', 'OptimizerConfig.peak=5e-3', _ROW),
+    ('RANK=16', 'ALPHA=32.0', 'OptimizerConfig.peak=1e-3', _ROW),
   ),
-  'full': ('full', ('OptimizerConfig.peak=1e-3', _ROW)),
+  'full': ('full', ('OptimizerConfig.peak=3e-4', _ROW)),
 }
 
 
@@ -114,7 +114,7 @@ def main() -> None:
   parser.add_argument('quickstart', type=pathlib.Path, help='its folder')
   parser.add_argument('--folder', type=pathlib.Path, required=True)
   parser.add_argument('--pictures', type=int, default=100)
-  parser.add_argument('--epochs', type=float, default=5.0)
+  parser.add_argument('--epochs', type=float, default=20.0)
   parser.add_argument('--asked', type=int, default=40, help='of new skills')
   parser.add_argument('--scenes', type=int, default=20, help='of old skills')
   args = parser.parse_args()
