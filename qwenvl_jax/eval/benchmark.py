@@ -2,18 +2,19 @@
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-
-from absl import logging
 
 from qwenvl_jax.data import roots
 from qwenvl_jax.data.catalogue import DATA_SETS
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.errors import BadRecordError, DataError
 from qwenvl_jax.eval.task import Example, File, Picture, Task
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Split:
       else:
         yield from usable([one])
     if empty:
-      logging.warning(
+      _LOG.warning(
         '%s: %d questions without text or answer are left out',
         *(self.data_set, empty),
       )

@@ -61,7 +61,7 @@ def test_a_run_from_questions_to_pages(checkpoint, questions, tmp_path, capsys):
   assert results['counts']['problems'] == {'missing_picture': 1}
   assert 'gone.png' in results['problems']['line 4']
   assert results['decoding']['max_tokens'] == 16
-  assert len(results['model']['digest']) == 64
+  assert len(results['model']['digest']) == 32
   assert 'jax' in results['versions']
   assert '| mine.jsonl | exact_match | 33.33 |' in (
     (out / 'results.md').read_text()

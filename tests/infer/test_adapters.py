@@ -100,8 +100,9 @@ def test_each_row_of_a_batch_has_its_adapter(mixed, alone):
       [token.logprob for token in other.tokens],
       atol=golden.ATOL,
     )
-  # Of the prompt with a picture the three models say different things.
-  assert len({tuple(answer.ids) for answer in found[1::2]}) == 3
+  # Of one prompt the three models say different things.
+  first = [answer.tokens[0].logprob for answer in found[1:6:2]]
+  assert np.min(np.abs(np.diff([*first, first[0]]))) > 10 * golden.ATOL
 
 
 def test_generate_and_score_ask_an_adapter_by_name(mixed, alone):
@@ -118,7 +119,7 @@ def test_generate_and_score_ask_an_adapter_by_name(mixed, alone):
 
 
 def test_an_unknown_name_is_refused_with_near_ones(mixed):
-  with pytest.raises(ConfigError, match="'chta'; did you mean 'chat'"):
+  with pytest.raises(ConfigError, match="'chta'; did you mean chat"):
     mixed.generate([[1, 2]], max_new_tokens=1, adapter='chta')
   with pytest.raises(ConfigError, match="no adapter is called 'x'"):
     mixed.score([[1, 2]], [[3]], adapter='x')

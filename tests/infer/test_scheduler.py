@@ -27,6 +27,8 @@ IDLE = Load(waiting=0, running=0, tokens=0, free=SLOTS)
 @pytest.fixture(scope='module')
 def engine():
   """Everything that requests may need is compiled."""
+  # Those of other tests do not count.
+  programs.cache_clear()
   made = toy.engine(slots=SLOTS, max_len=3072, chunk=512, images=8)
   Scheduler(made).warm_up()
   return made
