@@ -126,7 +126,7 @@ class Functions:
     bank = bank.at[places].set(features.astype(bank.dtype))
     return constrain(bank, None, None, None)
 
-  def start(self, size: int, lengths, ranks) -> Prefix:
+  def start(self, size: int, lengths, ranks=None) -> Prefix:
     vocabulary, (rows,) = self._config.decoder.vocab_size, lengths.shape
     cache = KVCache.create(
       self._config, rows, size, lengths, dtype=self._cache_dtype, ranks=ranks

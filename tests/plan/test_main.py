@@ -93,6 +93,7 @@ def plan(**changes) -> Plan:
     'hbm_limit_bytes': 2**34,
     'peak_hbm_bytes': 3 * 2**32,
     'ideal_argument_bytes': 1.0,
+    'kept_bytes': {'frozen': 2**33, 'optimizer': 2**30},
     'hbm_read_bytes': None,
     'hbm_share': None,
     'estimated_step_seconds': 1.25,
@@ -121,6 +122,8 @@ def printed(show, *arguments) -> str:
 def test_the_table_tells_estimates_from_facts():
   text = printed(report.show, plan())
   assert '12.00 GiB' in text and '75% of 16.00 GiB' in text
+  assert '8.00 GiB' in text and '1.00 GiB' in text  # What is kept, by kind,
+  assert '3.00 GiB' in text  # and the rest.
   assert '2.0 GB' in text and '3 times, 75% beside computation' in text
   assert 'estimated step' in text and '1.250 s' in text
   assert 'nothing ran on a TPU' in text

@@ -62,8 +62,12 @@ def test_a_request_names_the_adapter_that_answers(client):
 
 
 def test_an_unknown_model_is_told_which_there_are(client):
-  with pytest.raises(openai.NotFoundError, match="'tiny', 'loud'"):
+  with pytest.raises(openai.NotFoundError, match="'tiny', 'loud'") as error:
     _ask(client, model='quiet')
+  assert error.value.code == 'model_not_found'
+  assert client.models.retrieve('loud').parent == 'tiny'
+  with pytest.raises(openai.NotFoundError, match="'tiny', 'loud'"):
+    client.models.retrieve('quiet')
 
 
 @pytest.mark.parametrize(

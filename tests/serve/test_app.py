@@ -1,7 +1,6 @@
 """Keys, limits, counters, and clients that go away."""
 
 import concurrent.futures
-import dataclasses
 import datetime
 import hmac
 import http.client
@@ -93,25 +92,6 @@ def test_models_and_versions(client, http_client):
   assert (model.id, model.max_model_len) == ('tiny', 768)
   assert client.models.retrieve('tiny') == model
   assert http_client.get('/version').json()['version']
-
-
-def test_adapters_are_models(make_server):
-  server = dataclasses.replace(
-    make_server(key=None), adapters=('charts', 'maps/v2')
-  )
-  with running(server) as address:
-    models = httpx.get(f'{address}/v1/models').json()['data']
-    assert [(x['id'], x['parent']) for x in models] == [
-      ('tiny', None),
-      ('charts', 'tiny'),
-      ('maps/v2', 'tiny'),
-    ]
-    found = httpx.get(f'{address}/v1/models/maps/v2')
-    assert found.json() == models[2]
-    missing = httpx.get(f'{address}/v1/models/other')
-    assert missing.status_code == 404
-    assert missing.json()['error']['code'] == 'model_not_found'
-    assert "'maps/v2'" in missing.json()['error']['message']
 
 
 def test_tokens_there_and_back(http_client):
