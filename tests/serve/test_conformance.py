@@ -4,7 +4,9 @@
 
 asks a server that runs, ours or another, with the key in QWENVL_API_KEY.
 Without the variable, one is made here. Tests marked `ours` are about what
-only our own server has.
+only our own server has. vLLM 0.25 on JAX refuses seeds, takes biases without
+heeding them, answers 500 where addresses of pictures are refused, and its
+engine ends at scores of prompts.
 """
 
 import asyncio
@@ -90,6 +92,11 @@ def told(chunks):
 
 
 def test_models(any_client, model):
+  assert model in [found.id for found in any_client.models.list()]
+
+
+@ours
+def test_a_model_by_its_name(any_client, model):
   assert any_client.models.retrieve(model).id == model
   with pytest.raises(openai.NotFoundError):
     any_client.models.retrieve('nobody-s')
@@ -145,13 +152,14 @@ def test_answers_end_at_stop_texts(chat):
 
 
 def test_several_answers(chat):
-  found = chat(n=3, temperature=1, top_p=1, max_tokens=4, seed=3)
+  found = chat(n=3, temperature=1, top_p=1, max_tokens=4)
   assert sorted(choice.index for choice in found.choices) == [0, 1, 2]
   assert found.usage.completion_tokens <= 12
   chunks = chat(n=2, temperature=1, max_tokens=4, stream=True)
   assert {c.index for chunk in chunks for c in chunk.choices} == {0, 1}
 
 
+@ours
 def test_seeds_repeat_answers(chat):
   one, other = (
     chat(temperature=1.5, top_p=1, seed=5).choices[0].message.content
@@ -171,6 +179,7 @@ def test_log_probabilities(chat):
     assert one.token == best.token  # It was chosen greedily.
 
 
+@ours
 def test_bias(complete):
   said = [
     complete('a', max_tokens=1, logit_bias={token: 100}).choices[0].text
@@ -179,6 +188,7 @@ def test_bias(complete):
   assert said[0] != said[1]
 
 
+@ours
 def test_an_answer_has_the_form_that_was_asked_for(chat):
   found = chat(extra_body={'structured_outputs': {'choice': ['red', 'blue']}})
   assert found.choices[0].message.content in ('red', 'blue')
@@ -218,6 +228,7 @@ def test_prompts_are_continued(complete):
   assert ''.join(chunk.choices[0].text for chunk in streamed) == alone
 
 
+@ours
 def test_prompts_are_scored(complete):
   prompt = 'A dog on a sofa.'
   (choice,) = complete(prompt, max_tokens=0, echo=True, logprobs=1).choices
@@ -272,9 +283,9 @@ def test_mistakes_become_exceptions(chat, settings, error):
   'url',
   [
     'data:image/png;base64,AAAA',
-    'file:///etc/hostname',
-    'http://127.0.0.1:9/a.png',
     'nothing',
+    pytest.param('file:///etc/hostname', marks=ours),
+    pytest.param('http://127.0.0.1:9/a.png', marks=ours),
   ],
 )
 def test_pictures_that_are_none(chat, url):
