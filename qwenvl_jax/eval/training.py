@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data.sources import VOCABULARY
@@ -31,7 +32,8 @@ class DuringTraining:
   checkpoints with `qwenvl-eval` instead.
 
   Attributes:
-    tasks: names; the first one's metric decides which checkpoint is best.
+    tasks: names; the first one's metric decides which checkpoint is best. That
+      one is named and not kept: `CheckpointConfig.keep` says how many are.
     data_dir: their files.
     every: steps between two evaluations.
     limit: the first examples of each task.
@@ -74,10 +76,7 @@ class DuringTraining:
       DataError: no example of a task has an answer, or its files are wrong.
     """
     tokenizer = Tokenizer.from_file(workdir / VOCABULARY)
-    device = jax.local_devices()[0]
-    params = jax.tree.map(
-      lambda x: jax.device_put(x, device).astype(config.dtype), params
-    )
+    params = on_one_device(params, config.dtype)
     sizes = EngineConfig(
       slots=self.slots,
       max_len=self.max_len or config.decoder.seq_length,
@@ -100,3 +99,17 @@ class DuringTraining:
       if outcome.problems:
         scores[f'{task.name}/problems'] = len(outcome.problems)
     return scores
+
+
+def on_one_device(params: Any, dtype: Any) -> Any:
+  """Copies parameters to the first local device, floats in a dtype.
+
+  The words of packed kernels are integers, and stay so.
+  """
+  device = jax.local_devices()[0]
+
+  def copied(x):
+    x = jax.device_put(x, device)
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  return jax.tree.map(copied, params)

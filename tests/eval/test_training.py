@@ -1,10 +1,11 @@
 """Tasks are scored with the parameters that training has."""
 
+import numpy as np
 import pytest
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.eval import registry
-from qwenvl_jax.eval.training import DuringTraining
+from qwenvl_jax.eval.training import DuringTraining, on_one_device
 from qwenvl_jax.model.stacking import stack_layers
 
 
@@ -25,6 +26,16 @@ def test_scores_are_those_of_a_run(
     for _, said in make_model(1).answer(examples, varied.decoding)
   ]
   assert found == {'varied/accuracy': pytest.approx(sum(right) / 6)}
+
+
+def test_packed_kernels_keep_their_words():
+  words = np.array([0x12345678, -1], np.int32)
+  found = on_one_device(
+    {'words': words, 'scales': np.ones(2, np.float32)}, 'bfloat16'
+  )
+  np.testing.assert_array_equal(found['words'], words)
+  assert found['words'].dtype == np.int32
+  assert found['scales'].dtype == 'bfloat16'
 
 
 def test_what_it_needs_is_asked_for():
