@@ -18,6 +18,8 @@ COLUMNS = {
 }
 # What spreadsheets put between cells, by the language of their user.
 _DELIMITERS = ',;\t'
+# Characters of a cell.
+_MAX_CELL = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,8 @@ def _rows(
   places = _places(next(reader, []), file)
   while True:
     record = f'{file.name}, row {reader.line_num + 1}'
+    # It holds for the whole process, and libraries (scipy) lift it.
+    csv.field_size_limit(_MAX_CELL)
     try:
       cells = next(reader)
     except StopIteration:
