@@ -28,6 +28,8 @@ from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS, COMPLETE
 from qwenvl_jax.conversion.low_rank import TRAINED
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import manifest
+from qwenvl_jax.train.coordinator import Coordinator
+from qwenvl_jax.train.data_shard import DataShard
 from qwenvl_jax.train.data_state import (
   DataStateHandler,
   RestoreDataState,
@@ -39,10 +41,8 @@ from qwenvl_jax.train.failures import (
   first_line,
   refusal,
 )
-from qwenvl_jax.train.guard import Watch
+from qwenvl_jax.train.guard import LossSpikeDetector
 from qwenvl_jax.train.optimizer import flatten, unflatten
-from qwenvl_jax.train.peers import Peers
-from qwenvl_jax.train.readers import Reader
 from qwenvl_jax.train.state import TrainState, run_once_options
 
 # Of one chunk of a large parameter.
@@ -51,7 +51,7 @@ _CHUNK_BYTES = 32 * 2**20
 _COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
 
 # Seconds that one process may read a checkpoint longer than another.
-_READING = 1800.0
+_READ_TIMEOUT_S = 1800.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Checkpoints:
     self,
     workdir: Path,
     config: CheckpointConfig,
-    peers: Peers | None = None,
-    reader: Reader | None = None,
+    coordinator: Coordinator | None = None,
+    shard: DataShard | None = None,
     on_base: bool = False,
   ):
     """Opens the folder and clears away what a kill left half written.
@@ -91,16 +91,16 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       config: see `CheckpointConfig`.
-      peers: the processes of the run.
-      reader: the part of the data that this process reads.
+      coordinator: the processes of the run.
+      shard: the part of the data that this process reads.
       on_base: whether what is frozen is a base's, and not saved.
     """
     self._config = config
     self._on_base = on_base
     self.item = TRAINED if on_base else 'params'
-    self._peers = peers or Peers()
-    self._reader = reader or Reader()
-    self._unsealed = None
+    self._coordinator = coordinator or Coordinator()
+    self._reader = shard or DataShard()
+    self._unchecked = None
     self.folder = buckets.absolute(workdir) / CHECKPOINTS
     self._quiet = NoLateCallbacks()
     with self._explained(f'opening {self.folder}'):
@@ -141,7 +141,7 @@ class Checkpoints:
     step: int,
     state: TrainState,
     iterator: Any,
-    watch: Watch | None = None,
+    detector: LossSpikeDetector | None = None,
   ) -> None:
     """Starts saving; returns when the state may change again.
 
@@ -149,7 +149,7 @@ class Checkpoints:
       step: its name.
       state: see `TrainState`.
       iterator: of the data, its state is saved.
-      watch: of a run with a guard, its state is saved.
+      detector: of a run with a guard, its state is saved.
 
     Raises:
       CheckpointError: this save or the one before it failed, e.g. for lack of
@@ -167,11 +167,11 @@ class Checkpoints:
       'optimizer': ocp.args.StandardSave(optimizer),
       'data': SaveDataState(iterator, self._reader),
     }
-    if watch is not None:
-      items['guard'] = ocp.args.JsonSave(watch.get_state())
+    if detector is not None:
+      items['guard'] = ocp.args.JsonSave(detector.get_state())
     with self._explained(f'saving step {step}'):
       self._manager.save(step, args=ocp.args.Composite(**items))
-    self._newest = self._unsealed = step
+    self._newest = self._unchecked = step
 
   def check(self) -> None:
     """Raises CheckpointError if saving failed in the background."""
@@ -183,9 +183,9 @@ class Checkpoints:
     with self._explained(f'saving step {self._newest}'):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
-      if self._unsealed is not None and self._peers.index == 0:
-        manifest.seal(self.folder / str(self._unsealed))
-      self._unsealed = None
+      if self._unchecked is not None and self._coordinator.index == 0:
+        manifest.write_checksums(self.folder / str(self._unchecked))
+      self._unchecked = None
 
   def close(self) -> None:
     # A save that failed has been reported, or hides behind a worse error.
@@ -198,7 +198,7 @@ class Checkpoints:
     target: TrainState,
     iterator: Any,
     warn: Callable[[str], None] = print,
-    watch: Watch | None = None,
+    detector: LossSpikeDetector | None = None,
     until: int | None = None,
   ) -> TrainState | None:
     """Restores the newest step that can be restored, the same everywhere.
@@ -211,7 +211,7 @@ class Checkpoints:
         what is frozen, which the state gets.
       iterator: set to the state that was saved with the step; None for none.
       warn: told what was skipped.
-      watch: as `iterator`; stays as it is if the step was saved without.
+      detector: as `iterator`; stays as it is if the step was saved without.
       until: the newest step to consider.
 
     Returns:
@@ -229,7 +229,7 @@ class Checkpoints:
     ]
     damaged = {}
     for step in sorted(steps, reverse=True):
-      state, reason = self._attempt(step, target, iterator, watch)
+      state, reason = self._attempt(step, target, iterator, detector)
       if reason is not None:
         self._quiet.failed = True
         damaged[step] = reason
@@ -252,7 +252,7 @@ class Checkpoints:
     good: int,
     target: TrainState,
     warn: Callable[[str], None],
-    watch: Watch | None,
+    detector: LossSpikeDetector | None,
   ) -> TrainState | None:
     """Restores the newest step up to a good one, but for the data.
 
@@ -262,13 +262,13 @@ class Checkpoints:
       good: the last step that may be used.
       target: as in `restore`.
       warn: as in `restore`.
-      watch: as in `restore`.
+      detector: as in `restore`.
 
     Returns:
       The state, or None if there is no such step.
     """
     self.finish()
-    state = self.restore(target, None, warn, watch, until=good)
+    state = self.restore(target, None, warn, detector, until=good)
     if state is not None:
       for step in self._agreed('the list of checkpoints', self._steps()):
         if step > self._newest:
@@ -281,7 +281,7 @@ class Checkpoints:
 
     Its objects go one by one: a kill on the way would leave it looking whole.
     """
-    if self._peers.index == 0 and buckets.in_bucket(self.folder):
+    if self._coordinator.index == 0 and buckets.in_bucket(self.folder):
       (self.folder / str(step) / COMPLETE).unlink(missing_ok=True)
 
   def held(self, state: TrainState) -> TrainState:
@@ -293,14 +293,14 @@ class Checkpoints:
 
   def _agreed(self, where: str, value: Any) -> Any:
     """What process 0 says; others may see an older state of the folder."""
-    return self._peers.gather(where, value, _READING)[0]
+    return self._coordinator.gather(where, value, _READ_TIMEOUT_S)[0]
 
-  def _attempt(self, step, target, iterator, watch):
+  def _attempt(self, step, target, iterator, detector):
     """(state, None), or (None, what is wrong with the step)."""
     reason = None
-    if self._peers.index == 0:
+    if self._coordinator.index == 0:
       try:
-        reason = manifest.damage(self.folder / str(step))
+        reason = manifest.verify(self.folder / str(step))
       except Exception as error:
         self._check_reachable(error, f'reading {self.folder / str(step)}')
         raise
@@ -310,14 +310,16 @@ class Checkpoints:
     state = None
     try:
       self._check_same_run(step, target)
-      state, saved = self._read(step, target, iterator, watch)
+      state, saved = self._read(step, target, iterator, detector)
     except CheckpointError:
       raise
     except Exception as error:  # Orbax raises whatever it stumbled over.
       self._check_reachable(error, f'reading {self.folder / str(step)}')
       reason = first_line(error)
     # One process may have met damage that the others do not read.
-    reasons = self._peers.gather(f'reading step {step}', reason, _READING)
+    reasons = self._coordinator.gather(
+      f'reading step {step}', reason, _READ_TIMEOUT_S
+    )
     found = [x for x in reasons if x is not None]
     if found:
       return None, found[0]
@@ -327,7 +329,7 @@ class Checkpoints:
       return None, f'contents changed on disk: {", ".join(changed[:3])}'
     return state, None
 
-  def _read(self, step, target, iterator, watch):
+  def _read(self, step, target, iterator, detector):
     """(state, checksums that were saved with it).
 
     Not through the manager, whose processes wait for each other even when one
@@ -346,8 +348,8 @@ class Checkpoints:
     if iterator is not None:
       args = RestoreDataState(iterator, self._reader)
       DataStateHandler().restore(folder / 'data', args=args)
-    if watch is not None and (folder / 'guard').exists():
-      watch.set_state(
+    if detector is not None and (folder / 'guard').exists():
+      detector.set_state(
         ocp.JsonCheckpointHandler().restore(
           folder / 'guard', args=ocp.args.JsonRestore()
         )
@@ -390,14 +392,14 @@ class Checkpoints:
     """Moves damaged steps out of the way, so that they can be saved again."""
     place = self.folder.parent / 'checkpoints-damaged'
     for step, reason in damaged.items():
-      if self._peers.index == 0:
+      if self._coordinator.index == 0:
         buckets.move(self.folder / str(step), place / str(step), COMPLETE)
       warn(
         f'checkpoint {self.folder}/{step} is damaged ({reason}): moved to '
         f'{place}, going on from step {used}'
       )
     if damaged:
-      self._peers.gather('moving damaged checkpoints')
+      self._coordinator.gather('moving damaged checkpoints')
       self._manager.reload()
 
   def _check_reachable(self, error: Exception, doing: str) -> None:

@@ -32,17 +32,16 @@ from qwenvl_jax.train import saved_config
 from qwenvl_jax.train.best import FOLDER as BEST
 from qwenvl_jax.train.best import Best
 from qwenvl_jax.train.checkpoint import CheckpointConfig, Checkpoints
+from qwenvl_jax.train.coordinator import Coordinator
+from qwenvl_jax.train.data_shard import DataShard, find_data_shard
 from qwenvl_jax.train.evaluation import Evaluation, note_best
-from qwenvl_jax.train.guard import Guard, Spike, Watch
-from qwenvl_jax.train.hosts import compare, remark, times
+from qwenvl_jax.train.guard import Guard, LossSpikeDetector, SpikeReport
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.lock import locked
 from qwenvl_jax.train.objective import NextToken, Objective
 from qwenvl_jax.train.optimizer import OptimizerConfig, split
-from qwenvl_jax.train.peers import Peers
 from qwenvl_jax.train.profile import FOLDER as PROFILE
 from qwenvl_jax.train.profile import Profiler, check_steps
-from qwenvl_jax.train.readers import Reader, find_reader
 from qwenvl_jax.train.reporting import Reporter, Window
 from qwenvl_jax.train.signals import Caught, Interrupted, caught_signals
 from qwenvl_jax.train.state import (
@@ -52,6 +51,7 @@ from qwenvl_jax.train.state import (
   create_state,
 )
 from qwenvl_jax.train.step import check_batch, compile_loss, compile_step
+from qwenvl_jax.train.stragglers import compare, remark, times
 
 # Of the notice before a machine is taken away, what waiting for a step may use.
 _SHARE_OF_NOTICE = 1 / 3
@@ -69,7 +69,7 @@ class Data(Protocol):
   def iterator(self, process_index: int, process_count: int) -> Any:
     """One part of every batch, in rows: dict name -> NumPy [b,...].
 
-    Which part a process reads, and of how many, is `readers.find_reader`'s.
+    Which part a process reads, and of how many, is `data_shard.find_data_shard`'s.
 
     The iterator has `get_state` and `set_state` (a Grain `DatasetIterator`, or
     one whose state is bytes).
@@ -177,7 +177,7 @@ def train(
   workdir: str | os.PathLike,
   stop_at: int | None = None,
   resolved: str | None = None,
-  peers: Peers | None = None,
+  coordinator: Coordinator | None = None,
 ) -> TrainState:
   """Trains, resuming from the newest checkpoint in the folder if there is one.
 
@@ -187,7 +187,7 @@ def train(
     stop_at: end (and save) at this step instead of `config.optimizer.steps`;
       the schedule stays as it is, and a later call goes on.
     resolved: the configuration as a config file, to be kept as `config.gin`.
-    peers: the processes of this run, from `processes.joined`.
+    coordinator: the processes of this run, from `processes.joined`.
 
   Returns:
     The last state.
@@ -200,8 +200,8 @@ def train(
     Interrupted: SIGTERM or SIGINT came; the state has been saved.
   """
   workdir = buckets.as_path(workdir)
-  peers = peers or Peers()
-  if peers.count != jax.process_count():
+  coordinator = coordinator or Coordinator()
+  if coordinator.count != jax.process_count():
     raise ConfigError(
       f'this is one of {jax.process_count()} processes: join them with '
       '`qwenvl_jax.train.processes.joined` and pass on what it gives'
@@ -212,8 +212,8 @@ def train(
   if stop_at is not None and stop_at < 1:
     raise ConfigError(f'--steps {stop_at}: at least one step must be taken')
   stop = stop if stop_at is None else min(stop_at, stop)
-  first = peers.index == 0
-  reader = find_reader(mesh, config.data.batch_size)
+  first = coordinator.index == 0
+  shard = find_data_shard(mesh, config.data.batch_size)
   with contextlib.ExitStack() as held:
     check_lock = None
     with _writing(workdir):
@@ -223,7 +223,7 @@ def train(
       # Orbax clears away in one thread what it lists in another.
       buckets.hold(workdir / CHECKPOINTS)
     return _train(
-      config, workdir, stop, resolved, mesh, peers, reader, check_lock
+      config, workdir, stop, resolved, mesh, coordinator, shard, check_lock
     )
 
 
@@ -233,22 +233,22 @@ def _train(
   stop: int,
   resolved: str | None,
   mesh: Mesh,
-  peers: Peers,
-  reader: Reader,
+  coordinator: Coordinator,
+  shard: DataShard,
   check_lock: Callable[[], None] | None,
 ) -> TrainState:
   """As `train`, while this process holds the folder's lock."""
-  first = peers.index == 0
-  iterator = config.data.iterator(reader.index, reader.count)
+  first = coordinator.index == 0
+  iterator = config.data.iterator(shard.index, shard.count)
   # Opening data may take one host long, and collectives know no time-outs.
-  peers.gather('the data being open')
+  coordinator.gather('the data being open')
   base = _base(config, workdir)
   checkpoints = Checkpoints(
-    workdir, config.checkpoint, peers, reader, on_base=base is not None
+    workdir, config.checkpoint, coordinator, shard, on_base=base is not None
   )
-  watch = Watch(config.guard) if config.guard else None
+  detector = LossSpikeDetector(config.guard) if config.guard else None
   with caught_signals() as caught, contextlib.closing(checkpoints):
-    state = _start(config, mesh, checkpoints, iterator, watch, first)
+    state = _start(config, mesh, checkpoints, iterator, detector, first)
     changed = []
     if first:
       # Not before: a configuration that does not fit the run that is there
@@ -280,10 +280,10 @@ def _train(
       run = _Run(
         config=config,
         mesh=mesh,
-        peers=peers,
-        reader=reader,
+        coordinator=coordinator,
+        shard=shard,
         checkpoints=checkpoints,
-        watch=watch,
+        detector=detector,
         reporter=reporter,
         profiler=profiler,
         caught=caught,
@@ -404,7 +404,7 @@ def check_run(config: TrainConfig, mesh: Mesh) -> None:
     )
 
 
-def _start(config, mesh, checkpoints, iterator, watch, first) -> TrainState:
+def _start(config, mesh, checkpoints, iterator, detector, first) -> TrainState:
   """The state to go on from."""
 
   def warn(message):
@@ -423,7 +423,7 @@ def _start(config, mesh, checkpoints, iterator, watch, first) -> TrainState:
     params = initial()
     _, frozen = split(params, config.optimizer)
     abstract = dataclasses.replace(abstract, frozen=frozen)
-  state = checkpoints.restore(abstract, iterator, warn, watch)
+  state = checkpoints.restore(abstract, iterator, warn, detector)
   if state is not None:
     return state
   return create_state(params or initial(), config.optimizer, mesh)
@@ -441,10 +441,10 @@ class _Run:
 
   config: TrainConfig
   mesh: Mesh
-  peers: Peers
-  reader: Reader
+  coordinator: Coordinator
+  shard: DataShard
   checkpoints: Checkpoints
-  watch: Watch | None
+  detector: LossSpikeDetector | None
   reporter: Reporter
   profiler: Profiler
   caught: Caught
@@ -471,8 +471,8 @@ class _Run:
     self._window = Window(time.perf_counter())
     compiled = False
     while step_number < stop:
-      self.peers.check()
-      self.peers.at(turn)
+      self.coordinator.check()
+      self.coordinator.heartbeat(turn)
       self._stop_if_asked(turn, step_number, state)
       with self.profiler.step(step_number + 1):
         began = time.perf_counter()
@@ -534,7 +534,7 @@ class _Run:
       self.check_lock()
     # Whoever goes on from this step finds the records up to it.
     self.reporter.flush()
-    self.checkpoints.save(step_number, state, self._iterator, self.watch)
+    self.checkpoints.save(step_number, state, self._iterator, self.detector)
 
   def _settle(self) -> None:
     """Reads the metrics of the last step that was sent off."""
@@ -555,9 +555,11 @@ class _Run:
   def _report(self, step_number: int) -> None:
     """Writes a record: of all processes what is theirs, summed or compared."""
     mine = {'times': times(self._window, time.perf_counter())}
-    if self.reader.first and hasattr(self._iterator, 'sums'):
+    if self.shard.first and hasattr(self._iterator, 'sums'):
       mine['data'] = self._iterator.sums()
-    everyone = self.peers.gather(f'the record of step {step_number}', mine)
+    everyone = self.coordinator.gather(
+      f'the record of step {step_number}', mine
+    )
     all_times = [x['times'] for x in everyone]
     record = self._window.record(step_number)
     if hasattr(self._iterator, 'sums'):
@@ -565,7 +567,7 @@ class _Run:
       record |= self._iterator.describe(sums)
     compared = compare(all_times)
     self.reporter.record(
-      record | compared, remark(compared, all_times, self.peers.name)
+      record | compared, remark(compared, all_times, self.coordinator.name)
     )
     self._window = Window(time.perf_counter())
     self._look_at_notice(min(x['step_seconds'] for x in all_times))
@@ -586,8 +588,8 @@ class _Run:
     """Finds out whether the run is still on its course."""
     loss = float(metrics['loss'])
     finite = math.isfinite(loss) and math.isfinite(metrics['grad_norm'])
-    if self.watch is not None and self._spike is None:
-      self._spike = self.watch.see(step_number, loss if finite else math.nan)
+    if self.detector is not None and self._spike is None:
+      self._spike = self.detector.see(step_number, loss if finite else math.nan)
     skipped = int(metrics['skipped_in_a_row'])
     if skipped < self.config.max_skipped:
       return
@@ -595,13 +597,13 @@ class _Run:
       f'loss or gradient was not finite in the last {skipped} steps, up to '
       f'step {step_number} (TrainConfig.max_skipped={self.config.max_skipped})'
     )
-    if self.watch is None:
+    if self.detector is None:
       raise DivergedError(
         f'{said}; the last checkpoint is of step {self.checkpoints.newest}. '
         'Lower OptimizerConfig.peak, look at the data of these steps, or raise '
         'TrainConfig.max_skipped'
       )
-    self._spike = Spike(step_number, step_number - skipped, said)
+    self._spike = SpikeReport(step_number, step_number - skipped, said)
 
   def _go_back(self, state: TrainState) -> TrainState:
     """The state of the last good checkpoint; the data stay where they are.
@@ -609,7 +611,7 @@ class _Run:
     So what was read since that checkpoint is left out, and one batch more.
     """
     spike, self._spike, self._pending = self._spike, None, None
-    limit, rollbacks = self.config.guard.limit, self.watch.rollbacks
+    limit, rollbacks = self.config.guard.limit, self.detector.rollbacks
     if rollbacks >= limit:
       raise DivergedError(
         f'{spike.said}, after {rollbacks} roll-backs (Guard.limit={limit}). '
@@ -622,7 +624,7 @@ class _Run:
     )
     target = dataclasses.replace(target, frozen=state.frozen)
     restored = self.checkpoints.go_back(
-      spike.good, target, self.reporter.say, self.watch
+      spike.good, target, self.reporter.say, self.detector
     )
     if restored is None:
       raise DivergedError(
@@ -630,15 +632,15 @@ class _Run:
         f'to go back to would be {spike.good} or earlier. Save more often '
         '(CheckpointConfig.every) or lower OptimizerConfig.peak'
       )
-    self.watch.rollbacks = rollbacks + 1
+    self.detector.rollbacks = rollbacks + 1
     self.reporter.rolled_back(spike.step, int(restored.step), spike.said)
     self._window = Window(time.perf_counter())
     return restored
 
   def _report_heldout(self, step_number: int, state: TrainState) -> bool:
     """Computes the loss on held-out data; whether the run ends by it."""
-    heldout, reader = self.config.heldout, self.reader
-    iterator = heldout.data.iterator(reader.index, reader.count)
+    heldout, shard = self.config.heldout, self.shard
+    iterator = heldout.data.iterator(shard.index, shard.count)
     began = time.perf_counter()
     total = weight = 0.0
     params = state.params
@@ -670,7 +672,7 @@ class _Run:
 
   def _stop_if_asked(self, turn, step_number, state) -> None:
     asked = self.caught.signum
-    if self.peers.count > 1:
+    if self.coordinator.count > 1:
       # All processes must save the same step; the runtime agrees on one.
       asked = signal.SIGTERM * self.checkpoints.preempted(turn)
     if not asked:

@@ -197,7 +197,7 @@ def test_a_resumed_run_says_what_of_its_configuration_changed(tmp_path, capsys):
 
 
 def test_a_second_process_ends_before_it_writes(tmp_path, monkeypatch):
-  monkeypatch.setattr(lock, 'PATIENCE', 0.1)
+  monkeypatch.setattr(lock, 'WAIT_S', 0.1)
   config = standin.line_run(steps=4, checkpoint=CheckpointConfig(every=2))
   train(config, tmp_path, stop_at=2)
 

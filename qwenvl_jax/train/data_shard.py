@@ -15,7 +15,7 @@ from qwenvl_jax.sharding import batch_sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class DataShard:
   """The part of the data that a process reads.
 
   Attributes:
@@ -30,7 +30,7 @@ class Reader:
   first: bool = True
 
 
-def find_reader(mesh: Mesh, rows: int) -> Reader:
+def find_data_shard(mesh: Mesh, rows: int) -> DataShard:
   """What this process reads.
 
   Args:
@@ -45,7 +45,7 @@ def find_reader(mesh: Mesh, rows: int) -> Reader:
   for device, (part,) in places.items():
     held.setdefault(device.process_index, set()).add(part.start or 0)
   try:
-    return reader_of(jax.process_index(), held)
+    return shard_of(jax.process_index(), held)
   except ValueError as error:
     raise ConfigError(
       f'the mesh {dict(mesh.shape)} splits the batch so that {error}: let '
@@ -53,7 +53,7 @@ def find_reader(mesh: Mesh, rows: int) -> Reader:
     ) from None
 
 
-def reader_of(process: int, held: Mapping[int, Set[int]]) -> Reader:
+def shard_of(process: int, held: Mapping[int, Set[int]]) -> DataShard:
   """What a process reads.
 
   Args:
@@ -69,4 +69,4 @@ def reader_of(process: int, held: Mapping[int, Set[int]]) -> Reader:
     raise ValueError('processes share some of their rows and not others')
   mine = tuple(sorted(held[process]))
   same = [p for p, x in held.items() if tuple(sorted(x)) == mine]
-  return Reader(parts.index(mine), len(parts), process == min(same))
+  return DataShard(parts.index(mine), len(parts), process == min(same))
