@@ -32,8 +32,8 @@ class DuringTraining:
   checkpoints with `qwenvl-eval` instead.
 
   Attributes:
-    tasks: names; the first one's metric decides which checkpoint is best. That
-      one is named and not kept: `CheckpointConfig.keep` says how many are.
+    tasks: names; the first one's metric decides which state is best, unless
+      `TrainConfig.best` names another.
     data_dir: their files.
     every: steps between two evaluations.
     limit: the first examples of each task.
@@ -56,6 +56,11 @@ class DuringTraining:
         raise ConfigError(
           f'DuringTraining.{name}={getattr(self, name)} must be at least 1'
         )
+
+  @property
+  def measure(self) -> str:
+    """Name of the score that decides."""
+    return f'{self.tasks[0]}/{registry.get(self.tasks[0]).metric}'
 
   @functools.cached_property
   def _examples(self) -> list[tuple[Task, list[Example]]]:

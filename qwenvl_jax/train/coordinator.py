@@ -7,6 +7,7 @@ has arrived, who is alive, and passes small values around.
 """
 
 import asyncio
+import collections
 import concurrent.futures
 import json
 import os
@@ -80,7 +81,7 @@ class Coordinator:
     # Of the hub: number of the round -> {process: message}.
     self._open = {}
     # Number of the round -> future of its values.
-    self._answers = {}
+    self._answers = collections.defaultdict(lambda: self._loop.create_future())
     self._loop = None
     # The loop itself holds its tasks weakly.
     self._tasks = []
@@ -175,8 +176,8 @@ class Coordinator:
     except concurrent.futures.TimeoutError:
       return None
 
-  async def _gather_members(self, host, port, timeout) -> None:
-    del host  # Listens on all addresses, as JAX's coordinator does.
+  async def _gather_members(self, _, port, timeout) -> None:
+    # Listens on all addresses, as JAX's coordinator does.
     try:
       server = await asyncio.start_server(
         self._welcome, None, port, limit=_MAX_MESSAGE_BYTES
@@ -330,7 +331,7 @@ class Coordinator:
     if 'gather' in message:
       await self._collect(index, message)
     elif 'gathered' in message:
-      self._answer(message['gathered']).set_result(message['values'])
+      self._answers[message['gathered']].set_result(message['values'])
     elif 'failed' in message:
       self._left.add(index)
       await self._lose(
@@ -343,13 +344,8 @@ class Coordinator:
     elif 'bye' in message:
       self._left.add(index)
 
-  def _answer(self, number: int) -> asyncio.Future:
-    if number not in self._answers:
-      self._answers[number] = self._loop.create_future()
-    return self._answers[number]
-
   async def _ask(self, number, where, value, timeout) -> list:
-    answer = self._answer(number)
+    answer = self._answers[number]
     if self._lost is not None:
       raise self._lost
     message = {'gather': number, 'where': where, 'value': value}
@@ -379,7 +375,7 @@ class Coordinator:
       return
     values = [came[x]['value'] for x in range(self.count)]
     await self._broadcast({'gathered': number, 'values': values})
-    self._answer(number).set_result(values)
+    self._answers[number].set_result(values)
 
   def _keep_late(self, number: int, first: dict) -> None:
     if number not in self._open or self._lost is not None:

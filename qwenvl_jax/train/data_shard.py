@@ -6,12 +6,32 @@ be split over them) must read the same ones, and no two others may share any.
 
 import dataclasses
 from collections.abc import Mapping, Set
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.sharding import batch_sharding
+
+
+class Data(Protocol):
+  """Where batches come from.
+
+  Attributes:
+    batch_size: rows of the global batch.
+  """
+
+  batch_size: int
+
+  def iterator(self, process_index: int, process_count: int) -> Any:
+    """One part of every batch, in rows: dict name -> NumPy [b,...].
+
+    Which part a process reads, and of how many, `find_data_shard` says.
+
+    The iterator has `get_state` and `set_state` (a Grain `DatasetIterator`, or
+    one whose state is bytes).
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from qwenvl_jax.data.batches import Batches
 from qwenvl_jax.train.data_shard import DataShard
 
 _FILE = re.compile(r'process_(\d+)-of-(\d+)\.json')
@@ -47,10 +48,11 @@ class DataStateHandler(ocp.CheckpointHandler):
         f'{directory} holds the states of processes {[x[0] for x in files]}, '
         'some are missing'
       )
-    if len(files) == shard.count or not hasattr(item, 'merge'):
+    if len(files) == shard.count or not isinstance(item, Batches):
       text = _file(directory, shard).read_text()
-      one = json.loads(text)
-      item.set_state(one if hasattr(item, 'merge') else _as_saved(item, text))
+      # Of other iterators a state is bytes, or what JSON holds.
+      as_bytes = isinstance(item.get_state(), bytes)
+      item.set_state(text.encode() if as_bytes else json.loads(text))
       return item
     states = [json.loads(path.read_text()) for _, _, path in files]
     item.set_state(item.merge(states, shard.index))
@@ -59,12 +61,6 @@ class DataStateHandler(ocp.CheckpointHandler):
 
 def _file(directory: Path, shard: DataShard) -> Path:
   return directory / f'process_{shard.index}-of-{shard.count}.json'
-
-
-def _as_saved(item: Any, text: str) -> Any:
-  """The state as the iterator gives it: bytes, or what JSON holds."""
-  is_bytes = isinstance(item.get_state(), bytes)
-  return text.encode() if is_bytes else json.loads(text)
 
 
 @ocp.args.register_with_handler(DataStateHandler, for_save=True)

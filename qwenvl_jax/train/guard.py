@@ -12,7 +12,11 @@ import math
 import statistics
 from typing import Any
 
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, QwenVLError
+
+
+class DivergedError(QwenVLError):
+  """The run cannot find back to a finite loss that stays where it was."""
 
 
 @dataclasses.dataclass(frozen=True)
