@@ -1,11 +1,16 @@
 """The best state survives whatever ends a run while it is saved."""
 
 import json
+import os
+import pathlib
+import random
 import shutil
+import subprocess
+import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from qwenvl_jax.conversion.checkpoint_io import params_folder
@@ -70,23 +75,58 @@ def test_the_highest_score_is_best_and_does_not_compare_with_a_loss(tmp_path):
   assert kept(tmp_path) == 6
 
 
-def test_a_crash_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
+def test_what_a_crash_leaves_has_the_state_before_or_the_new_one(tmp_path):
+  steps = tmp_path / 'best/checkpoints'
   best = opened(tmp_path)
   offer(best, 2, 3.0)
   best.finish()
-
-  def crash(*args, **more):
-    raise OSError(28, 'No space left on device')
-
-  monkeypatch.setattr(ocp.StandardCheckpointHandler, 'async_save', crash)
-  with pytest.raises(CheckpointError, match='disk is full'):
-    offer(best, 4, 1.0)
-    best.finish()
-  best.close()
-  monkeypatch.undo()
+  shutil.copytree(steps / '2', tmp_path / '2')
+  offer(best, 4, 1.0)
+  finished(best)
+  # Between the end of saving and the deletion of the state before.
+  shutil.copytree(tmp_path / '2', steps / '2')
+  again = opened(tmp_path)
+  assert (again.step, kept(tmp_path)) == (4, 4)
+  finished(again)
+  # While the new one is written.
+  shutil.copytree(tmp_path / '2', steps / '2', dirs_exist_ok=True)
+  (steps / '4').rename(steps / '4.orbax-checkpoint-tmp')
   assert kept(tmp_path) == 2
   again = opened(tmp_path)
   assert (again.step, again.value) == (2, 3.0)
+  finished(again)
+
+
+SAVING = """
+import pathlib, sys
+import test_best
+best = test_best.opened(pathlib.Path(sys.argv[1]))
+for step in range(1, 9999):
+  test_best.offer(best, step, -step)
+  print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_moment_the_best_state_opens(tmp_path):
+  place = pathlib.Path(__file__).parent
+  paths = f'{place}:{place.parents[1]}'
+  with subprocess.Popen(
+    [sys.executable, '-c', SAVING, tmp_path],
+    env=os.environ | {'PYTHONPATH': paths},
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    wait = random.SystemRandom().uniform(0, 1)
+    assert process.stdout.readline() == '1\n'
+    process.stdout.readline()
+    time.sleep(wait)
+    process.kill()
+    said = process.stdout.read().split() or ['2']
+  again = opened(tmp_path)
+  # Step k is complete before k + 1 begins; the last one said was begun.
+  assert int(said[-1]) - 1 <= again.step <= int(said[-1]) + 1, wait
+  assert kept(tmp_path) == again.step
   finished(again)
 
 
