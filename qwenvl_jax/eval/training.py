@@ -18,6 +18,7 @@ from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.task import Example, Scores, Task, units
 from qwenvl_jax.infer.engine import Engine, EngineConfig
 from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.qwen_vl import CONSTANTS
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _READ_ROWS = 8
@@ -109,12 +110,16 @@ class DuringTraining:
 def on_one_device(params: Any, dtype: Any) -> Any:
   """Copies parameters to the first local device, floats in a dtype.
 
-  The words of packed kernels are integers, and stay so.
+  As in training, the model's constants stay in float32. The words of packed
+  kernels are integers, and stay so.
   """
   device = jax.local_devices()[0]
 
-  def copied(x):
+  def copied(path, x):
     x = jax.device_put(x, device)
-    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name in CONSTANTS or not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    return x.astype(dtype)
 
-  return jax.tree.map(copied, params)
+  return jax.tree_util.tree_map_with_path(copied, params)
