@@ -120,7 +120,7 @@ class TrainConfig:
     mesh: how the devices are used.
     checkpoint: when to save.
     accumulation: microbatches a step.
-    seed: of what starts random.
+    seed: of what starts random, and of dropout.
     log_every: steps a record.
     max_skipped: consecutive steps without a finite loss that end the run, or
       with a guard, send it back to a checkpoint from before them.
@@ -461,7 +461,12 @@ class _Run:
     # Counts on where the number of the step goes back.
     turn = step_number = int(state.step)
     step = compile_step(
-      config.objective, config.optimizer, config.accumulation, self.mesh, state
+      config.objective,
+      config.optimizer,
+      config.accumulation,
+      self.mesh,
+      state,
+      config.seed,
     )
     self._heldout_loss = None
     if config.heldout:
