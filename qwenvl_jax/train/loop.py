@@ -175,7 +175,12 @@ def train(
     hooks.append((config.checkpoint.every, save))
 
     train_step = compile_step(
-      config.objective, config.optimizer, config.accumulation, mesh, state
+      config.objective,
+      config.optimizer,
+      config.accumulation,
+      mesh,
+      state,
+      config.seed,
     )
     while step < last:
       coordinator.check()

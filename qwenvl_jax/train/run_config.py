@@ -38,7 +38,7 @@ class TrainConfig:
     mesh: how the devices are used.
     checkpoint: when to save.
     accumulation: microbatches a step.
-    seed: of what starts random.
+    seed: of what starts random, and of dropout.
     log_every: steps a record.
     max_skipped: consecutive steps without a finite loss that end the run, or
       with a guard, send it back to a checkpoint from before them.

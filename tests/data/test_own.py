@@ -1,8 +1,11 @@
 """A data set of one's own: parts, steps, and what does not fit a row."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
-from qwenvl_jax.data import formats, own
+from qwenvl_jax.data import formats, own, storage
 from qwenvl_jax.data.pipeline import Pipeline, Stream
 from qwenvl_jax.data.records import Record, Turn
 from qwenvl_jax.data.survey import survey
@@ -46,11 +49,68 @@ def look(vocabulary, length, *records):
 
 @pytest.mark.parametrize('count', [2, 10, 137])
 def test_parts_are_all_records_once(count):
-  held = own.Part('mine', 'heldout').indices(count)
-  train = own.Part('mine').indices(count)
+  alone = np.arange(count)
+  held = own.Part('mine', 'heldout').indices(alone)
+  train = own.Part('mine').indices(alone)
   assert sorted([*held, *train]) == list(range(count))
   assert len(held) == max(1, round(0.05 * count))
-  assert len(own.Part('mine', heldout=0).indices(count)) == count
+  assert len(own.Part('mine', heldout=0).indices(alone)) == count
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'held'),
+  [
+    # As many as are asked for, where whole pictures make up that number ..
+    ([3] * 20 + [1] * 40, 5),
+    # .. else fewer, ..
+    ([3] * 33 + [1], 4),
+    ([4] * 25, 4),
+    # .. but at least the smallest picture.
+    ([60, 40], 40),
+  ],
+)
+def test_pictures_with_several_records_are_whole_in_a_part(sizes, held):
+  pictures = np.random.default_rng(1).permutation(
+    np.repeat(np.arange(len(sizes)), sizes)
+  )
+  found = own.Part('mine', 'heldout').indices(pictures)
+  train = own.Part('mine').indices(pictures)
+  assert len(found) == held
+  assert sorted([*found, *train]) == list(range(len(pictures)))
+  assert not set(pictures[found]) & set(pictures[train])
+
+
+def stored(folder, *images):
+  """Prepares records that show these pictures."""
+  directory = storage.folder(folder, 'mine')
+  directory.mkdir(parents=True)
+  made = [
+    dataclasses.replace(record(number), images=shown)
+    for number, shown in enumerate(images)
+  ]
+  name = storage.shard_name('mine', 'train', 0, 1)
+  storage.write_shard(directory / name, made)
+  storage.write_info(directory, 'mine', {'train': [len(made)]})
+
+
+def test_records_are_parted_by_what_their_pictures_hold(tmp_path):
+  images = [(b'a',), (b'b',), (b'a',), (b'b', b'c'), (b'c',), (), (b'd',), ()]
+  stored(tmp_path, *images)
+  parts = [
+    own.Part('mine', part, heldout=0.5, data_dir=tmp_path).open()
+    for part in own.PARTS
+  ]
+  shown = [{x for record in part for x in record.images} for part in parts]
+  assert shown[0] | shown[1] == {b'a', b'b', b'c', b'd'}
+  assert not shown[0] & shown[1]
+  assert [len(part) for part in parts] == [4, 4]
+
+
+def test_nothing_can_be_held_out_of_one_picture(tmp_path):
+  stored(tmp_path, (b'a',), (b'a', b'b'), (b'b',))
+  with pytest.raises(DataError, match='3 record.*share pictures.*HELDOUT=0'):
+    own.Part('mine', data_dir=tmp_path).open()
+  assert len(own.Part('mine', heldout=0, data_dir=tmp_path).open()) == 3
 
 
 def test_steps_of_epochs():
