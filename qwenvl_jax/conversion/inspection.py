@@ -127,11 +127,12 @@ def in_short(
   placed = [x.devices() for x in arrays.values() if isinstance(x, jax.Array)]
   devices = set().union(*placed)
   kinds = ' and '.join(sorted({device.device_kind for device in devices}))
+  where = f'{len(devices)} x {kinds}' if devices else 'the host'
   named = f'adapters {", ".join(adapters)}, ' if adapters else ''
   return (
     f'{_rounded(count)} parameters, {np.dtype(config.dtype).name}{bits}, '
     f'pictures of {config.vision.image_size} px as {config.adapter.queries} '
-    f'tokens, {named}on {f"{len(devices)} x {kinds}" if devices else "the host"}'
+    f'tokens, {named}on {where}'
   )
 
 
