@@ -110,7 +110,7 @@ def origin(folder: Path, adapter: str | Path | None = None) -> str:
 
 
 def in_short(
-  config: QwenVLConfig, params: dict, adapters: Iterable[str] = ()
+  config: QwenVLConfig, params: Mapping, adapters: Iterable[str] = ()
 ) -> str:
   """Says in one line how large an opened model is, and where.
 
@@ -119,29 +119,35 @@ def in_short(
     params: nested dict of its arrays.
     adapters: their names.
   """
-  arrays = dict(layout.flatten(params))
-  count = sum(layout.weights(path, x.shape) for path, x in arrays.items())
   bits = ''
   if config.decoder.int8 or config.decoder.int4_group is not None:
     bits = f', kernels of {8 if config.decoder.int8 else 4} bits'
-  placed = [x.devices() for x in arrays.values() if isinstance(x, jax.Array)]
+  arrays = jax.tree.leaves(params)
+  placed = [x.devices() for x in arrays if isinstance(x, jax.Array)]
   devices = set().union(*placed)
   kinds = ' and '.join(sorted({device.device_kind for device in devices}))
+  dtype = np.dtype(config.dtype).name
   where = f'{len(devices)} x {kinds}' if devices else 'the host'
   named = f'adapters {", ".join(adapters)}, ' if adapters else ''
   return (
-    f'{_rounded(count)} parameters, {np.dtype(config.dtype).name}{bits}, '
+    f'{rounded(count(params))} parameters, {dtype}{bits}, '
     f'pictures of {config.vision.image_size} px as {config.adapter.queries} '
     f'tokens, {named}on {where}'
   )
 
 
-def _rounded(count: int) -> str:
-  """To three figures: 1.23M, 9.66B."""
+def count(params: Mapping) -> int:
+  """Counts the weights of a nested dict of arrays."""
+  arrays = layout.flatten(params)
+  return sum(layout.weights(path, x.shape) for path, x in arrays)
+
+
+def rounded(number: int) -> str:
+  """Writes a number to three figures: 1.23M, 9.66B."""
   for unit, name in ((1e9, 'B'), (1e6, 'M')):
-    if count >= unit:
-      return f'{count / unit:.3g}{name}'
-  return f'{count:,}'
+    if number >= unit:
+      return f'{number / unit:.3g}{name}'
+  return f'{number:,}'
 
 
 def _printable(name: str) -> str:
