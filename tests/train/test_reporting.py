@@ -21,5 +21,6 @@ def test_the_bar_says_compiling_until_there_is_a_step(tmp_path, monkeypatch):
   reporter.compiled(81.0)
   reporter.step(1)
   reporter.close()
-  last = shown.getvalue().rsplit('compiled the training step in 81.0 s', 1)[1]
+  assert 'compiled the training step in 81.0 s' in shown.getvalue()
+  last = shown.getvalue().rsplit('\x1b[2K', 1)[1]
   assert '1/30' in last and 'compiling' not in last
