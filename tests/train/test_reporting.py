@@ -14,7 +14,9 @@ def test_the_bar_says_compiling_until_there_is_a_step(tmp_path, monkeypatch):
     'Console',
     lambda **_: Console(file=shown, force_terminal=True, width=200),
   )
-  reporter = reporting.Reporter(tmp_path, 0, 30)
+  run = tmp_path / 'run'
+  run.mkdir()
+  reporter = reporting.Reporter(run, 0, 30)
   reporter._bar.refresh()
   assert 'compiling the training step, 0:00:0' in shown.getvalue()
   assert '0/30' not in shown.getvalue()
