@@ -111,7 +111,7 @@ def evaluate(
     + '\n'
   )
   by_id = {scene.id: scene for scene in test}
-  example = next((s for s in by_id.values() if len(s.objects) > 1), test[0])
+  example = next((s for s in by_id.values() if len(s.objects) == 1), test[0])
   showing.picture(example).resize((_PICTURE_SIDE,) * 2).save(
     out / 'example.png'
   )

@@ -20,6 +20,7 @@ from qwenvl_jax.text import drawing, grounding
 _STYLE = """
 .short { background: #fdecea; } .good { background: #eaf6ec; }
 .blind td { color: #99a; background: #f4f5f7; }
+.abilities :is(td, th):is(:nth-child(2), :last-child) { text-align: left; }
 .gallery { display: grid; gap: 1.2rem;
            grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
 figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; }
@@ -30,6 +31,7 @@ figcaption { font-size: .85rem; } .wrong { color: #b3261e; }
         border-radius: .8rem; background: #eef1f6; }
 .chat p.model { background: #e3effd; margin-left: 3rem; }
 .chat img { width: 14rem; image-rendering: pixelated; }
+.chat .model img { width: 20rem; image-rendering: auto; }
 svg { max-width: 100%; height: auto; }
 """
 
@@ -155,9 +157,10 @@ def write(
     '<h2>All scores</h2><p>Share of right answers. <b>blank</b> is the same '
     'model shown a grey picture, <b>majority</b> always gives the most '
     'frequent answer: what lies above both was read from pixels; rows that do '
-    'not are grey and marked. <b>floor</b> is the least that this recipe '
-    'should reach: below it, something is wrong with the run. <b>aim</b> is '
-    'what would be good at this size; most runs stay below it.</p>',
+    'not are grey and marked. <b>floor</b> is what is expected of this recipe: '
+    'a score far below it says that something went wrong, one a little below '
+    'it may be chance (of 250 answers, a share varies by 0.06). <b>aim</b> is '
+    'what would be good at this size.</p>',
     _below(tables, floors),
     *(_table(table, floors) for table in tables),
     '<h2>This run</h2>',
@@ -222,8 +225,8 @@ def _abilities(tables: Sequence[Table]) -> str:
       *(f'<b>{right:.2f}</b>', f'{guess:.2f}', verdict),
     ]
     rows.append((kind, cells))
-  head = ('it can', 'for instance', 'right', 'guessing', '')
-  return html_page.table(head, rows)
+  head = ('what', 'for instance', 'right', 'guessing', 'can it?')
+  return f'<div class="abilities">{html_page.table(head, rows)}</div>'
 
 
 def _table(table: Table, floors: dict[str, Floor]) -> str:

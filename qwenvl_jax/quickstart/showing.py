@@ -6,6 +6,7 @@ from PIL import Image
 
 from qwenvl_jax import api, image
 from qwenvl_jax.data import questions
+from qwenvl_jax.data.examples import Question
 from qwenvl_jax.data.records import Scene
 from qwenvl_jax.eval.tasks import scenes
 from qwenvl_jax.eval.tasks.scenes import Answered
@@ -15,12 +16,12 @@ from qwenvl_jax.text import drawing, grounding
 _FIGURES = 8
 
 # What the conversations ask: two questions about each picture, as many as
-# stage 3 has seen in a row. Kinds and languages are chosen, scenes and subjects
-# are not: whatever comes first.
-_ONE_OBJECT = (('refer', 'en'), ('caption', 'zh'))
-_SEVERAL_OBJECTS = (
-  (('exist', 'en'), ('colour', 'en')),
-  (('grounded_caption', 'en'), ('count', 'zh')),
+# stage 3 has seen in a row. Kinds are those that the model can do; scenes and
+# subjects are whatever comes first.
+_ASKED = (
+  (('refer', 'en'), ('caption', 'zh')),
+  (('exist', 'en'), ('colour', 'zh')),
+  (('side', 'en'), ('count', 'zh')),
 )
 
 
@@ -62,17 +63,31 @@ def conversations(
   Returns:
     The turns of each, marked right or wrong.
   """
-  one = [scene for scene in test if len(scene.objects) == 1] or list(test)
-  several = [scene for scene in test if len(scene.classes) > 1] or list(test)
-  held = [(one[0], _ONE_OBJECT), *zip(several, _SEVERAL_OBJECTS, strict=False)]
-  return [_converse(handle, scene, asks, classes) for scene, asks in held]
+  held, scenes_left = [], list(test)
+  for asks in _ASKED:
+    for scene in scenes_left:
+      asked = [_question(scene, kind, x, classes) for kind, x in asks]
+      # A thing that is alone is what it can find.
+      if all(asked) and (len(scene.objects) == 1) == (asks[0][0] == 'refer'):
+        held.append(_converse(handle, scene, asked))
+        scenes_left.remove(scene)
+        break
+  return held
 
 
-def _converse(handle, scene, asks, classes) -> list[report.Turn]:
+def _question(
+  scene: Scene, kind: str, language: str, classes: int
+) -> Question | None:
+  """Returns a question of a kind, None if the scene does not allow it."""
+  exam = questions.exam(scene, [kind], classes=classes, chat=True)
+  return next((x for x in exam if x.language == language), None)
+
+
+def _converse(
+  handle: api.Handle, scene: Scene, asked: Sequence[Question]
+) -> list[report.Turn]:
   turns, history, shown = [], None, picture(scene)
-  for kind, language in asks:
-    exam = questions.exam(scene, [kind], classes=classes, chat=True)
-    question = next(x for x in exam if x.language == language)
+  for question in asked:
     answer, history = handle.chat(
       question.prompt, () if turns else [shown], history, max_new_tokens=112
     )
