@@ -20,6 +20,7 @@ import jax
 from qwenvl_jax import entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.quickstart import evaluate
+from qwenvl_jax.quickstart.phases import Phases
 
 # Stage to (config, where its parameters come from: option to stage).
 STAGES = {
@@ -32,6 +33,9 @@ STAGES = {
 
 # XLA's own matrix products: a tenth faster than YNNPACK's at these sizes.
 _XLA_FLAGS = '--xla_cpu_experimental_ynn_fusion_type='
+
+# Of a finished stage: how many seconds it took.
+_FINISHED = 'finished'
 
 _SMOKE_STEPS = 6
 _SMOKE_SCENES = 12
@@ -105,22 +109,37 @@ def _run(argv: Sequence[str]) -> int:
   out = settings.out
   seconds = {}
   data = out / 'data'
-  if not (data / 'qwen.tiktoken').exists():
-    config = 'small' if settings.smoke else 'default'
-    seconds['data'] = _command(
+  # How long a few steps take, or another platform, is not known before.
+  phases = Phases(
+    ('data', *STAGES, 'evaluation'),
+    estimated=not settings.smoke and settings.platform == 'cpu',
+  )
+  for stage in STAGES:
+    if _finished(out / stage):
+      phases.skip(stage)
+  if (data / 'qwen.tiktoken').exists():
+    phases.skip('data')
+  else:
+    phases.begin('data')
+    _command(
       'qwenvl_jax.data.cli',
       'prepare',
       'scenes',
-      f'--config={config}',
+      f'--config={"small" if settings.smoke else "default"}',
       f'--data_dir={data}',
     )
+    seconds['data'] = phases.end('data')
   for stage, sources in STAGES.items():
     if _finished(out / stage):
       print(f'{stage}: finished before, in {out / stage}')
+      if took := (out / stage / _FINISHED).read_text():
+        seconds[stage] = float(took)
       continue
-    seconds[stage] = _train(settings, stage, sources)
-    _mark_finished(out / stage)
-  before = time.monotonic()
+    phases.begin(stage)
+    _train(settings, stage, sources)
+    seconds[stage] = phases.end(stage)
+    (out / stage / _FINISHED).write_text(f'{seconds[stage]:.1f}')
+  phases.begin('evaluation')
   floors_met = evaluate.evaluate(
     out,
     list(STAGES),
@@ -128,8 +147,8 @@ def _run(argv: Sequence[str]) -> int:
     config='small' if settings.smoke else 'default',
     scenes_count=_SMOKE_SCENES if settings.smoke else _SCENES,
   )
+  print(f'evaluation: {phases.end("evaluation"):.0f} s')
   minutes = (time.monotonic() - began) / 60
-  print(f'evaluation: {time.monotonic() - before:.0f} s')
   print(f'\nall in {minutes:.1f} minutes')
   print(f'report:     {out / "report.html"}')
   print(f'checkpoint: {out / "stage3"}')
@@ -146,7 +165,7 @@ def _run(argv: Sequence[str]) -> int:
   return 0
 
 
-def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
+def _train(settings: Settings, stage: str, sources: dict[str, str]) -> None:
   out = settings.out
   options = [
     f'--gin_file=quickstart/{stage}.gin',
@@ -162,7 +181,7 @@ def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
       '--gin.OptimizerConfig.warmup=1',
     ]
   on_cpu = settings.platform == 'cpu'
-  return _command(
+  _command(
     'qwenvl_jax.train.main',
     *options,
     **(training_environment() if on_cpu else {}),
@@ -181,14 +200,13 @@ def _quoted(path: Path) -> str:
   return json.dumps(str(path), ensure_ascii=False)
 
 
-def _command(module: str, *arguments: str, **environment: str) -> float:
-  """Runs a module as a process of its own; returns the seconds it took.
+def _command(module: str, *arguments: str, **environment: str) -> None:
+  """Runs a module as a process of its own.
 
   Raises:
     ConfigError: it failed; it has said why.
   """
   print(f'\n$ python -m {module} {shlex.join(arguments)}', flush=True)
-  began = time.monotonic()
   done = subprocess.run(
     [sys.executable, '-m', module, *arguments],
     env=os.environ | environment,
@@ -198,15 +216,10 @@ def _command(module: str, *arguments: str, **environment: str) -> float:
       f'{module} failed with status {done.returncode}, see above; the same '
       'quickstart command goes on from here'
     )
-  return time.monotonic() - began
 
 
 def _finished(run: Path) -> bool:
-  return (run / 'finished').exists()
-
-
-def _mark_finished(run: Path):
-  (run / 'finished').touch()
+  return (run / _FINISHED).exists()
 
 
 if __name__ == '__main__':

@@ -112,7 +112,7 @@ class Reporter:
         console=console,
       )
       self._task = self._bar.add_task(
-        '', total=stop, completed=start, record={}
+        '', total=stop, completed=start, record={}, compiled=False
       )
       self._bar.start()
 
@@ -139,6 +139,8 @@ class Reporter:
     """Says how long compilation took, and leaves it out of the time left."""
     clock, start = self._began
     self._began = clock + seconds, start
+    if self._bar:
+      self._bar.update(self._task, compiled=True)
     self.say(f'compiled the training step in {seconds:.1f} s')
 
   def step(self, step: int) -> None:
@@ -257,6 +259,9 @@ class _Columns(ProgressColumn):
   max_refresh = 0.5
 
   def render(self, task) -> Text:
+    if not task.fields['compiled']:
+      since = _duration(task.elapsed or 0)
+      return Text(f'compiling the training step, {since}')
     left = task.time_remaining
     eta = '-:--:--' if left is None else _duration(left)
     return Text(
