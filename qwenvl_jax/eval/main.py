@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Column, Table
 
-from qwenvl_jax import api, buckets, entry
-from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax import api, buckets, checkpoint_options, entry
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.eval import compare, own, registry, results, tables
 from qwenvl_jax.eval.answering import Model
 from qwenvl_jax.eval.engine_model import EngineModel
@@ -132,13 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar='N',
     help='tokens of a prompt and its answer (default: what training rows have)',
   )
-  add(
-    '--dtype',
-    choices=('bfloat16', 'float16', 'float32'),
-    help='number format to compute in (default: that of the checkpoint)',
-  )
-  add('--keep_int4', action='store_true', help='see qwenvl-chat --help')
-  add('--int8', action='store_true', help='see qwenvl-chat --help')
+  checkpoint_options.add_options(engine)
   add('--cache_dtype', choices=('int8',), help='of the key-value cache')
   endpoint = parser.add_argument_group('with --base_url')
   add = endpoint.add_argument
@@ -231,7 +225,7 @@ def _model(
     endpoint = _endpoint(args)
     return endpoint.identity(), lambda: endpoint
   # Of all settings, those that change what is said.
-  names = ('dtype', 'keep_int4', 'int8', 'cache_dtype')
+  names = (*checkpoint_options.NAMES, 'cache_dtype')
   settings = {name: getattr(args, name) for name in names}
   identity = {
     'checkpoint': Path(args.checkpoint).name,
@@ -242,17 +236,7 @@ def _model(
 
 
 def _engine(args: argparse.Namespace, identity: Mapping[str, Any]) -> Model:
-  handle = api.load(
-    args.checkpoint,
-    dtype=args.dtype,
-    keep_int4=args.keep_int4,
-    int8=args.int8,
-  )
-  if handle.tokenizer is None:
-    raise CheckpointError(
-      f'{args.checkpoint}: there is no vocabulary in this folder; copy the '
-      'qwen.tiktoken that belongs to the checkpoint into it'
-    )
+  handle = checkpoint_options.load(args)
   engine = handle.engine(
     EngineConfig(
       slots=args.slots,

@@ -141,8 +141,10 @@ def save(
   ):
     for item in items:
       file.write(json.dumps(_record(item), ensure_ascii=False) + '\n')
+  written = task.finish(items, folder)
+  if written:
+    summary = {**summary, 'submissions': written}
   buckets.write(folder / RESULTS, _dump(summary))
-  task.finish(items, folder)
 
 
 def _record(item: Item) -> dict[str, Any]:
