@@ -98,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     '--out',
     metavar='DIR',
-    help='folder of the run (default: runs/eval/ and the name of the model)',
+    help='folder of the run, gs://.. for one in a bucket (default: runs/eval/ '
+    'and the name of the model)',
   )
   add(
     '--limit',
@@ -210,7 +211,13 @@ def _tasks(args: argparse.Namespace) -> tuple[list[Task], Path]:
   for pattern in args.tasks.split(','):
     found = fnmatch.filter(registry.all_tasks(), pattern.strip())
     names |= dict.fromkeys(found or [pattern.strip()])
-  return [registry.get(name) for name in names], Path(args.data_dir)
+  data_dir = buckets.as_path(args.data_dir)
+  if buckets.in_bucket(data_dir):
+    raise ConfigError(
+      f'--data_dir={args.data_dir} is in a bucket, and pictures are read from '
+      'folders: mount it (gcsfuse), or launch/tpu_pod.sh eval --mount-data'
+    )
+  return [registry.get(name) for name in names], data_dir
 
 
 def _model(
@@ -286,8 +293,9 @@ def _compare(argv: Sequence[str]) -> int:
     gin_help=False,
   )
   add = parser.add_argument
-  add('first', type=Path, metavar='A', help='folder of a run')
-  add('second', type=Path, metavar='B', help='folder of another')
+  folder = buckets.as_path
+  add('first', type=folder, metavar='A', help='folder of a run')
+  add('second', type=folder, metavar='B', help='folder of another')
   add(
     '--data_dir',
     metavar='DIR',
@@ -327,9 +335,7 @@ def _scored_task(folder: Path, name: str) -> Task:
 
 def _out(args: argparse.Namespace) -> Path:
   if args.out is not None:
-    if not args.out:
-      raise ConfigError("--out='' names no folder; the current one is '.'")
-    return Path(args.out).expanduser()
+    return buckets.as_path(args.out)
   if args.checkpoint:
     # Of a run's stage, both names: runs/quickstart/stage2 -> quickstart-stage2.
     parts = Path(args.checkpoint).absolute().parts[-2:]

@@ -50,7 +50,7 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
   path = folder / RUN
   now = json.loads(json.dumps(about))  # Tuples are lists there.
   if not path.exists():
-    folder.mkdir(parents=True, exist_ok=True)
+    buckets.make_folder(folder)
     buckets.write(path, _dump(now))
     return
   try:
