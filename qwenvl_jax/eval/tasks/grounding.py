@@ -138,7 +138,7 @@ class GritRefexp(Grounding):
     )
     yield dataclasses.replace(example, meta={'size': list(shown.size)})
 
-  def finish(self, items: Sequence[Item], folder: pathlib.Path) -> None:
+  def finish(self, items: Sequence[Item], folder: pathlib.Path) -> list[str]:
     """Writes `refexp.json` for GRIT's leaderboard; boxes in pixels."""
     found = []
     for item in items:
@@ -154,6 +154,7 @@ class GritRefexp(Grounding):
       )
     with buckets.atomic_write(folder / 'refexp.json') as path:
       path.write_text(json.dumps(found), encoding='utf-8')
+    return ['refexp.json']
 
 
 def _shown(record: Record, path: pathlib.Path) -> Record:

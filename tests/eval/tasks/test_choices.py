@@ -8,7 +8,7 @@ import json
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval import registry, runner
+from qwenvl_jax.eval import registry, results, runner, tables
 from qwenvl_jax.eval.annotations import videos
 
 
@@ -247,6 +247,9 @@ def test_mmbench_test_is_submitted(files, run):
   scores, _, folder = run(registry.get('mmbench_test'), lambda x: 'A')
   assert scores == {}
   assert (folder / 'mmbench_test_submission.tsv').exists()
+  _, [row] = tables.rows([results.load_summary(folder)])
+  assert row[2] == 'no score'
+  assert 'submit mmbench_test_submission.tsv' in row[5]
 
 
 def test_damaged_tables_are_named(files):
