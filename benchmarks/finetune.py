@@ -20,6 +20,7 @@ import functools
 import json
 import pathlib
 import random
+import re
 import subprocess
 import sys
 import time
@@ -60,13 +61,13 @@ class Method:
 
 
 _LORA = ('RANK=16', 'ALPHA=32.0', 'OptimizerConfig.peak=2e-3')
-_FULL = ('OptimizerConfig.peak=3e-4',)
+_FULL = ('OptimizerConfig.peak=1e-3',)
 _QLORA = (*_LORA, 'DecoderConfig.int4_group=8', 'TrainConfig.accumulation=1')
 METHODS = {
-  'LoRA alone': Method('lora', _LORA),
   'LoRA': Method('lora', (*_LORA, MIXED)),
-  'Q-LoRA': Method('qlora', (*_QLORA, MIXED), packed=True),
+  'LoRA, not mixed': Method('lora', _LORA),
   'full': Method('full', (*_FULL, MIXED)),
+  'Q-LoRA': Method('qlora', (*_QLORA, MIXED), packed=True),
 }
 
 
@@ -190,10 +191,10 @@ def judge(example: Example, text: str) -> Iterator[tuple[str, bool]]:
     right = scenes.judge(question, text).correct
     yield f'old skill: {question.kind}', right
     return
-  (thing, colour), said = example.target, text.split(' / ')
+  (colour, thing), said = example.target, text.split(' / ')
   yield 'new style', len(said) == 2
-  yield f'{example.category}, in the new style', said[0] == thing
-  yield 'the background, in the new style', said[-1] == colour
+  yield f'{example.category}, in the new style', said[-1] == thing
+  yield 'the background, in the new style', said[0] == colour
 
 
 def score(
@@ -228,7 +229,7 @@ def column(
       if not (base / 'packed').exists():
         pack(args.quickstart / 'stage3', base)
         (base / 'packed').touch()
-    out = args.folder / name.replace(' ', '_')
+    out = args.folder / re.sub(r'\W+', '_', name)
     minutes = train(method, base, out, args.folder, args.epochs)
     folder = out / 'best'
     best = json.loads((folder / 'best.json').read_text())
@@ -253,9 +254,9 @@ def main() -> None:
   parser.add_argument('quickstart', type=pathlib.Path, help='its folder')
   parser.add_argument('--folder', type=pathlib.Path, required=True)
   parser.add_argument('--pictures', type=int, default=100)
-  parser.add_argument('--epochs', type=float, default=20.0)
-  parser.add_argument('--asked', type=int, default=60, help='of new skills')
-  parser.add_argument('--scenes', type=int, default=40, help='of old skills')
+  parser.add_argument('--epochs', type=float, default=8.0)
+  parser.add_argument('--asked', type=int, default=40, help='of new skills')
+  parser.add_argument('--scenes', type=int, default=20, help='of old skills')
   args = parser.parse_args()
   args.folder = args.folder.absolute()
   args.quickstart = args.quickstart.absolute()

@@ -2,17 +2,22 @@
 
 Half of them show a thing that the quickstart's data does not have, the others
 things that it has. All are asked for in the same new words, and answered in a
-style of their own: `mushroom / blue`. And conversations of the kind that the
-model was trained on before, to mix in.
+style of their own: `blue / mushroom`. And conversations of the kind that the
+model was trained on before, to mix in:
+
+  python -m qwenvl_jax.quickstart.own_pictures mine --known known
 """
 
+import argparse
 import csv
 import json
 import os
 import pathlib
 import random
+import sys
+from collections.abc import Sequence
 
-from qwenvl_jax import image
+from qwenvl_jax import entry, image
 from qwenvl_jax.data import questions, sources, things
 from qwenvl_jax.data.builders import compose
 
@@ -35,7 +40,7 @@ _KNOWN = {
   'grounded_caption': 1,
   'ocr': 1,
 }
-_TURNS = 4
+_TURNS = 3
 
 
 def draw(rng: random.Random, new: bool) -> compose.Drawing:
@@ -50,9 +55,9 @@ def draw(rng: random.Random, new: bool) -> compose.Drawing:
 
 
 def truth(drawn: compose.Drawing) -> tuple[str, str]:
-  """What a picture shows: thing and colour of the background, in English."""
+  """What a picture shows: colour of the background and thing, in English."""
   thing = things.THINGS[drawn.objects[0].thing]
-  return thing.en, things.COLOURS[drawn.colour].en
+  return things.COLOURS[drawn.colour].en, thing.en
 
 
 def write(folder: pathlib.Path, count: int = 100, seed: int = 0) -> None:
@@ -76,7 +81,7 @@ def write_known(
 ) -> None:
   """Writes pictures that were trained on, and a conversation about each.
 
-  In LLaVA's form, of four questions at most.
+  In LLaVA's form, of three questions at most.
 
   Args:
     folder: to write, made if absent.
@@ -106,3 +111,38 @@ def write_known(
     entries.append({'image': f'{number}.png', 'conversations': turns})
   text = json.dumps(entries, ensure_ascii=False, indent=1)
   (folder / 'known.json').write_text(text + '\n', encoding='utf-8')
+
+
+def _run(argv: Sequence[str]) -> None:
+  parser = argparse.ArgumentParser(
+    prog='python -m qwenvl_jax.quickstart.own_pictures',
+    description='Writes pictures to fine-tune the quickstart on, with a '
+    'spreadsheet of a question and an answer for each.',
+  )
+  parser.add_argument('folder', type=pathlib.Path, help='to write')
+  parser.add_argument(
+    '--count', type=int, default=100, help='pictures (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--known',
+    metavar='DIR',
+    type=pathlib.Path,
+    help='also write conversations about pictures that the quickstart was '
+    'trained on, to mix in',
+  )
+  parser.add_argument(
+    '--data_dir',
+    metavar='DIR',
+    default='runs/quickstart/data',
+    help='the data of the quickstart, for --known (default: %(default)s)',
+  )
+  args = parser.parse_args(argv)
+  write(args.folder, args.count)
+  print(f'{args.count} pictures and mine.csv: {args.folder}')
+  if args.known:
+    write_known(args.known, args.data_dir)
+    print(f'pictures and known.json: {args.known}')
+
+
+if __name__ == '__main__':
+  sys.exit(entry.run(_run))
