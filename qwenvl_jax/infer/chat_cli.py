@@ -134,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     '--keep_int4 is always used so)',
   )
   parser.add_argument(
+    '--adapter',
+    metavar='DIR',
+    help='a low-rank adapter of this checkpoint: a run of finetune/lora.gin or '
+    "PEFT's folder (a run as --checkpoint finds its base itself)",
+  )
+  parser.add_argument(
     '--int8',
     action='store_true',
     help="round the decoder's kernels to 8 bits as they are read: half the "
@@ -175,6 +181,7 @@ def _converse(args, settings, pictures) -> int:
       dtype=args.dtype,
       keep_int4=args.keep_int4,
       int8=args.int8,
+      adapter=args.adapter,
     )
   if model.tokenizer is None:
     raise CheckpointError(
