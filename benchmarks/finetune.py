@@ -232,11 +232,14 @@ def column(
     out = args.folder / re.sub(r'\W+', '_', name)
     minutes = train(method, base, out, args.folder, args.epochs)
     folder = out / 'best'
-    best = json.loads((folder / 'best.json').read_text())
+    log = map(json.loads, (out / 'log.jsonl').read_text().splitlines())
+    best = min(
+      (x for x in log if 'heldout_loss' in x), key=lambda x: x['heldout_loss']
+    )
     facts = {
       'best held-out loss': f'{best["heldout_loss"]:.3f}',
       'at step': str(best['step']),
-      'saved, MB': f'{size(folder) / 1e6:.1f}',
+      'best state, MB': f'{size(folder) / 1e6:.1f}',
       'training, minutes': f'{minutes:.1f}',
     }
   file = args.folder / 'scores' / f'{name}.json'
