@@ -5,13 +5,14 @@ import functools
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import formats, storage
-from qwenvl_jax.data.pipeline import Stream
+from qwenvl_jax.data import formats, mixture, storage
+from qwenvl_jax.data.pipeline import Stream, is_weight
 from qwenvl_jax.data.sources import Prepared, data_path
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
@@ -147,15 +148,45 @@ class Chosen:
     return self.records[int(self.indices[index])]
 
 
-def streams(source: Part, tasks: Any = None) -> list[Stream]:
-  """Makes the only stream of a data set of one's own.
+def streams(
+  source: Part, tasks: Any = None, mixed: Mapping[str, float] | None = None
+) -> list[Stream]:
+  """Makes the stream of a data set of one's own, and of what is mixed in.
 
   Args:
     source: the records.
     tasks: what to make of them; None for conversations.
+    mixed: other prepared data sets of conversations, so that what the model can
+      already do is practised, too: rows of each for one row of the first.
+
+  Raises:
+    ConfigError: `mixed` is not as described.
+    DataError: data sets of `mixed` are not prepared; all are named.
   """
   tasks = tasks or formats.Conversations()
-  return [Stream(source, tasks, name=source.name)]
+  own = Stream(source, tasks, name=source.name)
+  if not _rows(source, mixed):
+    return [own]
+  table = [
+    ('mixed', name, formats.Conversations(), weight)
+    for name, weight in mixed.items()
+  ]
+  return [own, *mixture.streams(table, data_dir=source.data_dir)]
+
+
+def _rows(source: Part, mixed: Mapping[str, float] | None) -> float:
+  """Rows that are mixed in for a row of one's own."""
+  mixed = {} if mixed is None else mixed
+  if not (isinstance(mixed, Mapping) and all(map(is_weight, mixed.values()))):
+    raise ConfigError(
+      f'own.streams.mixed={mixed!r} (MIX) does not map data sets to rows of '
+      "each for one row of your own, above 0, e.g. {'llava': 1.0}"
+    )
+  if source.name in mixed:
+    raise ConfigError(
+      f'own.streams.mixed (MIX) names {source.name}, which is DATA_SET itself'
+    )
+  return sum(mixed.values())
 
 
 def steps(
@@ -164,18 +195,22 @@ def steps(
   epochs: float,
   share: float = 1.0,
   records: int | None = None,
+  mixed: Mapping[str, float] | None = None,
 ) -> int:
   """Counts the steps of some epochs, at least 1.
 
   Args:
     source: the records.
-    batch_size: of them in a step, one a row.
+    batch_size: rows in a step, one for each record.
     epochs: how often each record is read.
     share: of these steps that is wanted.
     records: how many there are; None counts them.
+    mixed: as of `streams`: the epochs of one's own records take more steps.
 
   Raises:
+    ConfigError: `mixed` is not as `streams` takes it.
     DataError: they are not prepared.
   """
   count = len(source.open()) if records is None else records
-  return max(1, math.ceil(share * epochs * count / batch_size))
+  rows = count * (1 + _rows(source, mixed))
+  return max(1, math.ceil(share * epochs * rows / batch_size))

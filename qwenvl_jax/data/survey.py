@@ -154,4 +154,4 @@ def _element(source, index: int):
 
 def _some(names: list[str]) -> str:
   more = ' ..' if len(names) > _NAMED else ''
-  return ', '.join(names[:_NAMED]) + more
+  return '; '.join(names[:_NAMED]) + more

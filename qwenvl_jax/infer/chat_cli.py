@@ -130,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     help='with a temperature: repeat the same choices (default: new ones)',
   )
   checkpoint_options.add_options(parser)
+  parser.add_argument(
+    '--adapter',
+    metavar='DIR',
+    help='a low-rank adapter of this checkpoint: a run of finetune/lora.gin or '
+    "PEFT's folder (a run as --checkpoint finds its base itself)",
+  )
   return parser
 
 
@@ -161,7 +167,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _converse(args, settings, pictures) -> int:
   with spinner(f'opening {args.checkpoint}'):
-    model = checkpoint_options.load(args)
+    model = checkpoint_options.load(args, adapter=args.adapter)
   seed = args.seed
   if seed is None:
     seed = int.from_bytes(os.urandom(4), 'little')

@@ -1,15 +1,16 @@
 """A data set of one's own: parts, steps, and what does not fit a row."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from qwenvl_jax.data import formats, own, storage
+from qwenvl_jax.data import cli, formats, own, storage
 from qwenvl_jax.data.pipeline import Pipeline, Stream
 from qwenvl_jax.data.records import Record, Turn
 from qwenvl_jax.data.survey import survey
-from qwenvl_jax.errors import BadRecordError, DataError
+from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 
 def record(number, words=3, question=2):
@@ -45,6 +46,25 @@ def look(vocabulary, length, *records):
   )
   (found,) = survey(pipeline)
   return found
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A data folder with three data sets of 20 conversations."""
+  folder = tmp_path_factory.mktemp('own')
+  said = ('user', 'What?'), ('assistant', 'It.')
+  turns = [{'from': who, 'value': text} for who, text in said]
+  (folder / 'raw').mkdir()
+  file = folder / 'raw' / 'all.json'
+  file.write_text(
+    json.dumps([{'id': i, 'conversations': turns} for i in range(20)])
+  )
+  for name in ('mine', 'mine2', 'mine3'):
+    assert not cli.main(
+      ['prepare', name, '--format', 'conversations', '--manual_dir',
+       str(folder / 'raw'), '--data_dir', str(folder)]
+    )  # fmt: skip
+  return folder
 
 
 @pytest.mark.parametrize('count', [2, 10, 137])
@@ -119,6 +139,31 @@ def test_steps_of_epochs():
   assert own.steps(part, 8, 5.0, share=0.01, records=100) == 1
   with pytest.raises(DataError, match='mine is not prepared'):
     own.steps(part, 8, 5.0)
+
+
+def test_old_conversations_are_mixed_in(place):
+  """As shares of rows; an epoch of one's own records takes more steps."""
+  part = own.Part('mine', data_dir=place)
+  mixed = {'mine2': 0.5, 'mine3': 1.5}
+  streams = own.streams(part, mixed=mixed)
+  found = [(x.source.name, x.weight, len(x.source.open())) for x in streams]
+  assert found == [('mine', 1.0, 19), ('mine2', 0.5, 20), ('mine3', 1.5, 20)]
+  assert own.steps(part, 8, 5.0, records=100, mixed=mixed) == 188
+  assert len(own.streams(part)) == 1
+
+
+@pytest.mark.parametrize(
+  ('mixed', 'said'),
+  [
+    ({'mine': 1.0}, 'names mine, which is DATA_SET'),
+    ({'mine2': 0}, 'does not map data sets to rows of each .* above 0'),
+    (['mine2'], 'does not map data sets to rows of each'),
+    ({'lava': 1.0, 'mine2': 1.0}, 'prepare lava .*--format conversations'),
+  ],
+)
+def test_mixtures_that_cannot_be(place, mixed, said):
+  with pytest.raises((ConfigError, DataError), match=said):
+    own.streams(own.Part('mine', data_dir=place), mixed=mixed)
 
 
 def test_what_is_cut_is_named(vocabulary):

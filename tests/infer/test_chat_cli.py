@@ -178,6 +178,12 @@ def test_int4_weights_that_are_not_there(chat_checkpoint, capsys):
   assert 'holds no int4 weights' in capsys.readouterr().err
 
 
+def test_an_adapter_that_is_not_there(chat_checkpoint, capsys):
+  folder = str(chat_checkpoint)
+  assert chat_cli.main(['--checkpoint', folder, '--adapter', 'nowhere']) == 2
+  assert 'nowhere' in capsys.readouterr().err
+
+
 def test_commands(session, capsys):
   session.obey('/image white.png')
   session.obey('Hi')
