@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -103,23 +103,7 @@ def _run(argv: Sequence[str]) -> int:
   jax.config.update('jax_platforms', platforms)
   began = time.monotonic()
   out = settings.out
-  seconds = {}
-  data = out / 'data'
-  if not (data / 'qwen.tiktoken').exists():
-    config = 'small' if settings.smoke else 'default'
-    seconds['data'] = _command(
-      'qwenvl_jax.data.cli',
-      'prepare',
-      'scenes',
-      f'--config={config}',
-      f'--data_dir={data}',
-    )
-  for stage, sources in STAGES.items():
-    if _finished(out / stage):
-      print(f'{stage}: finished before, in {out / stage}')
-      continue
-    seconds[stage] = _train(settings, stage, sources)
-    _mark_finished(out / stage)
+  seconds = make(settings, STAGES)
   before = time.monotonic()
   floors_met = evaluate.evaluate(
     out,
@@ -146,15 +130,42 @@ def _run(argv: Sequence[str]) -> int:
   return 0
 
 
+def make(settings: Settings, stages: Iterable[str]) -> dict[str, float]:
+  """Prepares the data and trains stages that are not there yet, in order.
+
+  Returns:
+    How many seconds each took that was made now.
+  """
+  out = settings.out
+  seconds = {}
+  data = out / 'data'
+  if not (data / 'qwen.tiktoken').exists():
+    config = 'small' if settings.smoke else 'default'
+    seconds['data'] = command(
+      'qwenvl_jax.data.cli',
+      'prepare',
+      'scenes',
+      f'--config={config}',
+      f'--data_dir={data}',
+    )
+  for stage in stages:
+    if finished(out / stage):
+      print(f'{stage}: finished before, in {out / stage}')
+      continue
+    seconds[stage] = _train(settings, stage, STAGES[stage])
+    mark_finished(out / stage)
+  return seconds
+
+
 def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
   out = settings.out
   options = [
     f'--gin_file=quickstart/{stage}.gin',
     f'--workdir={out / stage}',
-    f'--gin.DATA={_quoted(out / "data")}',
+    f'--gin.DATA={quoted(out / "data")}',
   ]
   for part, source in sources.items():
-    options.append(f'--gin.InitFrom.{part}={_quoted(out / source)}')
+    options.append(f'--gin.InitFrom.{part}={quoted(out / source)}')
   if settings.smoke:
     options += [
       '--gin.Scenes.config="small"',
@@ -162,7 +173,7 @@ def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
       '--gin.OptimizerConfig.warmup=1',
     ]
   on_cpu = settings.platform == 'cpu'
-  return _command(
+  return command(
     'qwenvl_jax.train.main',
     *options,
     **(training_environment() if on_cpu else {}),
@@ -177,11 +188,12 @@ def training_environment() -> dict[str, str]:
   }
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
+  """A path as a value of `--gin.NAME=VALUE`."""
   return json.dumps(str(path), ensure_ascii=False)
 
 
-def _command(module: str, *arguments: str, **environment: str) -> float:
+def command(module: str, *arguments: str, **environment: str) -> float:
   """Runs a module as a process of its own; returns the seconds it took.
 
   Raises:
@@ -196,16 +208,18 @@ def _command(module: str, *arguments: str, **environment: str) -> float:
   if done.returncode:
     raise ConfigError(
       f'{module} failed with status {done.returncode}, see above; the same '
-      'quickstart command goes on from here'
+      'command goes on from here'
     )
   return time.monotonic() - began
 
 
-def _finished(run: Path) -> bool:
+def finished(run: Path) -> bool:
+  """Whether a step was marked so."""
   return (run / 'finished').exists()
 
 
-def _mark_finished(run: Path):
+def mark_finished(run: Path):
+  """Marks a step, so that it is not repeated."""
   (run / 'finished').touch()
 
 

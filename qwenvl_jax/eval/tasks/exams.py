@@ -23,8 +23,10 @@ class Form:
     columns: question, options and answer, by name.
     heading: before the examples, with the subject.
     question: of one question, from question and options.
-    space: between the prompt and a letter.
+    space: between the prompt and an answer.
     named: whether a row of names comes first.
+    lettered: whether the answers are letters; False to score the options
+      themselves, of models that do not know what a letter stands for.
   """
 
   folder: str
@@ -35,6 +37,7 @@ class Form:
   question: str
   space: str = ''
   named: bool = True
+  lettered: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +65,26 @@ class Exam(Choices):
           f'{self.name}: {subject}: {len(found)} solved questions of '
           f'{self.shots}; download {self.form.folder} again'
         )
-      for _, question, answer in found[: self.shots]:
-        solved += f'{question}{self.form.space}{answer}\n\n'
+      for _, question, choices, answer in found[: self.shots]:
+        solved += f'{question}{choices[_FOUR.index(answer)]}\n\n'
       heading = self.form.heading.format(subject.replace('_', ' '))
-      for number, question, answer in self._rows(data_dir, self.split, subject):
+      for number, question, choices, answer in self._rows(
+        data_dir, self.split, subject
+      ):
         yield Example(
           f'{subject}/{number}',
           Prompt((heading + solved + question,)),
           target=answer,
-          choices=tuple(self.form.space + letter for letter in _FOUR),
+          choices=choices,
           category=subject,
         )
+
+  def parse(self, text: str, example: Example) -> str:
+    """Returns the letter of the likeliest choice; '' of what is none."""
+    if self.form.lettered:
+      return super().parse(text, example)
+    said = [choice.strip() for choice in example.choices]
+    return _FOUR[said.index(text.strip())] if text.strip() in said else ''
 
   def check(self, data_dir: pathlib.Path) -> None:
     """As `Benchmark.check`; and that no subject is missing."""
@@ -102,10 +114,10 @@ class Exam(Choices):
         raise DataError(
           f'{split}/{record}: {row[answer]!r:.40} is none of A, B, C, D'
         )
-      text = self.form.question.format(
-        row[question], lettered([row[option] for option in options])
-      )
-      yield number, text, letter
+      said = [row[option] for option in options]
+      text = self.form.question.format(row[question], lettered(said))
+      choices = _FOUR if self.form.lettered else said
+      yield number, text, tuple(self.form.space + x for x in choices), letter
 
 
 _COLUMNS = ('question', 'A', 'B', 'C', 'D', 'answer')
