@@ -96,11 +96,7 @@ def _devices() -> int:
 def _run(argv: Sequence[str]) -> int:
   args = _parser().parse_args(argv)
   settings = Settings(args.out.resolve(), args.smoke, args.platform)
-  # For the commands, and for the evaluation in this process. JAX wants a CPU
-  # beside what it computes on.
-  platforms = ','.join(dict.fromkeys((settings.platform, 'cpu')))
-  os.environ['JAX_PLATFORMS'] = platforms
-  jax.config.update('jax_platforms', platforms)
+  use_platform(settings.platform)
   began = time.monotonic()
   out = settings.out
   seconds = make(settings, STAGES)
@@ -128,6 +124,14 @@ def _run(argv: Sequence[str]) -> int:
   if not floors_met and not settings.smoke:
     print('some scores are below their floor: see the report')
   return 0
+
+
+def use_platform(name: str) -> None:
+  """Says what to compute on, to this process and to its commands."""
+  # JAX wants a CPU beside what it computes on.
+  platforms = ','.join(dict.fromkeys((name, 'cpu')))
+  os.environ['JAX_PLATFORMS'] = platforms
+  jax.config.update('jax_platforms', platforms)
 
 
 def make(settings: Settings, stages: Iterable[str]) -> dict[str, float]:

@@ -203,6 +203,7 @@ def _run(argv: Sequence[str]) -> int:
   settings = quickstart.Settings(
     args.quickstart.resolve(), args.smoke, platform='cpu'
   )
+  quickstart.use_platform(settings.platform)
   out = args.out.resolve()
   if args.ablation == 'text':
     quickstart.make(settings, ('decoder', 'vision', 'stage1', 'stage2'))

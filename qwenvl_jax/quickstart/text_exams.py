@@ -27,8 +27,8 @@ SUBJECTS = {'count': False, 'colour': False, 'caption': False, 'name_box': True}
 
 # Language to task that is made small: its title here.
 _TASKS = {
-  'en': ('mmlu', 'Scenes in words, in the form of MMLU'),
-  'zh': ('ceval', 'Scenes in words, in the form of C-Eval'),
+  'en': ('mmlu', 'English, in the form of MMLU'),
+  'zh': ('ceval', 'Chinese, in the form of C-Eval'),
 }
 
 
