@@ -181,9 +181,9 @@ def _parser() -> argparse.ArgumentParser:
   add(
     '--questions',
     type=int,
-    default=50,
+    default=100,
     metavar='N',
-    help='text: of each of four subjects, in either language '
+    help='text: of each of three subjects, in either language '
     '(default: %(default)s)',
   )
   add(
@@ -352,10 +352,7 @@ def _text(settings: quickstart.Settings, out: Path, count: int) -> None:
   starts = [
     compare.compare(task, runs['decoder'], runs['stage1']) for task in found
   ]
-  head = [
-    *('', 'questions', 'decoder alone', 'before stage 2', 'after stage 2'),
-    *('difference', '95% interval'),
-  ]
+  head = ['', 'n', 'decoder', 'before', 'after', 'difference', '95% interval']
   rows = []
   for start, pair in zip(starts, pairs, strict=True):
     shares = (start.scores[0], *pair.scores)
@@ -366,7 +363,10 @@ def _text(settings: quickstart.Settings, out: Path, count: int) -> None:
       f'{100 * pair.difference:+.1f}',
       ' to '.join(f'{100 * bound:+.1f}' for bound in pair.bounds),
     ])  # fmt: skip
-  note = f'Percent right; guessing has 25. {_PAPER_TEXT}'
+  note = (
+    'Percent right: of the decoder before it met pictures, before stage 2 and '
+    f'after it; guessing has 25. {_PAPER_TEXT}'
+  )
   _write(out / 'text.md', 'Text-only scores (E.4)', head, rows, note)
 
 

@@ -15,20 +15,20 @@ from qwenvl_jax import buckets
 from qwenvl_jax.data import questions, things, wording
 from qwenvl_jax.data.examples import Question
 from qwenvl_jax.data.records import Scene
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.eval import registry
 from qwenvl_jax.eval.task import File
 from qwenvl_jax.eval.tasks.exams import Exam
 
 _OPTIONS = 'ABCD'
 
-# Kinds of questions with four possible answers, and whether they need to be
-# told where things are.
-SUBJECTS = {'count': False, 'colour': False, 'caption': False, 'name_box': True}
+# Kinds of questions with four possible answers.
+SUBJECTS = ('count', 'colour', 'caption')
 
 # Language to task that is made small: its title here.
 _TASKS = {
-  'en': ('mmlu', 'English, in the form of MMLU'),
-  'zh': ('ceval', 'Chinese, in the form of C-Eval'),
+  'en': ('mmlu', 'English, as MMLU'),
+  'zh': ('ceval', 'Chinese, as C-Eval'),
 }
 
 
@@ -59,23 +59,23 @@ def _task(name: str, title: str) -> Exam:
   )
 
 
-def write(
-  data_dir: Path, scenes: Sequence[Scene], classes: int = 16, seed: int = 0
-) -> None:
+def write(data_dir: Path, scenes: Sequence[Scene], seed: int = 0) -> None:
   """Writes the tables: a question of each kind about each scene.
 
   Args:
     data_dir: where the tasks read them.
-    scenes: at least two, of different contents.
-    classes: how many of `things.THINGS` they are of.
+    scenes: what is asked about, and where wrong options are from.
     seed: of the wrong options and their order.
+
+  Raises:
+    ConfigError: there are too few scenes for four options.
   """
   for (language, (name, _)), kind in (
     (names, kind) for names in _TASKS.items() for kind in SUBJECTS
   ):
     form = registry.get(name).form
     rng = random.Random(f'{seed}-{language}-{kind}')
-    rows = list(_rows(scenes, kind, language, classes, form.space, rng))
+    rows = list(_rows(scenes, kind, language, form.space, rng))
     for split, of in ((registry.get(name).split, rows), (form.dev, rows[:1])):
       path = data_dir / form.folder / form.path.format(split, kind)
       path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,21 +90,27 @@ def write(
 
 
 def _rows(
-  scenes: Sequence[Scene], kind: str, language: str, classes: int, space: str,
+  scenes: Sequence[Scene],
+  kind: str,
+  language: str,
+  space: str,
   rng: random.Random,
-) -> Iterator[list[str]]:  # fmt: skip
+) -> Iterator[list[str]]:
   """Yields cells: the question, four options, the right one's letter."""
-  for index, scene in enumerate(scenes):
-    subject = questions.draw(kind, scene, classes, rng)
+  for scene in scenes:
+    subject = questions.draw(kind, scene, len(things.THINGS), rng)
     right = questions.ask(kind, scene, language, subject)
-    others = dict.fromkeys(
-      _others(right, scenes, index, language, classes, rng)
-    )
-    others.pop(right.answer, None)
-    options = [right.answer, *list(others)[: len(_OPTIONS) - 1]]
+    # Each once, the right one first.
+    found = dict.fromkeys(_answers(right, scenes, language, rng))
+    options = list(found)[: len(_OPTIONS)]
+    if len(options) < len(_OPTIONS):
+      raise ConfigError(
+        f'{len(scenes)} scenes have {len(options)} different answers to '
+        f'{kind}; {len(_OPTIONS)} make a question: ask about more (--questions)'
+      )
     rng.shuffle(options)
     told = wording.inventory(
-      scene, rng.choice(things.LANGUAGES), rng, SUBJECTS[kind]
+      scene, rng.choice(things.LANGUAGES), rng, places=False
     )
     yield [
       told + right.prompt,
@@ -113,23 +119,13 @@ def _rows(
     ]
 
 
-def _others(
-  right: Question,
-  scenes: Sequence[Scene],
-  index: int,
-  language: str,
-  classes: int,
-  rng: random.Random,
+def _answers(
+  right: Question, scenes: Sequence[Scene], language: str, rng: random.Random
 ) -> Iterator[str]:
-  """Yields answers to the same kind of question, what misleads most first."""
-  kind, scene = right.kind, scenes[index]
-  if kind == 'count':
+  """Yields the right answer, then others to questions of the same kind."""
+  yield right.answer
+  if right.kind == 'count':
     yield from (right.answer[:-1] + str(i) for i in range(1, 7))
     return
-  if kind == 'name_box':
-    # Things that are there, but elsewhere.
-    for number in range(len(scene.objects)):
-      yield questions.ask(kind, scene, language, number).answer
   for other in rng.sample(scenes, len(scenes)):
-    subject = questions.draw(kind, other, classes, rng)
-    yield questions.ask(kind, other, language, subject).answer
+    yield questions.ask(right.kind, other, language, ()).answer
