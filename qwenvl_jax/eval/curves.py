@@ -26,7 +26,7 @@ def draw(runs: Mapping[str, Path]) -> Figure:
   figure = Figure(figsize=(3.2 * len(runs), 2.6))
   axes = figure.subplots(1, len(runs), squeeze=False)[0]
   for axis, (title, folder) in zip(axes, runs.items(), strict=True):
-    for name, points in _losses(folder).items():
+    for name, points in losses(folder).items():
       axis.plot(*zip(*points, strict=True), linewidth=1.2, label=name)
     if len(axis.lines) > 1:
       axis.legend(fontsize=7)
@@ -39,8 +39,12 @@ def draw(runs: Mapping[str, Path]) -> Figure:
   return figure
 
 
-def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
-  """(step, loss) of each kind of loss that a log has, None left out."""
+def losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+  """Reads (step, loss) of each of `LOSSES` that a log has, None left out.
+
+  Raises:
+    DataError: there is no log.
+  """
   path = Path(folder) / 'log.jsonl'
   try:
     lines = path.read_text().splitlines()

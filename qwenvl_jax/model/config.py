@@ -29,10 +29,11 @@ class VisionConfig:
     image_size: side in pixels that data is resized to by default; the model
       itself takes any multiple of `patch_size`.
     position_grid: side of the learned position table (16: 256 rows).
-    window: side in patches of the attention window, None for global attention
-      everywhere (the release).
+    window: side in patches of the attention window, which divides the grid;
+      None for global attention everywhere (the release). Parameters are the
+      same with and without.
     global_every: with a window, every n-th block attends globally (paper,
-      appendix E: window attention in 3 of 4 blocks).
+      appendix E.3: windows of 224 pixels, 16 patches, in 3 of 4 blocks).
   """
 
   image_size: int = 448
@@ -57,6 +58,13 @@ class VisionConfig:
       raise ConfigError(
         f'VisionConfig.image_size={self.image_size} is not a multiple of '
         f'patch_size={self.patch_size}'
+      )
+    side = self.image_size // self.patch_size
+    if self.window is not None and (self.window < 1 or side % self.window):
+      raise ConfigError(
+        f'VisionConfig.window={self.window} does not divide the grid of '
+        f'{side}x{side} patches (image_size / patch_size): take a window that '
+        'does, or an image_size that is a multiple of patch_size * window'
       )
 
   @property

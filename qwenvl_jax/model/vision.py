@@ -4,6 +4,8 @@ Released source: `visual.py` (VisionTransformer). Position tables are resized
 bicubically to the patch grid inside the forward pass.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +44,7 @@ def normalize_pixels(pixels) -> jax.Array:
 
 
 class SelfAttention(nn.Module):
-  """Multi-head attention over the patches, global or within windows."""
+  """Multi-head attention over all patches, or within `config.window`."""
 
   config: VisionConfig
   dtype: Any
@@ -51,7 +53,7 @@ class SelfAttention(nn.Module):
   lora: LoraConfig | None = None
 
   @nn.compact
-  def __call__(self, x, is_global, grid: tuple[int, int]):
+  def __call__(self, x, grid: tuple[int, int]):
     c = self.config
     kinds = {
       'dtype': self.dtype,
@@ -74,14 +76,7 @@ class SelfAttention(nn.Module):
     if c.window is None:
       out = all_to_all(q, k, v)
     else:
-      out = jax.lax.cond(
-        is_global,
-        all_to_all,
-        lambda *qkv: windowed(all_to_all, *qkv, grid=grid, window=c.window),
-        q,
-        k,
-        v,
-      )
+      out = windowed(all_to_all, q, k, v, grid=grid, window=c.window)
     return Projection(
       'BPNH,NHD->BPD',
       (c.heads, c.head_dim, c.width),
@@ -125,7 +120,16 @@ def windowed(
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block; the scan's body."""
+  """Pre-norm transformer block; the scan's body.
+
+  Attributes:
+    config: shapes; with a window, the block attends within windows.
+    dtype: of activations.
+    param_dtype: of parameters.
+    grid: (rows, columns) of patches.
+    attention: kernel, see `QwenVLConfig`.
+    lora: see there.
+  """
 
   config: VisionConfig
   dtype: Any
@@ -135,13 +139,13 @@ class Block(nn.Module):
   lora: LoraConfig | None = None
 
   @nn.compact
-  def __call__(self, x, is_global):
+  def __call__(self, x, _=None):
     c = self.config
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     kinds['lora'] = self.lora
     h = LayerNorm(c.norm_eps, self.param_dtype, name='ln_1')(x)
     attention = SelfAttention(c, **kinds, attention=self.attention, name='attn')
-    x = keep(x + attention(h, is_global, self.grid), RESIDUAL)
+    x = keep(x + attention(h, self.grid), RESIDUAL)
     h = LayerNorm(c.norm_eps, self.param_dtype, name='ln_2')(x)
     x = x + Mlp(c, **kinds, name='mlp')(h)
     return constrain(x, 'batch', 'patches', 'embed_act'), None
@@ -257,22 +261,66 @@ class VisionTransformer(nn.Module):
     x = LayerNorm(c.norm_eps, self.param_dtype, name='ln_pre')(x)
     self.sow('intermediates', 'after_ln_pre', x)
     x = constrain(x, 'batch', 'patches', 'embed_act')
-    is_global = jnp.arange(c.layers) % c.global_every == c.global_every - 1
-    blocks = nn.scan(
+    make = functools.partial(
       remat(Block, self.remat),
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      grid=grid,
+      attention=self.attention,
+      lora=self.lora,
+    )
+    everywhere = dataclasses.replace(c, window=None)
+    if c.window is not None and not self.is_initializing():
+      params = nn.meta.unbox(self.variables['params']['blocks'])
+      within, over = make(c, parent=None), make(everywhere, parent=None)
+      return _alternate(within, over, params, x, c)
+    blocks = nn.scan(
+      make.func,
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
       length=c.layers,
       unroll=self.unroll,
       metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(
-      c,
-      self.dtype,
-      self.param_dtype,
-      grid,
-      self.attention,
-      self.lora,
-      name='blocks',
-    )
-    x, _ = blocks(x, is_global)
+    )(everywhere, **make.keywords, name='blocks')
+    x, _ = blocks(x, None)
     return x
+
+
+def _alternate(within: Block, over: Block, params, x, config: VisionConfig):
+  """Applies stacked blocks: every `global_every`-th one is global.
+
+  Which block attends how is part of the program, so that a backward pass keeps
+  nothing of the attention that a block does not use.
+
+  Args:
+    within: a block that attends within windows.
+    over: one that attends to all patches.
+    params: of `config.layers` such blocks, stacked as the scan's are.
+    x: [B,P,D].
+    config: how many there are of either.
+
+  Returns:
+    [B,P,D].
+  """
+  size = config.global_every
+  whole = config.layers // size * size
+
+  def apply(block, x, params):
+    return block.apply({'params': params}, x)[0]
+
+  def group(x, params):
+    for i in range(size):
+      block = over if i == size - 1 else within
+      x = apply(block, x, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+    return x, None
+
+  if whole:
+    shape = whole // size, size
+    grouped = jax.tree.map(
+      lambda leaf: leaf[:whole].reshape(*shape, *leaf.shape[1:]), params
+    )
+    x, _ = jax.lax.scan(group, x, grouped)
+  if whole < config.layers:
+    rest = jax.tree.map(lambda leaf: leaf[whole:], params)
+    x, _ = jax.lax.scan(lambda x, p: (apply(within, x, p), None), x, rest)
+  return x

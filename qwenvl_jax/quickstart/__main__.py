@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -100,45 +100,15 @@ def _devices() -> int:
 def _run(argv: Sequence[str]) -> int:
   args = _parser().parse_args(argv)
   settings = Settings(args.out.resolve(), args.smoke, args.platform)
-  # For the commands, and for the evaluation in this process. JAX wants a CPU
-  # beside what it computes on.
-  platforms = ','.join(dict.fromkeys((settings.platform, 'cpu')))
-  os.environ['JAX_PLATFORMS'] = platforms
-  jax.config.update('jax_platforms', platforms)
+  use_platform(settings.platform)
   began = time.monotonic()
   out = settings.out
-  seconds = {}
-  data = out / 'data'
   # How long a few steps take, or another platform, is not known before.
   phases = Phases(
     ('data', *STAGES, 'evaluation'),
     estimated=not settings.smoke and settings.platform == 'cpu',
   )
-  for stage in STAGES:
-    if _finished(out / stage):
-      phases.skip(stage)
-  if (data / 'qwen.tiktoken').exists():
-    phases.skip('data')
-  else:
-    phases.begin('data')
-    _command(
-      'qwenvl_jax.data.cli',
-      'prepare',
-      'scenes',
-      f'--config={"small" if settings.smoke else "default"}',
-      f'--data_dir={data}',
-    )
-    seconds['data'] = phases.end('data')
-  for stage, sources in STAGES.items():
-    if _finished(out / stage):
-      print(f'{stage}: finished before, in {out / stage}')
-      if took := (out / stage / _FINISHED).read_text():
-        seconds[stage] = float(took)
-      continue
-    phases.begin(stage)
-    _train(settings, stage, sources)
-    seconds[stage] = phases.end(stage)
-    (out / stage / _FINISHED).write_text(f'{seconds[stage]:.1f}')
+  seconds = make(settings, STAGES, phases)
   phases.begin('evaluation')
   floors_met = evaluate.evaluate(
     out,
@@ -165,15 +135,67 @@ def _run(argv: Sequence[str]) -> int:
   return 0
 
 
+def use_platform(name: str) -> None:
+  """Says what to compute on, to this process and to its commands."""
+  # JAX wants a CPU beside what it computes on.
+  platforms = ','.join(dict.fromkeys((name, 'cpu')))
+  os.environ['JAX_PLATFORMS'] = platforms
+  jax.config.update('jax_platforms', platforms)
+
+
+def make(
+  settings: Settings, stages: Iterable[str], phases: Phases
+) -> dict[str, float]:
+  """Prepares the data and trains stages that are not there yet, in order.
+
+  Args:
+    settings: where to, and on what.
+    stages: names, of `STAGES`.
+    phases: told what begins and ends; 'data' and the stages are among them.
+
+  Returns:
+    How many seconds each took, as far as that is known.
+  """
+  out = settings.out
+  seconds = {}
+  data = out / 'data'
+  for stage in stages:
+    if finished(out / stage):
+      phases.skip(stage)
+  if (data / 'qwen.tiktoken').exists():
+    phases.skip('data')
+  else:
+    phases.begin('data')
+    command(
+      'qwenvl_jax.data.cli',
+      'prepare',
+      'scenes',
+      f'--config={"small" if settings.smoke else "default"}',
+      f'--data_dir={data}',
+    )
+    seconds['data'] = phases.end('data')
+  for stage in stages:
+    if finished(out / stage):
+      print(f'{stage}: finished before, in {out / stage}')
+      if took := (out / stage / _FINISHED).read_text():
+        seconds[stage] = float(took)
+      continue
+    phases.begin(stage)
+    _train(settings, stage, STAGES[stage])
+    seconds[stage] = phases.end(stage)
+    mark_finished(out / stage, seconds[stage])
+  return seconds
+
+
 def _train(settings: Settings, stage: str, sources: dict[str, str]) -> None:
   out = settings.out
   options = [
     f'--gin_file=quickstart/{stage}.gin',
     f'--workdir={out / stage}',
-    f'--gin.DATA={_quoted(out / "data")}',
+    f'--gin.DATA={quoted(out / "data")}',
   ]
   for part, source in sources.items():
-    options.append(f'--gin.InitFrom.{part}={_quoted(out / source)}')
+    options.append(f'--gin.InitFrom.{part}={quoted(out / source)}')
   if settings.smoke:
     options += [
       '--gin.Scenes.config="small"',
@@ -181,7 +203,7 @@ def _train(settings: Settings, stage: str, sources: dict[str, str]) -> None:
       '--gin.OptimizerConfig.warmup=1',
     ]
   on_cpu = settings.platform == 'cpu'
-  _command(
+  command(
     'qwenvl_jax.train.main',
     *options,
     **(training_environment() if on_cpu else {}),
@@ -196,11 +218,12 @@ def training_environment() -> dict[str, str]:
   }
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
+  """A path as a value of `--gin.NAME=VALUE`."""
   return json.dumps(str(path), ensure_ascii=False)
 
 
-def _command(module: str, *arguments: str, **environment: str) -> None:
+def command(module: str, *arguments: str, **environment: str) -> None:
   """Runs a module as a process of its own.
 
   Raises:
@@ -214,12 +237,18 @@ def _command(module: str, *arguments: str, **environment: str) -> None:
   if done.returncode:
     raise ConfigError(
       f'{module} failed with status {done.returncode}, see above; the same '
-      'quickstart command goes on from here'
+      'command goes on from here'
     )
 
 
-def _finished(run: Path) -> bool:
+def finished(run: Path) -> bool:
+  """Whether a step was marked so."""
   return (run / _FINISHED).exists()
+
+
+def mark_finished(run: Path, seconds: float) -> None:
+  """Marks a step, so that it is not repeated, with the seconds it took."""
+  (run / _FINISHED).write_text(f'{seconds:.1f}')
 
 
 if __name__ == '__main__':

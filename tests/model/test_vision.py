@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 
+import flax.linen as nn
 import golden
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,6 @@ from qwenvl_jax.model.vision import (
   CLIP_STD,
   VisionTransformer,
   normalize_pixels,
-  windowed,
 )
 
 
@@ -101,42 +102,172 @@ def test_resize_keeps_a_constant_and_a_fitting_table():
     np.testing.assert_allclose(resized, 1, atol=1e-5)
 
 
-def test_windows_see_their_own_patches_only():
-  """Averaging within windows of 2x2 equals averaging blocks of the grid."""
-  grid = np.arange(24.0).reshape(4, 6)
-  x = jnp.asarray(grid.reshape(1, 24, 1, 1))
+def _by_loops(params, config, pixels):
+  """Features of one image, a window and a head after the other in NumPy."""
 
-  def mean(x):
-    return jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)
+  def norm(x, p):
+    scale = np.sqrt(x.var(-1, keepdims=True) + config.norm_eps)
+    return (x - x.mean(-1, keepdims=True)) / scale * p['scale'] + p['bias']
 
-  out = windowed(mean, x, grid=(4, 6), window=2)
-  blocks = grid.reshape(2, 2, 3, 2).mean((1, 3))
-  wanted = np.repeat(np.repeat(blocks, 2, 0), 2, 1)
-  np.testing.assert_allclose(np.asarray(out).reshape(4, 6), wanted)
+  def project(x, p, axes):
+    return np.tensordot(x, p['kernel'], axes) + p['bias']
+
+  def attend(x, p):
+    q, k, v = (project(x, p[name], 1) for name in 'qkv')
+    out = np.empty_like(q)
+    for head in range(config.heads):
+      scores = q[:, head] @ k[:, head].T / config.head_dim**0.5
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      weights /= weights.sum(-1, keepdims=True)
+      out[:, head] = weights @ v[:, head]
+    return project(out, p['out'], 2)
+
+  params = jax.tree.map(np.float64, params)
+  rows, columns = (side // config.patch_size for side in pixels.shape[:2])
+  patches = pixels.reshape(rows, config.patch_size, columns, -1, 3)
+  patches = patches.swapaxes(1, 2).reshape(rows * columns, -1)
+  x = patches @ params['patch_embed']['kernel'].reshape(-1, config.width)
+  x = norm(x + params['pos_embed'], params['ln_pre'])
+  for layer in range(config.layers):
+    p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params['blocks'])
+    side = config.window
+    if layer % config.global_every == config.global_every - 1:
+      side = rows
+    y, places = norm(x, p['ln_1']), np.arange(rows * columns)
+    places = places.reshape(rows, columns)
+    for top in range(0, rows, side):
+      for left in range(0, columns, side):
+        seen = places[top : top + side, left : left + side].ravel()
+        x[seen] += attend(y[seen], p['attn'])
+    y = project(norm(x, p['ln_2']), p['mlp']['up'], 1)
+    y = y * (1 + np.vectorize(math.erf)(y / 2**0.5)) / 2
+    x = x + project(y, p['mlp']['down'], 1)
+  return x
 
 
-def test_window_attention_in_three_of_four_blocks():
-  """With windows alone a far patch has no influence; a global block has."""
-  config = VisionConfig(
-    image_size=56, width=32, layers=4, heads=2, mlp_dim=32, window=2
+# Every other block, and one that is left over.
+_WINDOWS = VisionConfig(
+  image_size=56,
+  width=32,
+  layers=3,
+  heads=2,
+  mlp_dim=32,
+  position_grid=4,
+  window=2,
+  global_every=2,
+)
+
+
+@functools.cache
+def _windows():
+  """(parameters that are nowhere zero, pixels)"""
+  rng = np.random.default_rng(0)
+  pixels = rng.random((1, 56, 56, 3), np.float32)
+  params = jax.jit(VisionTransformer(_WINDOWS).init)(jax.random.key(0), pixels)[
+    'params'
+  ]
+  params = jax.tree.map(
+    lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
+    nn.meta.unbox(params),
   )
-  pixels = np.random.default_rng(0).random((1, 56, 56, 3), np.float32)
-  model = VisionTransformer(config)
-  params = jax.jit(model.init)(jax.random.key(0), pixels)
+  return params, pixels
 
-  def influence(config):
-    """On the first patch, of the last one."""
 
-    def first(pixels):
-      return VisionTransformer(config).apply(params, pixels)[0, 0].sum()
+def test_window_attention_is_that_of_each_window():
+  params, pixels = _windows()
+  apply = jax.jit(VisionTransformer(_WINDOWS).apply)
+  found = apply({'params': params}, pixels)[0]
+  wanted = _by_loops(params, _WINDOWS, pixels[0])
+  np.testing.assert_allclose(found, wanted, atol=2e-5)
+  everywhere = dataclasses.replace(_WINDOWS, window=4)
+  assert np.abs(_by_loops(params, everywhere, pixels[0]) - wanted).max() > 0.01
 
-    return np.abs(jax.grad(first)(jnp.asarray(pixels))[0, 42:, 42:]).max()
 
-  never = dataclasses.replace(config, global_every=5)
-  assert influence(never) == 0
-  assert influence(config) > 0
-  with pytest.raises(DataError, match='windows of 3x3'):
-    influence(dataclasses.replace(config, window=3))
+def test_gradients_of_windows():
+  """One window that is the whole grid is global attention, backward as well.
+
+  Whatever the backward pass computes again.
+  """
+  params, pixels = _windows()
+
+  def gradient(window, remat):
+    config = dataclasses.replace(_WINDOWS, window=window)
+
+    def loss(params):
+      model = VisionTransformer(config, remat=remat)
+      return (model.apply({'params': params}, pixels) ** 2).mean()
+
+    return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+
+  pairs = zip(gradient(4, 'full'), gradient(None, 'none'), strict=True)
+  for found, wanted in pairs:
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_backward_pass_of_windows_keeps_no_scores_of_all_patches():
+  """At 896 pixels one global block keeps 4096 x 4096 scores, not all four."""
+  config = VisionConfig(
+    image_size=896, width=8, layers=4, heads=1, mlp_dim=8, window=16
+  )
+  pixels = jnp.zeros((1, 896, 896, 3), jnp.uint8)
+
+  def memory(config):
+    model = VisionTransformer(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), pixels)
+    step = jax.jit(jax.grad(lambda p: model.apply(p, pixels).sum()))
+    return step.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+  assert memory(config) < memory(dataclasses.replace(config, window=None)) / 2
+
+
+def test_windows_do_not_change_what_is_stored():
+  def shapes(config):
+    pixels = jax.ShapeDtypeStruct((1, 448, 448, 3), jnp.uint8)
+    model = VisionTransformer(config)
+    return jax.eval_shape(model.init, jax.random.key(0), pixels)
+
+  assert shapes(VisionConfig(window=16)) == shapes(VisionConfig())
+
+
+def test_windows_on_a_mesh_equal_those_on_one_device(run_on_devices):
+  run_on_devices(4, _ON_A_MESH)
+
+
+_ON_A_MESH = """
+import flax.linen as nn
+import jax
+import numpy as np
+from qwenvl_jax import sharding
+from qwenvl_jax.model.config import VisionConfig
+from qwenvl_jax.model.vision import VisionTransformer
+
+config = VisionConfig(56, width=16, layers=2, heads=2, mlp_dim=32,
+                      window=2, global_every=2)
+model = VisionTransformer(config)
+pixels = np.random.default_rng(0).random((4, 56, 56, 3), np.float32)
+boxed = jax.jit(model.init)(jax.random.key(0), pixels)
+params = nn.meta.unbox(boxed)
+wanted = jax.jit(model.apply)(params, pixels)
+mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
+with sharding.use_mesh(mesh):
+  split = jax.device_put(params, sharding.param_shardings(boxed, mesh))
+  found = jax.jit(model.apply)(split, pixels)
+kernel = split['params']['blocks']['attn']['q']['kernel']
+assert not kernel.sharding.is_fully_replicated
+np.testing.assert_allclose(found, wanted, atol=1e-5)
+"""
+
+
+def test_windows_that_do_not_fit():
+  with pytest.raises(ConfigError, match='window=3 does not divide'):
+    dataclasses.replace(_WINDOWS, window=3)
+  with pytest.raises(ConfigError, match='window=0 does not divide'):
+    dataclasses.replace(_WINDOWS, window=0)
+  params, _ = _windows()
+  with pytest.raises(DataError, match='windows of 2x2'):
+    VisionTransformer(_WINDOWS).apply(
+      {'params': params}, np.zeros((1, 42, 56, 3), np.uint8)
+    )
 
 
 @pytest.mark.parametrize('queries', [64, 144, 256, 400])

@@ -24,10 +24,12 @@ class Form:
     columns: question, options and answer, by name.
     heading: before the examples, with the subject.
     question: of one question, from question and options.
-    space: between the prompt and a letter.
+    space: between the prompt and an answer.
     named: whether a row of names comes first.
     subjects: what the heading calls them; without their names, the file's, its
       underlines blanks.
+    lettered: whether the answers are letters; False to score the options
+      themselves, of models that do not know what a letter stands for.
   """
 
   folder: str
@@ -39,6 +41,7 @@ class Form:
   space: str = ''
   named: bool = True
   subjects: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  lettered: bool = True
 
   def heading_of(self, subject: str) -> str:
     """Returns the heading of a subject; DataError if there is none such."""
@@ -77,17 +80,26 @@ class Exam(Choices):
           f'{self.name}: {subject}: {len(found)} solved questions of '
           f'{self.shots}; download {self.form.folder} again'
         )
-      for _, question, answer in found[: self.shots]:
-        solved += f'{question}{self.form.space}{answer}\n\n'
+      for _, question, choices, answer in found[: self.shots]:
+        solved += f'{question}{choices[_FOUR.index(answer)]}\n\n'
       heading = self.form.heading_of(subject)
-      for number, question, answer in self._rows(data_dir, self.split, subject):
+      for number, question, choices, answer in self._rows(
+        data_dir, self.split, subject
+      ):
         yield Example(
           f'{subject}/{number}',
           Prompt((heading + solved + question,)),
           target=answer,
-          choices=tuple(self.form.space + letter for letter in _FOUR),
+          choices=choices,
           category=subject,
         )
+
+  def parse(self, text: str, example: Example) -> str:
+    """Returns the letter of the likeliest choice; '' of what is none."""
+    if self.form.lettered:
+      return super().parse(text, example)
+    said = [choice.strip() for choice in example.choices]
+    return _FOUR[said.index(text.strip())] if text.strip() in said else ''
 
   def check(self, data_dir: pathlib.Path) -> None:
     """As `Benchmark.check`; and that no subject is missing."""
@@ -117,10 +129,10 @@ class Exam(Choices):
         raise DataError(
           f'{split}/{record}: {row[answer]!r:.40} is none of A, B, C, D'
         )
-      text = self.form.question.format(
-        row[question], lettered([row[option] for option in options])
-      )
-      yield number, text, letter
+      said = [row[option] for option in options]
+      text = self.form.question.format(row[question], lettered(said))
+      choices = _FOUR if self.form.lettered else said
+      yield number, text, tuple(self.form.space + x for x in choices), letter
 
 
 _COLUMNS = ('question', 'A', 'B', 'C', 'D', 'answer')
