@@ -39,13 +39,16 @@ ROOMS = {
     'text',
     'image',
   ),
+  'checkpoint_options': ('api',),
   'progress': (),
   'notebook': ('data', 'eval', 'image', 'text'),
 }
 # Console commands start a program, so they may also import what is made for
 # that: the shared command line, configs, progress bars and the public face.
 MAINS = ('main', 'cli', 'chat_cli')
-FOR_MAINS = ('entry', 'configuration', 'api', 'progress')
+FOR_MAINS = (
+  *('entry', 'configuration', 'api', 'progress', 'checkpoint_options'),
+)
 # Put everything together; nobody imports them.
 TOPS = ('__init__', 'quickstart')
 # Packages of others that only some rooms may import.

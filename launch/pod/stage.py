@@ -43,7 +43,7 @@ def stage_command(s: Settings, stage: str) -> list[str]:
       'qwenvl-eval',
       f'--checkpoint={checkpoint}',
       f'--out={runs}/eval',
-      *([f'--data_dir={s.data}'] if s.data else []),
+      *([f'--data_dir={_data(s)}'] if s.data else []),
     ]
   topology = _topology(s, stage)
   command = [
@@ -63,11 +63,14 @@ def stage_command(s: Settings, stage: str) -> list[str]:
       'stage1 needs --init DIR, made by: qwenvl-convert init-stage1'
     )
   if s.data:
-    data = s.data
-    if s.mount_data and data.startswith('gs://'):
-      data = 'mount://' + data[5:]  # worker.py makes a folder of it.
-    command.append(f'--gin.DATA={_gin_string(data)}')
+    command.append(f'--gin.DATA={_gin_string(_data(s))}')
   return command
+
+
+def _data(s: Settings) -> str:
+  if s.mount_data and s.data.startswith('gs://'):
+    return 'mount://' + s.data[5:]  # worker.py makes a folder of it.
+  return s.data
 
 
 def _check_one_host(s: Settings, name: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from qwenvl_jax.data import roots
 from qwenvl_jax.data.catalogue import DATA_SETS
 from qwenvl_jax.data.readers import fields
+from qwenvl_jax.data.readers.release import EvaluationLines
+from qwenvl_jax.data.records import Record
 from qwenvl_jax.errors import BadRecordError, DataError
 from qwenvl_jax.eval.task import Example, File, Picture, Task
 
@@ -77,6 +79,35 @@ class Split:
   def _found(self, read: Callable, data_dir: pathlib.Path) -> Iterator[Any]:
     # What is no list at all fails where it is iterated over.
     return fields.guarded(read(self.root(data_dir)), self.reader.files[0])
+
+  def released(
+    self, data_dir: pathlib.Path, lines: str
+  ) -> Iterator[Record] | None:
+    """Yields records of the release's file of this split, None without it.
+
+    Args:
+      data_dir: has the data set's folder.
+      lines: name of the file. Its paths begin at the release's own folder of
+        data: of pictures, the names alone count.
+    """
+    if not (self.root(data_dir) / lines).exists():
+      return None
+    found = usable(EvaluationLines(lines).records(self.root(data_dir)))
+    return (
+      dataclasses.replace(
+        record, images=(pathlib.PurePosixPath(record.images[0]).name,)
+      )
+      for record in found
+    )
+
+  def check_files(self, task: Task, data_dir: pathlib.Path, lines: str) -> Task:
+    """A task that needs the release's file, where it is, and pictures."""
+    if not (self.root(data_dir) / lines).exists():
+      return task
+    folder = f'{self.data_set}/{self.reader.folder}'
+    needed = [file for file in task.files if file.path == folder]
+    file = File(f'{self.data_set}/{lines}', 'of the release')
+    return dataclasses.replace(task, files=(file, *needed))
 
   def picture(
     self, data_dir: pathlib.Path, name: str, record: str = ''

@@ -81,7 +81,8 @@ class Endpoint:
       raise ConfigError(f'{base_url} lists no model; name one with --model')
     self._model = model or models[0].id
     owners = {one.id: one.owned_by for one in models}
-    if owners.get(self._model) != 'qwenvl_jax' and not as_chat:
+    self._ours = owners.get(self._model) == 'qwenvl_jax'
+    if not self._ours and not as_chat:
       raise ConfigError(
         f'{base_url} is another server than qwenvl-serve, which may not see '
         'the pictures of raw prompts: --as_chat sends these as chats'
@@ -141,6 +142,9 @@ class Endpoint:
   def _chat(self, example: Example, urls: list[str], decoding: Decoding) -> str:
     prompt = example.prompt
     # Our server numbers pictures itself, and others in their own way.
+    more = {}
+    if self._ours and prompt.chat and not prompt.numbered:
+      more['chat_template_kwargs'] = {'add_vision_id': False}
     left = iter(urls)
     content = [
       {'type': 'text', 'text': part}
@@ -155,7 +159,7 @@ class Endpoint:
       model=self._model,
       messages=messages,
       max_tokens=decoding.max_tokens,
-      **_settings(example, decoding, {}),
+      **_settings(example, decoding, more),
     )
     return found.choices[0].message.content or ''
 

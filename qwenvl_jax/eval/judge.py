@@ -58,11 +58,12 @@ class Judge:
       pool = ThreadPoolExecutor(_AT_A_TIME)
       try:
         replies = pool.map(lambda key: self._ask(client, asked[key]), new)
-        for key, reply in zip(new, replies, strict=True):
-          known[key] = reply
-          line = {'key': key, 'model': self.model, 'reply': reply}
-          with open(self.file, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(line, ensure_ascii=False) + '\n')
+        with predictions.lines_to(self.file) as file:
+          for key, reply in zip(new, replies, strict=True):
+            known[key] = reply
+            line = {'key': key, 'model': self.model, 'reply': reply}
+            text = json.dumps(line, ensure_ascii=False)
+            file.write(text.encode('utf-8', 'backslashreplace') + b'\n')
       finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return [known[key] for key in keys]

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Column, Table
 
-from qwenvl_jax import api, buckets, entry
-from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax import api, buckets, checkpoint_options, entry
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.eval import compare, own, registry, results, tables
 from qwenvl_jax.eval.answering import Model
 from qwenvl_jax.eval.engine_model import EngineModel
@@ -98,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     '--out',
     metavar='DIR',
-    help='folder of the run (default: runs/eval/ and the name of the model)',
+    help='folder of the run, gs://.. for one in a bucket (default: runs/eval/ '
+    'and the name of the model)',
   )
   add(
     '--limit',
@@ -132,13 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar='N',
     help='tokens of a prompt and its answer (default: what training rows have)',
   )
-  add(
-    '--dtype',
-    choices=('bfloat16', 'float16', 'float32'),
-    help='number format to compute in (default: that of the checkpoint)',
-  )
-  add('--keep_int4', action='store_true', help='see qwenvl-chat --help')
-  add('--int8', action='store_true', help='see qwenvl-chat --help')
+  checkpoint_options.add_options(engine)
   add('--cache_dtype', choices=('int8',), help='of the key-value cache')
   endpoint = parser.add_argument_group('with --base_url')
   add = endpoint.add_argument
@@ -216,7 +211,13 @@ def _tasks(args: argparse.Namespace) -> tuple[list[Task], Path]:
   for pattern in args.tasks.split(','):
     found = fnmatch.filter(registry.all_tasks(), pattern.strip())
     names |= dict.fromkeys(found or [pattern.strip()])
-  return [registry.get(name) for name in names], Path(args.data_dir)
+  data_dir = buckets.as_path(args.data_dir)
+  if buckets.in_bucket(data_dir):
+    raise ConfigError(
+      f'--data_dir={args.data_dir} is in a bucket, and pictures are read from '
+      'folders: mount it (gcsfuse), or launch/tpu_pod.sh eval --mount-data'
+    )
+  return [registry.get(name) for name in names], data_dir
 
 
 def _model(
@@ -231,7 +232,7 @@ def _model(
     endpoint = _endpoint(args)
     return endpoint.identity(), lambda: endpoint
   # Of all settings, those that change what is said.
-  names = ('dtype', 'keep_int4', 'int8', 'cache_dtype')
+  names = (*checkpoint_options.NAMES, 'cache_dtype')
   settings = {name: getattr(args, name) for name in names}
   identity = {
     'checkpoint': Path(args.checkpoint).name,
@@ -242,17 +243,7 @@ def _model(
 
 
 def _engine(args: argparse.Namespace, identity: Mapping[str, Any]) -> Model:
-  handle = api.load(
-    args.checkpoint,
-    dtype=args.dtype,
-    keep_int4=args.keep_int4,
-    int8=args.int8,
-  )
-  if handle.tokenizer is None:
-    raise CheckpointError(
-      f'{args.checkpoint}: there is no vocabulary in this folder; copy the '
-      'qwen.tiktoken that belongs to the checkpoint into it'
-    )
+  handle = checkpoint_options.load(args)
   engine = handle.engine(
     EngineConfig(
       slots=args.slots,
@@ -302,8 +293,9 @@ def _compare(argv: Sequence[str]) -> int:
     gin_help=False,
   )
   add = parser.add_argument
-  add('first', type=Path, metavar='A', help='folder of a run')
-  add('second', type=Path, metavar='B', help='folder of another')
+  folder = buckets.as_path
+  add('first', type=folder, metavar='A', help='folder of a run')
+  add('second', type=folder, metavar='B', help='folder of another')
   add(
     '--data_dir',
     metavar='DIR',
@@ -343,9 +335,7 @@ def _scored_task(folder: Path, name: str) -> Task:
 
 def _out(args: argparse.Namespace) -> Path:
   if args.out is not None:
-    if not args.out:
-      raise ConfigError("--out='' names no folder; the current one is '.'")
-    return Path(args.out).expanduser()
+    return buckets.as_path(args.out)
   if args.checkpoint:
     # Of a run's stage, both names: runs/quickstart/stage2 -> quickstart-stage2.
     parts = Path(args.checkpoint).absolute().parts[-2:]

@@ -8,16 +8,21 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import filelock
 
+from qwenvl_jax import buckets
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.eval.answering import Problem, Reply
 
 _PATTERN = 'answers*.jsonl'
+
+# Between two copies of lines in a bucket.
+_SAVE_SECONDS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +102,12 @@ def appending(folder: Path, shard: Shard) -> Iterator[BinaryIO]:
   Raises:
     ConfigError: another process has it open.
   """
-  folder.mkdir(parents=True, exist_ok=True)
+  buckets.make_folder(folder)
   path = folder / shard.file
+  if buckets.in_bucket(folder):  # There are no locks.
+    with lines_to(path) as file:
+      yield file
+    return
   lock = filelock.FileLock(folder / f'.{shard.file}.lock')
   try:
     lock.acquire(blocking=False)
@@ -106,11 +115,44 @@ def appending(folder: Path, shard: Shard) -> Iterator[BinaryIO]:
     raise ConfigError(
       f'{path}: another process writes it; wait for it, or name another --out'
     ) from None
-  with lock:
-    drop_torn(path)
-    # Unbuffered: a line is one call, whole in the file when it returns.
-    with path.open('ab', buffering=0) as file:
+  with lock, lines_to(path) as file:
+    yield file
+
+
+@contextlib.contextmanager
+def lines_to(path: Path) -> Iterator[BinaryIO]:
+  """Opens a file to append lines; a last one that was torn is dropped.
+
+  On a disk, a line is whole in the file when `write` returns. Objects of a
+  bucket cannot be appended to: one is written anew every half minute and at the
+  end, so that a kill loses the lines of half a minute.
+  """
+  if buckets.in_bucket(path):
+    with contextlib.closing(_Object(path)) as file:
       yield file
+    return
+  drop_torn(path)
+  # Unbuffered: a line is one call.
+  with path.open('ab', buffering=0) as file:
+    yield file
+
+
+class _Object:
+  """Lines of an object in a bucket."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._data = bytearray(path.read_bytes() if path.exists() else b'')
+    self._saved = time.monotonic()
+
+  def write(self, line: bytes) -> None:
+    self._data += line
+    if time.monotonic() - self._saved >= _SAVE_SECONDS:
+      self.close()
+
+  def close(self) -> None:
+    buckets.write(self._path, bytes(self._data))
+    self._saved = time.monotonic()
 
 
 def _parse(line: bytes, name: str) -> tuple[str, Line]:
@@ -130,7 +172,8 @@ def _parse(line: bytes, name: str) -> tuple[str, Line]:
 
 def drop_torn(path: Path) -> None:
   """Removes the last line of a file if it has no end: a write was killed."""
-  if not path.exists():
+  # An object appears whole.
+  if buckets.in_bucket(path) or not path.exists():
     return
   with path.open('rb+') as file:
     data = file.read()

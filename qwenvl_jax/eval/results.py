@@ -50,7 +50,7 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
   path = folder / RUN
   now = json.loads(json.dumps(about))  # Tuples are lists there.
   if not path.exists():
-    folder.mkdir(parents=True, exist_ok=True)
+    buckets.make_folder(folder)
     buckets.write(path, _dump(now))
     return
   try:
@@ -141,8 +141,10 @@ def save(
   ):
     for item in items:
       file.write(json.dumps(_record(item), ensure_ascii=False) + '\n')
+  written = task.finish(items, folder)
+  if written:
+    summary = {**summary, 'submissions': written}
   buckets.write(folder / RESULTS, _dump(summary))
-  task.finish(items, folder)
 
 
 def _record(item: Item) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from qwenvl_jax.eval import gallery, results, runner, tables
 from qwenvl_jax.eval.answering import Model
 from qwenvl_jax.eval.predictions import ALL, Shard
 from qwenvl_jax.eval.runner import Outcome
-from qwenvl_jax.eval.task import Task
+from qwenvl_jax.eval.task import Example, Task
 
 _FIGURES = 'figures.html'
 
@@ -42,6 +42,11 @@ class Run:
   def _model(self) -> Model:
     return self.open_model()
 
+  @functools.cached_property
+  def _taken(self) -> dict[str, list[Example]]:
+    """Examples that were checked and are to be asked, by task."""
+    return {}
+
   def prepare(self, tasks: Sequence[Task]) -> None:
     """Checks everything that can be wrong, before a model is opened.
 
@@ -51,7 +56,7 @@ class Run:
     """
     about = {'model': dict(self.identity), 'versions': results.versions()}
     for task in tasks:
-      runner.take(task, self.data_dir, self.limit)
+      self._taken[task.name] = runner.take(task, self.data_dir, self.limit)
     results.claim(self.out, about)
     for task in tasks:
       decoding = dataclasses.asdict(task.decoding)
@@ -69,7 +74,9 @@ class Run:
       ConfigError: the folder's answers are to other prompts.
     """
     folder = self.out / task.name
-    examples = runner.take(task, self.data_dir, self.limit)
+    examples = self._taken.pop(task.name, None)
+    if examples is None:
+      examples = runner.take(task, self.data_dir, self.limit)
     runner.ask(
       task, examples, lambda: self._model, folder, self.shard, progress
     )

@@ -26,8 +26,10 @@ def rows(
     for name in names:
       found.append(_row(summary, name, tuple(models)))
     if not names:
-      found.append((summary['title'], '', 'no answer', '', '0', _bad(summary)))
-      found[-1] += ('',) * len(models)
+      found.append(
+        (summary['title'], '', 'no score', '', '0', _bad(summary))
+        + ('',) * len(models)
+      )
   return head, found
 
 
@@ -49,6 +51,9 @@ def _row(summary, name: str, models: Sequence[str]) -> tuple[str, ...]:
 def _bad(summary) -> str:
   counts = summary['counts']
   problems = [f'{n} {why}' for why, n in counts['problems'].items()]
+  if counts['answered'] and not summary['scores']:
+    files = ', '.join(summary.get('submissions', ()))
+    problems.append(f'true answers are not public: submit {files}')
   if counts['not_asked_yet']:
     problems.append(f'{counts["not_asked_yet"]} not asked yet')
   return ', '.join(problems)

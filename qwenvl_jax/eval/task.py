@@ -291,8 +291,9 @@ class Task:
     """
     return means([unit.scores for unit in units])
 
-  def finish(self, items: Sequence[Item], folder: Path) -> None:
-    """Writes what else there is to write of a run (a submission)."""
+  def finish(self, items: Sequence[Item], folder: Path) -> list[str]:
+    """Writes what is to be sent to a leaderboard; returns names of files."""
+    return []
 
 
 def means(scores: Iterable[Scores]) -> Scores:

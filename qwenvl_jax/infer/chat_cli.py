@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qwenvl_jax import api, entry
-from qwenvl_jax.errors import CheckpointError, DataError
+from qwenvl_jax import checkpoint_options, entry
+from qwenvl_jax.errors import DataError
 from qwenvl_jax.infer.chat import Chat, ChatSettings
 from qwenvl_jax.infer.terminal import (
   Session,
@@ -121,24 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar='N',
     help='with a temperature: repeat the same choices (default: new ones)',
   )
-  parser.add_argument(
-    '--dtype',
-    choices=('bfloat16', 'float16', 'float32'),
-    help='number format to compute in (default: that of the checkpoint)',
-  )
-  parser.add_argument(
-    '--keep_int4',
-    action='store_true',
-    help='of a released Int4 folder: keep its weights at 4 bits, in half the '
-    'memory, rather than dequantize them (a checkpoint converted with '
-    '--keep_int4 is always used so)',
-  )
-  parser.add_argument(
-    '--int8',
-    action='store_true',
-    help="round the decoder's kernels to 8 bits as they are read: half the "
-    'memory of bfloat16, and nearly its answers',
-  )
+  checkpoint_options.add_options(parser)
   return parser
 
 
@@ -170,18 +153,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _converse(args, settings, pictures) -> int:
   with spinner(f'opening {args.checkpoint}'):
-    model = api.load(
-      args.checkpoint,
-      dtype=args.dtype,
-      keep_int4=args.keep_int4,
-      int8=args.int8,
-    )
-  if model.tokenizer is None:
-    raise CheckpointError(
-      f'{args.checkpoint}: there is no vocabulary in this folder, so text '
-      'cannot be read or written; copy the qwen.tiktoken that belongs to the '
-      'checkpoint into it'
-    )
+    model = checkpoint_options.load(args)
   seed = args.seed
   if seed is None:
     seed = int.from_bytes(os.urandom(4), 'little')

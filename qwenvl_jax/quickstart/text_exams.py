@@ -52,7 +52,7 @@ def _task(name: str, title: str) -> Exam:
     paper={},
     count=0,
     form=dataclasses.replace(
-      task.form, heading='', question='{}', lettered=False
+      task.form, heading='', question='{}', subjects={}, lettered=False
     ),
     subjects=len(SUBJECTS),
     shots=0,

@@ -79,6 +79,7 @@ def build_prompt(
   image_tokens: int,
   continue_final: bool = False,
   generation_prompt: bool = True,
+  numbered: bool = True,
 ) -> Prompt:
   """Makes the context for the next answer.
 
@@ -88,6 +89,7 @@ def build_prompt(
     image_tokens: ids in the span of a picture.
     continue_final: whether the last message is the beginning of the answer.
     generation_prompt: whether the context ends where an answer begins.
+    numbered: whether pictures are, each on a line of its own.
 
   Raises:
     ApiError: messages in an order or of a kind that the model does not know.
@@ -113,7 +115,7 @@ def build_prompt(
     role = 'system' if system else message.role
     prompt.tokens.append(tokenizer.im_start_id)
     prompt.tokens.extend([*tokenizer.encode_ordinary(role), *newline])
-    _add_content(prompt, tokenizer, message, image_tokens)
+    _add_content(prompt, tokenizer, message, image_tokens, numbered)
     prompt.tokens.append(tokenizer.im_end_id)
   if continue_final:
     prompt.tokens.pop()
@@ -123,7 +125,7 @@ def build_prompt(
   return prompt
 
 
-def _add_content(prompt, tokenizer, message, image_tokens) -> None:
+def _add_content(prompt, tokenizer, message, image_tokens, numbered) -> None:
   content = message.content or ''
   if isinstance(content, str):
     content = [TextPart(type='text', text=content)]
@@ -142,12 +144,12 @@ def _add_content(prompt, tokenizer, message, image_tokens) -> None:
         'messages',
       )
     prompt.urls.append(part.url)
-    flush(f'{text}Picture {len(prompt.urls)}: ')
+    flush(f'{text}Picture {len(prompt.urls)}: ' if numbered else text)
     # What stands in a span is replaced by the picture's features.
     prompt.tokens.append(tokenizer.img_start_id)
     prompt.tokens.extend([tokenizer.img_pad_id] * image_tokens)
     prompt.tokens.append(tokenizer.img_end_id)
-    text = '\n'
+    text = '\n' if numbered else ''
   flush(text)
 
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from qwenvl_jax import api, entry
-from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax import checkpoint_options, entry
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.infer.engine import EngineConfig
 from qwenvl_jax.infer.grammar import GrammarCompiler
 from qwenvl_jax.infer.scheduler import Scheduler
@@ -85,13 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     help='tokens of a prompt and its answer (default: what training rows have)',
   )
   add('--max_waiting', type=int, default=256, help='requests in the queue')
-  add(
-    '--dtype',
-    choices=('bfloat16', 'float16', 'float32'),
-    help='number format to compute in (default: that of the checkpoint)',
-  )
-  add('--keep_int4', action='store_true', help='see qwenvl-chat --help')
-  add('--int8', action='store_true', help='see qwenvl-chat --help')
+  checkpoint_options.add_options(parser)
   add('--cache_dtype', choices=('int8',), help='of the key-value cache')
   add(
     '--media_folder',
@@ -205,18 +199,7 @@ def _open(args: argparse.Namespace, key: str | None, limits: Limits) -> Any:
 
   name = args.served_name or pathlib.PurePath(str(args.checkpoint)).name
   adapters = _adapters(args.adapter, name)
-  handle = api.load(
-    args.checkpoint,
-    dtype=args.dtype,
-    keep_int4=args.keep_int4,
-    int8=args.int8,
-    adapters=adapters,
-  )
-  if handle.tokenizer is None:
-    raise CheckpointError(
-      f'{args.checkpoint}: there is no vocabulary in this folder; copy the '
-      'qwen.tiktoken that belongs to the checkpoint into it'
-    )
+  handle = checkpoint_options.load(args, adapters=adapters)
   decoder = handle.config.decoder
   engine = handle.engine(
     EngineConfig(

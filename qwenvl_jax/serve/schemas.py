@@ -151,6 +151,16 @@ class Settings(_Strict):
   user: str | None = Field(None, description='Unused.')
 
 
+class TemplateOptions(_Strict):
+  """How a conversation is written down."""
+
+  add_vision_id: bool = Field(
+    True,
+    description='Number pictures, a line each: `Picture 1: `. Without, a '
+    'message is its parts as they are.',
+  )
+
+
 class ChatRequest(Settings):
   """Body of `/v1/chat/completions`."""
 
@@ -168,6 +178,7 @@ class ChatRequest(Settings):
     False, description='The last message is the beginning of the answer.'
   )
   add_generation_prompt: bool = True
+  chat_template_kwargs: TemplateOptions = TemplateOptions()
   store: Literal[False] | None = None
   metadata: dict[str, str] | None = Field(None, description='Unused.')
 
@@ -229,6 +240,7 @@ class TokenizeRequest(_Strict):
   model: str | None = None
   prompt: _Text | None = None
   messages: list[Message] | None = None
+  chat_template_kwargs: TemplateOptions = TemplateOptions()
   add_generation_prompt: bool = True
   continue_final_message: bool = False
 

@@ -108,6 +108,7 @@ class Server:
       self.config.adapter.queries,
       body.continue_final_message,
       body.add_generation_prompt,
+      body.chat_template_kwargs.add_vision_id,
     )
 
   def check_key(self, header: str | None) -> bytes:

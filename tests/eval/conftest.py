@@ -79,7 +79,9 @@ class Varied(Task):
       text = f'Question <ref>{"x" * number}</ref>'
       yield Example(
         key=f'{number:02d}',
-        prompt=Prompt((*shown, text), chat=number % 3 == 1),
+        prompt=Prompt(
+          (*shown, text), chat=number % 3 == 1, numbered=number % 2 == 0
+        ),
         target='even',
         choices=(' A', ' BC', ' 是') if number % 3 == 2 else (),
         group=f'pair {number // 2}',

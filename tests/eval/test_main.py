@@ -92,6 +92,22 @@ def test_shares_come_together(checkpoint, questions, tmp_path, capsys):
   assert both[0] == both[1]
 
 
+def test_a_run_in_a_bucket(checkpoint, questions, bucket, tmp_path, capsys):
+  out = f'{bucket.url}/eval'
+  for index in (1, 0):
+    assert run(checkpoint, questions, out, f'--shard={index}/2') == 0
+  assert '33.33' in capsys.readouterr().out
+  assert run(checkpoint, questions, tmp_path / 'disk') == 0
+  on_disk = (tmp_path / 'disk/mine/predictions.jsonl').read_bytes()
+  assert bucket.objects['eval/mine/predictions.jsonl'] == on_disk
+  assert b'33.33' in bucket.objects['eval/results.md']
+  before = bucket.objects['eval/mine/answers.0-of-2.jsonl']
+  assert run(checkpoint, questions, out, '--shard=0/2') == 0
+  after = bucket.objects['eval/mine/answers.0-of-2.jsonl']
+  assert after.startswith(before)
+  assert main(['compare', out, str(tmp_path / 'disk')]) == 0
+
+
 def test_another_model_or_decoding_is_refused(
   checkpoint, questions, tmp_path, capsys
 ):
@@ -157,6 +173,10 @@ def test_lines_that_are_no_questions_are_named(
     (['--jsonl=x', '--checkpoint=x'], 'needs --metric'),
     (['--jsonl=x', '--metric=anles', '--checkpoint=x'], 'did you mean anls'),
     (['--checkpoint=no', '--tasks=scenes_test'], 'no does not exist'),
+    (
+      ['--tasks=mme', '--checkpoint=x', '--data_dir=gs://b/d'],
+      '--data_dir=gs://b/d is in a bucket',
+    ),
     (['--taks=a'], 'did you mean --tasks'),
   ],
 )

@@ -504,6 +504,8 @@ def test_evaluation_needs_its_command(pod, tmp_path):
     '--data_dir=/d --tasks a,b'
   )
   assert said in pod.run(*arguments).out
+  arguments[4] = '--data=gs://b/d'
+  assert '--data_dir=mount://b/d' in pod.run(*arguments[:5], '--mount-data').out
 
 
 def test_a_server_runs_until_it_is_stopped(pod, tmp_path):

@@ -4,7 +4,8 @@ import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping
 
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import DataError, did_you_mean
+from qwenvl_jax.eval.annotations import subjects
 from qwenvl_jax.eval.annotations.rows import rows
 from qwenvl_jax.eval.choices import LETTERS, LIKELIEST, Choices, lettered
 from qwenvl_jax.eval.task import Example, File, Prompt
@@ -25,6 +26,8 @@ class Form:
     question: of one question, from question and options.
     space: between the prompt and an answer.
     named: whether a row of names comes first.
+    subjects: what the heading calls them; without their names, the file's, its
+      underlines blanks.
     lettered: whether the answers are letters; False to score the options
       themselves, of models that do not know what a letter stands for.
   """
@@ -37,7 +40,19 @@ class Form:
   question: str
   space: str = ''
   named: bool = True
+  subjects: Mapping[str, str] = dataclasses.field(default_factory=dict)
   lettered: bool = True
+
+  def heading_of(self, subject: str) -> str:
+    """Returns the heading of a subject; DataError if there is none such."""
+    if self.subjects and subject not in self.subjects:
+      near = did_you_mean(subject, self.subjects)
+      raise DataError(
+        f'{self.folder}: no subject is called {subject!r}{near}; download it '
+        'again'
+      )
+    name = self.subjects.get(subject, subject.replace('_', ' '))
+    return self.heading.format(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Exam(Choices):
         )
       for _, question, choices, answer in found[: self.shots]:
         solved += f'{question}{choices[_FOUR.index(answer)]}\n\n'
-      heading = self.form.heading.format(subject.replace('_', ' '))
+      heading = self.form.heading_of(subject)
       for number, question, choices, answer in self._rows(
         data_dir, self.split, subject
       ):
@@ -136,16 +151,18 @@ _CEVAL = Form(
   '{0}/{1}_{0}.csv',
   'dev',
   _COLUMNS,
-  '以下是中国考试的单项选择题，请选出其中的正确答案。\n\n',
+  '以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n\n',
   '{}\n{}\n答案：',
+  subjects=subjects.CEVAL,
 )
 _CMMLU = Form(
   'CMMLU',
   '{0}/{1}.csv',
   'dev',
   ('Question', 'A', 'B', 'C', 'D', 'Answer'),
-  '以下是单项选择题，请直接给出正确答案的选项。\n\n',
+  '以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n',
   '题目：{}\n{}\n答案是：',
+  subjects=subjects.CMMLU,
 )
 
 

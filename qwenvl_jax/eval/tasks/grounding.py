@@ -12,10 +12,9 @@ from PIL import Image
 from qwenvl_jax import buckets, image
 from qwenvl_jax.data import roots, sanitize
 from qwenvl_jax.data.readers import fields
-from qwenvl_jax.data.readers.release import EvaluationLines
 from qwenvl_jax.data.records import Record, Region
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval.benchmark import Benchmark, Split, each, usable
+from qwenvl_jax.eval.benchmark import Benchmark, Split, each
 from qwenvl_jax.eval.metrics import boxes
 from qwenvl_jax.eval.task import (
   Decoding,
@@ -59,13 +58,7 @@ class Refer(Grounding):
 
   def check(self, data_dir: pathlib.Path) -> None:
     """As `Benchmark.check`; the release's file may stand for the authors'."""
-    task = self
-    if (self.split.root(data_dir) / self.lines).exists():
-      files = (
-        File(f'{self.split.data_set}/{self.lines}', 'of the release'),
-        self.files[-1],
-      )
-      task = dataclasses.replace(self, files=files)
+    task = self.split.check_files(self, data_dir, self.lines)
     super(Refer, task).check(data_dir)
 
   def examples(self, data_dir: pathlib.Path) -> Iterable[Example]:
@@ -83,16 +76,14 @@ class Refer(Grounding):
         )
 
   def _records(self, data_dir: pathlib.Path) -> Iterator[Record]:
-    root = self.split.root(data_dir)
-    if not (root / self.lines).exists():
+    found = self.split.released(data_dir, self.lines)
+    if found is None:
       yield from self.split.records(data_dir)
       return
-    for record in usable(EvaluationLines(self.lines).records(root)):
+    for record in found:
       if not record.regions:
         raise DataError(f'{record.id}: no phrase `sent` with its `bbox`')
-      # The release's paths begin at its own folder of data.
-      name = pathlib.PurePosixPath(record.images[0]).name
-      yield dataclasses.replace(record, images=(name,))
+      yield record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +129,7 @@ class GritRefexp(Grounding):
     )
     yield dataclasses.replace(example, meta={'size': list(shown.size)})
 
-  def finish(self, items: Sequence[Item], folder: pathlib.Path) -> None:
+  def finish(self, items: Sequence[Item], folder: pathlib.Path) -> list[str]:
     """Writes `refexp.json` for GRIT's leaderboard; boxes in pixels."""
     found = []
     for item in items:
@@ -154,6 +145,7 @@ class GritRefexp(Grounding):
       )
     with buckets.atomic_write(folder / 'refexp.json') as path:
       path.write_text(json.dumps(found), encoding='utf-8')
+    return ['refexp.json']
 
 
 def _shown(record: Record, path: pathlib.Path) -> Record:

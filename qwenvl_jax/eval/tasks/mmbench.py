@@ -85,7 +85,7 @@ class MmBench(Choices):
       'accuracy_single': right[0],
     }
 
-  def finish(self, items: Sequence[Item], folder: pathlib.Path) -> None:
+  def finish(self, items: Sequence[Item], folder: pathlib.Path) -> list[str]:
     """Writes tables for OpenCompass's server, a row a rotation.
 
     One has the answers as they are; `_vote` gives all rotations of a question
@@ -103,8 +103,10 @@ class MmBench(Choices):
       own.append([*cells, item.answer])
       index = options.index(winner) if winner in options else None
       voted.append([*cells, '' if index is None else LETTERS[index]])
-    _write(folder / f'{self.name}_submission.tsv', own)
-    _write(folder / f'{self.name}_submission_vote.tsv', voted)
+    names = [f'{self.name}_submission{x}.tsv' for x in ('', '_vote')]
+    for name, table in zip(names, (own, voted), strict=True):
+      _write(folder / name, table)
+    return names
 
 
 def _write(path: pathlib.Path, table: Sequence[Sequence[str]]) -> None:
@@ -174,5 +176,5 @@ def _mmbench(name: str, title: str, split: str, count: int) -> MmBench:
 
 TASKS = (
   _mmbench('mmbench_dev', 'MMBench dev', 'dev', 4329),
-  _mmbench('mmbench_test', 'MMBench test', 'test', 0),
+  _mmbench('mmbench_test', 'MMBench test', 'test', 6666),
 )

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 
 from qwenvl_jax.data.records import Qa
+from qwenvl_jax.errors import DataError
 from qwenvl_jax.eval import shots
 from qwenvl_jax.eval.benchmark import Benchmark, Split
 from qwenvl_jax.eval.metrics import answers as short
@@ -114,6 +115,40 @@ class ShortAnswers(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True)
+class Diagrams(ShortAnswers):
+  """AI2D.
+
+  Attributes:
+    lines: the release's file, which alone has its wording; read where it is.
+  """
+
+  lines: str = 'test.jsonl'
+
+  def check(self, data_dir: pathlib.Path) -> None:
+    """As `Benchmark.check`; the release's file may stand for the authors'."""
+    [(_, split)] = self.splits
+    task = split.check_files(self, data_dir, self.lines)
+    super(Diagrams, task).check(data_dir)
+
+  def examples(self, data_dir: pathlib.Path) -> Iterable[Example]:
+    [(_, split)] = self.splits
+    found = split.released(data_dir, self.lines)
+    if found is None:
+      yield from super().examples(data_dir)
+      return
+    for record in found:
+      if not record.questions:
+        raise DataError(f'{record.id}: no `question` with its `answer`')
+      asked = record.questions[0]
+      asked = dataclasses.replace(asked, options=(), id=record.id)
+      yield Example(
+        record.id,
+        Prompt(_asked(data_dir, split, record.images[0], asked)),
+        target=list(asked.answers or (asked.answer,)),
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Averaged(ShortAnswers):
   """Splits that count the same, whatever their sizes."""
 
@@ -146,13 +181,14 @@ def _task(
   tokens: int = 10,
   paper_metric: str = '',
   train: tuple[Split, ...] = (),
+  kind: type[ShortAnswers] | None = None,
 ) -> ShortAnswers:
   paper = {}
   if figures:
     names = ('Qwen-VL', 'Qwen-VL-Chat')
     metrics = ({paper_metric or metric: figure} for figure in figures)
     paper = dict(zip(names, metrics, strict=True))
-  kind = ShortAnswers if len(splits) == 1 else Averaged
+  kind = kind or (ShortAnswers if len(splits) == 1 else Averaged)
   return kind(
     name,
     title,
@@ -240,7 +276,7 @@ TASKS = (
   ),
   _task(
     'ai2d_test', 'AI2D test', _one('ai2d', 'test'), 'accuracy', _exact,
-    (62.3, 57.7), 3088,
+    (62.3, 57.7), 3088, kind=Diagrams,
   ),
   _task(
     'ocrvqa_test', 'OCR-VQA test', _one('ocrvqa', 'test'), 'accuracy', _exact,

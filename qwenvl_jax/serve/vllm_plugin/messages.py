@@ -17,7 +17,8 @@ def prompt_ids(
     tokenizer: the vocabulary.
     conversation: messages that vLLM has parsed in its form 'openai': contents
       are lists of parts, pictures among them without what they show.
-    options: of the request: `add_generation_prompt`, `continue_final_message`.
+    options: of the request: `add_generation_prompt`, `continue_final_message`,
+      `add_vision_id`.
 
   Raises:
     ValueError: messages in an order or of a kind that the model does not know,
@@ -32,6 +33,7 @@ def prompt_ids(
       tokenizer.config.adapter.queries,
       options.get('continue_final_message', False),
       options.get('add_generation_prompt', True),
+      options.get('add_vision_id', True),
     )
   except ApiError as error:
     raise ValueError(str(error)) from error

@@ -84,8 +84,8 @@ def run(files, tmp_path):
     runner.ask(task, examples, lambda: Told(replies), folder)
     outcome = runner.score(task, examples, folder)
     assert not outcome.problems and not outcome.missing
-    task.finish(outcome.items, folder)
     summary = results.summarize(task, examples, outcome, {})
+    results.save(folder, task, summary, outcome.items)
     scores = {name: x['score'] for name, x in summary['scores'].items()}
     return scores, outcome, folder
 

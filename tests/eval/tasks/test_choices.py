@@ -8,7 +8,7 @@ import json
 import pytest
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval import registry, runner
+from qwenvl_jax.eval import registry, results, runner, tables
 from qwenvl_jax.eval.annotations import videos
 
 
@@ -244,9 +244,12 @@ def test_mmbench_is_circular(files, run):
 
 def test_mmbench_test_is_submitted(files, run):
   mmbench(files, 'test', answers=False)
-  scores, _, folder = run(registry.get('mmbench_test'), lambda x: 'A')
+  scores, _, folder = run(registry.get('mmbench_test'), lambda x: 'A', 5)
   assert scores == {}
   assert (folder / 'mmbench_test_submission.tsv').exists()
+  _, [row] = tables.rows([results.load_summary(folder)])
+  assert row[2] == 'no score'
+  assert 'submit mmbench_test_submission.tsv' in row[5]
 
 
 def test_damaged_tables_are_named(files):

@@ -45,15 +45,21 @@ def test_chinese_exams(files, run, name):
     for split in ('dev', 'test'):
       rows = ''.join(f'{i},问题{i},一,二,三,四,B\n' for i in range(5))
       files.write(
-        f'CMMLU/{split}/law.csv',
+        f'CMMLU/{split}/college_law.csv',
         f',Question,A,B,C,D,Answer\n{rows}'.encode(),
       )
   task = dataclasses.replace(registry.get(name), subjects=1)
-  scores, outcome, _ = run(task, lambda x: 'BA'[x.key == 'law/0'], 5)
+  scores, outcome, _ = run(task, lambda x: 'BA'[x.key.endswith('/0')], 5)
   assert scores == {'accuracy': 0.8}
   example = outcome.items[0].example
   assert example.choices == tuple('ABCD')
-  assert example.prompt.parts[0].count('问题') == 6
+  [text] = example.prompt.parts
+  assert text.count('问题') == 6
+  heading = {
+    'ceval': '以下是中国关于法学考试的单项选择题，请选出其中的正确答案。',
+    'cmmlu': '以下是关于大学法律的单项选择题，请直接给出正确答案的选项。',
+  }[name]
+  assert text.startswith(f'{heading}\n\n')
 
 
 def test_missing_subjects_are_named(files):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import logging
 import math
 
@@ -216,6 +217,26 @@ def test_ai2d(files, run):
   assert scores == {'accuracy': 1}
   assert outcome.items[0].example.prompt.parts[1] == (
     'What is A? Options: ears, nose, mouth, face. Answer:'
+  )
+
+
+def test_ai2d_as_the_release_has_it(files, run):
+  line = {
+    'image': 'data/ai2diagram/images/0.png',
+    'question': 'What is A? (A) ears (B) face',
+    'question_id': 7,
+    'answer': 'face',
+  }
+  lines = json.dumps(line) + '\n' + json.dumps(line | {'answer': 'ears'})
+  files.write('ai2d/test.jsonl', lines.encode())
+  task = registry.get('ai2d_test')
+  with pytest.raises(DataError, match='ai2d/images: no such file'):
+    task.check(files.root)
+  files.pictures('ai2d/images/0.png')
+  scores, outcome, _ = run(task, lambda x: 'Face', 2)
+  assert scores == {'accuracy': 0.5}
+  assert outcome.items[0].example.prompt.parts[1] == (
+    'What is A? (A) ears (B) face Answer:'
   )
 
 
