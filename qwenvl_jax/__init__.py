@@ -1,11 +1,13 @@
 """Qwen-VL (arXiv 2308.12966) in JAX and Flax."""
 
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from qwenvl_jax.api import Handle, digest, load
 
 __all__ = ['Handle', 'digest', 'load']
+__version__ = importlib.metadata.version('qwenvl_jax')
 
 
 def __getattr__(name):
@@ -15,3 +17,7 @@ def __getattr__(name):
 
     return getattr(api, name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+  return sorted({*globals(), *__all__})

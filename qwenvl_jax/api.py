@@ -23,7 +23,7 @@ import numpy as np
 from qwenvl_jax import buckets
 from qwenvl_jax.batch import NO_IMAGE, Batch, text_batch
 from qwenvl_jax.conversion import adapters as opening
-from qwenvl_jax.conversion import checkpoint_io, hub, low_rank
+from qwenvl_jax.conversion import checkpoint_io, hub, inspection, low_rank
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.placement import shardings_in_use
 from qwenvl_jax.conversion.side_by_side import side_by_side
@@ -138,7 +138,9 @@ def load(
     params = opening.applied(params, config, adapted, shardings)
   dtype = dtype or params['decoder']['embed'].dtype
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
-  return Handle(config, params, assets.read_tokenizer(folder, config), rows)
+  tokenizer = assets.read_tokenizer(folder, config)
+  source = inspection.origin(folder, adapter)
+  return Handle(config, params, tokenizer, rows, source)
 
 
 @buckets.refusals_told()
@@ -165,12 +167,19 @@ class Handle:
       (`model.stacking.stack_layers` gives the tree that training has).
     tokenizer: the folder's own vocabulary, None if it has none.
     adapters: by name, see `Engine`.
+    source: the folder that it was opened from, and its layout.
   """
 
   config: QwenVLConfig
   params: dict
   tokenizer: Tokenizer | None
   adapters: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  source: str = 'made in memory'
+
+  def __repr__(self) -> str:
+    """Says in one line what this is; the arrays stay out."""
+    about = inspection.in_short(self.config, self.params, self.adapters)
+    return f'<{type(self).__name__} {self.source}: {about}>'
 
   @functools.cached_property
   def model(self) -> QwenVL:

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.file_proxy import FileProxy
+
 from qwenvl_jax.errors import (
   ConfigError,
   QwenVLError,
@@ -168,26 +170,24 @@ def run(
       return 2
 
 
-class _Printable:
+class _Printable(FileProxy):
   """A stream that spells out control characters: see `errors.printable`.
 
   All messages of commands pass here, but for Rich's, whose colours they are
-  (`progress.PrintableConsole` treats the texts it is given).
+  (`progress.PrintableConsole` treats the texts it is given). Around any stream
+  that is no `FileProxy` its bars and spinners would put one of their own, and
+  then draw through both.
   """
 
   def __init__(self, stream):
+    super().__init__(None, stream)
     self._stream = stream
-    self.rich_proxied_file = stream  # Where Rich looks for the terminal.
 
   def write(self, text: str) -> int:
     return self._stream.write(printable(text))
 
-  def writelines(self, lines) -> None:
-    for line in lines:
-      self.write(line)
-
-  def __getattr__(self, name: str):
-    return getattr(self._stream, name)
+  def flush(self) -> None:
+    self._stream.flush()
 
 
 def _forget_stdout() -> None:

@@ -1,5 +1,9 @@
 """The public face against the goldens."""
 
+import importlib.metadata
+import sys
+import types
+
 import golden
 import jax
 import numpy as np
@@ -17,6 +21,34 @@ from qwenvl_jax.model.stacking import stack_layers
 @pytest.fixture(scope='module')
 def handle():
   return qwenvl_jax.load(golden.FOLDER, dtype='float32')
+
+
+def test_a_handle_says_what_it_is_in_one_line(handle):
+  told = repr(handle)
+  assert str(golden.FOLDER) in told and '(released layout)' in told
+  count = sum(x.size for x in jax.tree.leaves(handle.params))
+  assert f'{count / 1e6:.2f}M parameters, float32' in told
+  assert 'pictures of 112 px' in told and 'on 1 x cpu' in told
+  assert '\n' not in told and len(told) < 300
+
+
+def test_the_package_shows_what_it_offers():
+  assert {'Handle', 'digest', 'load'} <= set(dir(qwenvl_jax))
+  assert qwenvl_jax.__version__ == importlib.metadata.version('qwenvl_jax')
+
+
+def test_a_hub_id_is_downloaded(monkeypatch):
+  asked = []
+
+  def download(name, **_):
+    asked.append(name)
+    return str(golden.FOLDER)
+
+  module = types.SimpleNamespace(snapshot_download=download)
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
+  opened = qwenvl_jax.load('Qwen/Qwen-VL-Chat')
+  assert asked == ['Qwen/Qwen-VL-Chat']
+  assert opened.config.vision.image_size == 112
 
 
 def _images(ids):

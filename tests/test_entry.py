@@ -1,5 +1,7 @@
+import contextlib
 import errno
 import os
+import pty
 import shlex
 import subprocess
 import sys
@@ -69,6 +71,40 @@ def test_control_characters_in_names_do_not_reach_the_terminal():
   assert done.stdout.count(shown) == 3
   # Only the colours that are ours.
   assert done.stdout.count(b'\x1b') == 2 and b'\x07' not in done.stdout
+
+
+BAR = """
+import sys
+from rich.console import Console
+from rich.progress import Progress
+from qwenvl_jax import entry
+def command(argv):
+  with Console(stderr=True).status('opening'):
+    pass
+  with Progress(console=Console(stderr=True)) as bar:
+    bar.add_task('training', total=2)
+    print('beside it', file=sys.stderr, flush=True)
+sys.exit(entry.run(command))
+"""
+
+
+def test_bars_and_spinners_reach_a_terminal_as_they_are():
+  ours, its = pty.openpty()
+  done = subprocess.run(
+    [sys.executable, '-c', BAR],
+    stdout=its,
+    stderr=its,
+    env=os.environ | {'TERM': 'xterm'},
+  )
+  os.close(its)
+  shown = b''
+  with contextlib.suppress(OSError):  # How a terminal ends.
+    while piece := os.read(ours, 4096):
+      shown += piece
+  os.close(ours)
+  assert done.returncode == 0
+  assert b'beside it' in shown and b'\x1b[' in shown
+  assert b'\\x1b' not in shown
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')

@@ -1,4 +1,4 @@
-"""The rules of the house, as WORKSPACE.md states them."""
+"""The rules of the house, as WORKSPACE.md states them, and its documents."""
 
 import ast
 import functools
@@ -184,4 +184,54 @@ def test_no_paths_of_one_machine():
     for number, line in enumerate(text.splitlines(), 1):
       if local.search(line):
         wrong.append(f'{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}')
+  assert not wrong, '\n'.join(wrong)
+
+
+def documents():
+  """The map and the documents, with their texts."""
+  for path in (
+    ROOT / 'README.md',
+    ROOT / 'WORKSPACE.md',
+    *ROOT.glob('docs/*.md'),
+  ):
+    yield path.relative_to(ROOT), path.read_text(encoding='utf-8')
+
+
+def defines(path: pathlib.Path, name: str) -> bool:
+  """Whether a module has a function or class of that name, or its method."""
+  body = syntax(path).body
+  for part in name.split('.'):
+    found = [x for x in body if getattr(x, 'name', None) == part]
+    if not found:
+      return False
+    body = getattr(found[0], 'body', [])
+  return True
+
+
+def test_documents_name_files_and_functions_that_are_there():
+  named = re.compile(
+    r'(?<![\w/.<-])((?:[\w-]+/)*[\w-]+\.(?:py|sh))\b(?::([A-Za-z]\w*(?:\.\w+)*))?'
+  )
+  known = [path.relative_to(ROOT) for path in text_files()]
+  folders = {part for path in known for part in path.parts[:-1]}
+  wrong = []
+  for document, text in documents():
+    # Elsewhere, a name without a folder may be one of another project.
+    ours = document.name in ('WORKSPACE.md', 'design.md')
+    for name, function in named.findall(text):
+      found = [x for x in known if f'/{x}'.endswith(f'/{name}')]
+      if not found and (ours or name.split('/')[0] in folders):
+        wrong.append(f'{document}: there is no {name}')
+      elif function and not any(defines(ROOT / x, function) for x in found):
+        wrong.append(f'{document}: {name} has no {function}')
+  assert not wrong, '\n'.join(wrong)
+
+
+def test_links_of_documents_lead_somewhere():
+  wrong = [
+    f'{document}: {target}'
+    for document, text in documents()
+    for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', text)
+    if not (ROOT / document.parent / target).exists()
+  ]
   assert not wrong, '\n'.join(wrong)

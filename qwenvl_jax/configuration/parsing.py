@@ -175,18 +175,20 @@ def check_import(statement: config_parser.ImportStatement, where: str) -> None:
 
 
 def public(module: Any) -> dict[str, Any]:
-  """Classes and functions of a module, less what it imports from elsewhere."""
-  return (
-    {
-      name: value
-      for name, value in vars(module).items()
-      if not name.startswith('_')
-      and getattr(value, '__module__', None) == module.__name__
-      and may_be_called(value)
-    }
-    if isinstance(module, ModuleType)
-    else {}
-  )
+  """Classes and functions of a module.
+
+  What it imports from elsewhere counts if the module lists it in `__all__`.
+  """
+  if not isinstance(module, ModuleType):
+    return {}
+  listed = getattr(module, '__all__', ())
+  return {
+    name: value
+    for name, value in vars(module).items()
+    if not name.startswith('_')
+    and (name in listed or getattr(value, '__module__', '') == module.__name__)
+    and may_be_called(value)
+  }
 
 
 def may_be_called(value: Any) -> bool:

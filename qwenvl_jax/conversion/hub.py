@@ -54,5 +54,6 @@ def local_folder(source: str) -> Path:
     reason = str(error).strip().partition('\n')[0]
     raise CheckpointError(
       f'{source} does not exist as a folder and cannot be downloaded from the '
-      f'hub: {reason or type(error).__name__}'
+      f'hub: {reason or type(error).__name__}; check the name and the network, '
+      'or name a folder that holds it'
     ) from error

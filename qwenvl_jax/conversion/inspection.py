@@ -1,10 +1,10 @@
 """What is in a checkpoint folder: from headers, and how many values are bad."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from qwenvl_jax.conversion import checkpoint_io, finite, gptq, layout
@@ -14,7 +14,6 @@ from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.rules import nbytes
 from qwenvl_jax.errors import CheckpointError, QwenVLError
 from qwenvl_jax.model.config import QwenVLConfig
-from qwenvl_jax.model.int4 import PER_WORD
 
 # As the paper's Table 1 calls them, in its order.
 _PART_NAMES = {
@@ -96,6 +95,59 @@ def inspect(
     (*_notes(found, config), *found.notes),
     tuple(filter(None, problems)),
   )
+
+
+def origin(folder: Path, adapter: str | Path | None = None) -> str:
+  """Says which folder a model was opened from, and in which layout it is."""
+  orbax = checkpoint_io.params_folder(folder)
+  if orbax is None:
+    form = 'released layout'
+  elif orbax.parent == folder:
+    form = 'converted'
+  else:
+    form = f'run at step {orbax.parent.name}'
+  return f'{folder} ({form})' + (f' with {adapter}' if adapter else '')
+
+
+def in_short(
+  config: QwenVLConfig, params: Mapping, adapters: Iterable[str] = ()
+) -> str:
+  """Says in one line how large an opened model is, and where.
+
+  Args:
+    config: its sizes and dtype.
+    params: nested dict of its arrays.
+    adapters: their names.
+  """
+  bits = ''
+  if config.decoder.int8 or config.decoder.int4_group is not None:
+    bits = f', kernels of {8 if config.decoder.int8 else 4} bits'
+  arrays = jax.tree.leaves(params)
+  placed = [x.devices() for x in arrays if isinstance(x, jax.Array)]
+  devices = set().union(*placed)
+  kinds = ' and '.join(sorted({device.device_kind for device in devices}))
+  dtype = np.dtype(config.dtype).name
+  where = f'{len(devices)} x {kinds}' if devices else 'the host'
+  named = f'adapters {", ".join(adapters)}, ' if adapters else ''
+  return (
+    f'{rounded(count(params))} parameters, {dtype}{bits}, '
+    f'pictures of {config.vision.image_size} px as {config.adapter.queries} '
+    f'tokens, {named}on {where}'
+  )
+
+
+def count(params: Mapping) -> int:
+  """Counts the weights of a nested dict of arrays."""
+  arrays = layout.flatten(params)
+  return sum(layout.weights(path, x.shape) for path, x in arrays)
+
+
+def rounded(number: int) -> str:
+  """Writes a number to three figures: 1.23M, 9.66B."""
+  for unit, name in ((1e9, 'B'), (1e6, 'M')):
+    if number >= unit:
+      return f'{number / unit:.3g}{name}'
+  return f'{number:,}'
 
 
 def _printable(name: str) -> str:
@@ -180,18 +232,10 @@ def _row(name: str, group: Mapping) -> Part:
   return Part(
     name,
     len(group),
-    sum(_weights(path, tensor) for path, tensor in group.items()),
+    sum(layout.weights(path, x.shape) for path, x in group.items()),
     sum(nbytes(x.shape, x.dtype) for x in group.values()),
     tuple(sorted({np.dtype(t.dtype).name for t in group.values()})),
   )
-
-
-def _weights(path: str, tensor) -> int:
-  """Parameters that a tensor holds: words hold those of a packed kernel."""
-  size = math.prod(tensor.shape)
-  if layout.is_packed(path):
-    return size * PER_WORD if path.endswith('/words') else 0
-  return size
 
 
 def _problem(expected, tensors, folder) -> str | None:

@@ -4,6 +4,7 @@ What a checkpoint must hold follows from the conversion table of its family,
 which converts both ways.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from qwenvl_jax.conversion.families.qwen_vl.table import PARTS, part_of, rules
 from qwenvl_jax.conversion.rules import Rule
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.int4 import PER_WORD
 from qwenvl_jax.model.layers import outputs_first
 from qwenvl_jax.model.stacking import (
   apart_path,
@@ -57,6 +59,13 @@ def unflatten(leaves: dict[str, object]) -> dict:
 def released_shapes(table: list[Rule]) -> dict[str, tuple[int, ...]]:
   """Released name to shape of every tensor that a checkpoint must hold."""
   return {name: rule.shape for rule in table for name in rule.released_names()}
+
+
+def weights(path: str, shape: Sequence[int]) -> int:
+  """Counts the weights of an array: words hold those of a packed kernel."""
+  if is_packed(path):
+    return math.prod(shape) * PER_WORD if path.endswith('/words') else 0
+  return math.prod(shape)
 
 
 def parameter_shapes(

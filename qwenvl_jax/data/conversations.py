@@ -125,6 +125,29 @@ def sample_pair(
   return [ask_pair(*arguments) for arguments in found.values()]
 
 
+def exam_pair(first: Scene, second: Scene, seed: int = 0) -> list[Question]:
+  """Questions about two scenes to score a model on.
+
+  One of each kind that the scenes allow, of the same subject in both languages.
+
+  Args:
+    first: what `Picture 1` shows.
+    second: what `Picture 2` shows.
+    seed: other subjects for another seed.
+  """
+  asked = []
+  for kind in PAIR_KINDS:
+    rng = random.Random(f'exam-{seed}-{kind}-{first.id}-{second.id}')
+    possible = pair_subjects(kind, first, second)
+    if possible:
+      subject = rng.choice(possible)
+      asked += [
+        ask_pair(kind, first, second, language, subject)
+        for language in things.LANGUAGES
+      ]
+  return asked
+
+
 def enumerate_pair(first: Scene, second: Scene) -> Iterator[Question]:
   """Every question about two scenes, in a fixed order."""
   for kind in PAIR_KINDS:

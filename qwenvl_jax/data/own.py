@@ -1,16 +1,20 @@
 """A data set of one's own: a part held out, and steps of whole epochs."""
 
 import dataclasses
+import functools
+import hashlib
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from qwenvl_jax.data import formats
-from qwenvl_jax.data.pipeline import Stream
-from qwenvl_jax.data.sources import Prepared
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax import buckets
+from qwenvl_jax.data import formats, mixture, storage
+from qwenvl_jax.data.pipeline import Stream, is_weight
+from qwenvl_jax.data.sources import Prepared, data_path
+from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 PARTS = ('train', 'heldout')
 
@@ -19,12 +23,14 @@ PARTS = ('train', 'heldout')
 class Part:
   """A part of a prepared data set: what is trained on, or what is held out.
 
-  Which records are held out depends on their number alone.
+  No picture is in both: all records of a picture are held out, or none. Which
+  are depends on the number of records and on who shares pictures alone.
 
   Attributes:
     name: of the data set.
     part: one of `PARTS`.
     heldout: share of the records that is held out, at least one; 0 for none.
+      As near to it as pictures with several records allow.
     data_dir: the folder given to `prepare`; None for the default one.
     split: which of the data set's.
   """
@@ -47,20 +53,85 @@ class Part:
     Raises:
       DataError: not prepared, or too few to hold some out.
     """
-    records = Prepared(self.name, self.split, self.data_dir).open()
-    indices = self.indices(len(records))
+    prepared = Prepared(self.name, self.split, self.data_dir)
+    records = prepared.open()
+    count = len(records)
+    groups = _groups(prepared, _version(prepared), bool(self.heldout))
+    indices = self.indices(groups)
     if not len(indices):
+      alike = ' that share pictures' if count > 1 else ''
       raise DataError(
-        f'{self.name} has {len(records)} record(s), so that {self.part} is '
+        f'{self.name} has {count} record(s){alike}, so that {self.part} is '
         'empty: add some, or set HELDOUT=0 to hold none out'
       )
     return Chosen(records, indices)
 
-  def indices(self, count: int) -> np.ndarray:
-    """Which of `count` records are of this part."""
-    held = max(1, round(count * self.heldout)) if self.heldout else 0
+  def indices(self, groups: np.ndarray) -> np.ndarray:
+    """Which records are of this part.
+
+    Args:
+      groups: by record, a number that is equal for those that are not parted.
+    """
+    count = len(groups)
     order = np.random.default_rng(0).permutation(count)
-    return np.sort(order[:held] if self.part == 'heldout' else order[held:])
+    held = max(1, round(count * self.heldout)) if self.heldout else 0
+    sizes = np.bincount(groups)
+    taken = np.zeros(len(sizes), bool)
+    for group in groups[order]:
+      if not held:
+        break
+      if not taken[group] and sizes[group] <= held:
+        taken[group] = True
+        held -= sizes[group]
+    if self.heldout and not taken.any():
+      taken[min(groups, key=lambda group: sizes[group])] = True
+    return np.flatnonzero(taken[groups] == (self.part == 'heldout'))
+
+
+def _version(prepared: Prepared) -> tuple:
+  """Changes where a data set is prepared anew."""
+  folder = storage.folder(data_path(prepared.data_dir), prepared.name)
+  count = len(storage.split_lengths(folder)[prepared.split])
+  names = (
+    storage.shard_name(prepared.name, prepared.split, index, count)
+    for index in range(count)
+  )
+  return tuple(buckets.version(folder / name) for name in names)
+
+
+@functools.lru_cache(maxsize=8)
+def _groups(prepared: Prepared, version: tuple, by_picture: bool) -> np.ndarray:
+  """Finds which records show the same pictures, themselves or through others.
+
+  Args:
+    prepared: the records, all of which are read.
+    version: of these, so that they are read once in a process.
+    by_picture: else, each is alone.
+
+  Returns:
+    By record, the number of the first one that it goes with.
+  """
+  records = prepared.open()
+  first = list(range(len(records)))
+
+  def group(index):
+    while first[index] != index:
+      index = first[index] = first[first[index]]
+    return index
+
+  shown = {}
+  for index in first if by_picture else ():
+    try:
+      images = records[index].images
+    except BadRecordError:  # Told where it is trained on.
+      continue
+    for image in images:
+      digest = hashlib.blake2b(image, digest_size=16).digest()
+      one, other = sorted(
+        (group(index), group(shown.setdefault(digest, index)))
+      )
+      first[other] = one
+  return np.array([group(index) for index in range(len(first))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +148,45 @@ class Chosen:
     return self.records[int(self.indices[index])]
 
 
-def streams(source: Part, tasks: Any = None) -> list[Stream]:
-  """Makes the only stream of a data set of one's own.
+def streams(
+  source: Part, tasks: Any = None, mixed: Mapping[str, float] | None = None
+) -> list[Stream]:
+  """Makes the stream of a data set of one's own, and of what is mixed in.
 
   Args:
     source: the records.
     tasks: what to make of them; None for conversations.
+    mixed: other prepared data sets of conversations, so that what the model can
+      already do is practised, too: rows of each for one row of the first.
+
+  Raises:
+    ConfigError: `mixed` is not as described.
+    DataError: data sets of `mixed` are not prepared; all are named.
   """
   tasks = tasks or formats.Conversations()
-  return [Stream(source, tasks, name=source.name)]
+  own = Stream(source, tasks, name=source.name)
+  if not _rows(source, mixed):
+    return [own]
+  table = [
+    ('mixed', name, formats.Conversations(), weight)
+    for name, weight in mixed.items()
+  ]
+  return [own, *mixture.streams(table, data_dir=source.data_dir)]
+
+
+def _rows(source: Part, mixed: Mapping[str, float] | None) -> float:
+  """Rows that are mixed in for a row of one's own."""
+  mixed = {} if mixed is None else mixed
+  if not (isinstance(mixed, Mapping) and all(map(is_weight, mixed.values()))):
+    raise ConfigError(
+      f'own.streams.mixed={mixed!r} (MIX) does not map data sets to rows of '
+      "each for one row of your own, above 0, e.g. {'llava': 1.0}"
+    )
+  if source.name in mixed:
+    raise ConfigError(
+      f'own.streams.mixed (MIX) names {source.name}, which is DATA_SET itself'
+    )
+  return sum(mixed.values())
 
 
 def steps(
@@ -94,18 +195,22 @@ def steps(
   epochs: float,
   share: float = 1.0,
   records: int | None = None,
+  mixed: Mapping[str, float] | None = None,
 ) -> int:
   """Counts the steps of some epochs, at least 1.
 
   Args:
     source: the records.
-    batch_size: of them in a step, one a row.
+    batch_size: rows in a step, one for each record.
     epochs: how often each record is read.
     share: of these steps that is wanted.
     records: how many there are; None counts them.
+    mixed: as of `streams`: the epochs of one's own records take more steps.
 
   Raises:
+    ConfigError: `mixed` is not as `streams` takes it.
     DataError: they are not prepared.
   """
   count = len(source.open()) if records is None else records
-  return max(1, math.ceil(share * epochs * count / batch_size))
+  rows = count * (1 + _rows(source, mixed))
+  return max(1, math.ceil(share * epochs * rows / batch_size))

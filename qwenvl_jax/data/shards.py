@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -20,6 +21,9 @@ RECORDS_PER_SHARD = 1024
 
 # Dropped records that a report describes.
 _EXAMPLES = 20
+
+# Of them, those that are told when enough is left.
+_TOLD = 5
 
 _LIMIT = Limit()
 
@@ -92,6 +96,8 @@ def prepare(
       _write_split(job, sources, workers, limit, progress, about)
       lengths[split], found = job.totals()
       _check(job, root, sum(lengths[split]), found, limit)
+      for line in _left_out(job, sum(found.of(split).values())):
+        say(line)
       counts.add(found.as_dict())
     others = storage.split_lengths(folder)
     storage.write_info(folder, name, {**others, **lengths}, **about)
@@ -222,6 +228,17 @@ def _judge(job, limit, counts, at_end: bool) -> None:
     limit.check(counts, at_end, 'raise --max_bad')
   except DataError as error:
     raise DataError(f'{error}{_example(job)}') from error
+
+
+def _left_out(job, count: int) -> Iterator[str]:
+  """The first of the dropped records, and where more are told."""
+  examples = itertools.chain.from_iterable(
+    job.report(shard)['examples'] for shard in job.shards
+  )
+  for example in itertools.islice(examples, _TOLD):
+    yield f'dropped: {example}'
+  if count > _TOLD:
+    yield f'and {count - _TOLD:,} more; {job.folder}/*{sharded_job.REPORT}'
 
 
 def _example(job) -> str:

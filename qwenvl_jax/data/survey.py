@@ -77,17 +77,19 @@ class Survey:
     """Raises DataError if nothing is left to learn from."""
     if len(self.lengths) > len(self.unlearned):
       return
-    most = max(self.dropped.values(), key=len, default=[])
+    reasons = []
+    if self.unlearned:
+      reasons.append(
+        f'{len(self.unlearned):,} are cut before it at {self.row:,} tokens '
+        '(raise Pipeline.sequence_length)'
+      )
+    if self.dropped:
+      most = max(self.dropped.values(), key=len)
+      count = sum(map(len, self.dropped.values()))
+      reasons.append(f'{count:,} are dropped, e.g. {most[0]}')
     raise DataError(
       f'{self.label}: of {self.records:,} records no answer is left to learn '
-      f'from: {len(self.unlearned):,} are cut before it at {self.row:,} tokens '
-      '(raise Pipeline.sequence_length)'
-      + (
-        f', {sum(map(len, self.dropped.values())):,} are dropped, e.g. '
-        f'{most[0]}'
-        if most
-        else ''
-      )
+      f'from: {", ".join(reasons)}'
     )
 
 
@@ -152,4 +154,4 @@ def _element(source, index: int):
 
 def _some(names: list[str]) -> str:
   more = ' ..' if len(names) > _NAMED else ''
-  return ', '.join(names[:_NAMED]) + more
+  return '; '.join(names[:_NAMED]) + more

@@ -18,6 +18,7 @@ from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.task import Example, Scores, Task, units
 from qwenvl_jax.infer.engine import Engine, EngineConfig
 from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.qwen_vl import CONSTANTS
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _READ_ROWS = 8
@@ -32,8 +33,8 @@ class DuringTraining:
   checkpoints with `qwenvl-eval` instead.
 
   Attributes:
-    tasks: names; the first one's metric decides which checkpoint is best. That
-      one is named and not kept: `CheckpointConfig.keep` says how many are.
+    tasks: names; the first one's metric decides which state is best, unless
+      `TrainConfig.best` names another.
     data_dir: their files.
     every: steps between two evaluations.
     limit: the first examples of each task.
@@ -56,6 +57,11 @@ class DuringTraining:
         raise ConfigError(
           f'DuringTraining.{name}={getattr(self, name)} must be at least 1'
         )
+
+  @property
+  def measure(self) -> str:
+    """Name of the score that decides."""
+    return f'{self.tasks[0]}/{registry.get(self.tasks[0]).metric}'
 
   @functools.cached_property
   def _examples(self) -> list[tuple[Task, list[Example]]]:
@@ -104,12 +110,16 @@ class DuringTraining:
 def on_one_device(params: Any, dtype: Any) -> Any:
   """Copies parameters to the first local device, floats in a dtype.
 
-  The words of packed kernels are integers, and stay so.
+  As in training, the model's constants stay in float32. The words of packed
+  kernels are integers, and stay so.
   """
   device = jax.local_devices()[0]
 
-  def copied(x):
+  def copied(path, x):
     x = jax.device_put(x, device)
-    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name in CONSTANTS or not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    return x.astype(dtype)
 
-  return jax.tree.map(copied, params)
+  return jax.tree_util.tree_map_with_path(copied, params)

@@ -31,8 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     description=inspect.cleandoc("""
       Chat with a Qwen-VL model about pictures, in the terminal.
 
-      Answers appear as they are written. Ask for a place ("Where is the dog?
-      Give its box.") and /save draws the boxes of the answer on the picture.
+      Answers appear as they are written, in words. Ask for a place ("Where is
+      the dog? Give its box.") and the boxes of the answer are drawn on the
+      picture, in a file whose name is told; --raw prints their numbers instead.
     """),
     epilog=inspect.cleandoc("""
       examples:
@@ -42,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
             --prompt 'What is this?'
         qwenvl-chat --checkpoint runs/quickstart/stage3 < questions.txt
 
-      While chatting, /help lists the commands.
+      While chatting, /help lists the commands. Lines that come from a file or a
+      pipe are a script: the first that cannot be done ends it with status 2.
     """),
   )
   parser.add_argument(
@@ -68,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     '--save',
     metavar='PATH',
     help="with --prompt: write the last picture with the answer's boxes here",
+  )
+  parser.add_argument(
+    '--raw',
+    action='store_true',
+    help='print answers as the model writes them, with the tags and numbers of '
+    'boxes, rather than in words',
   )
   settings = ChatSettings()
   parser.add_argument(
@@ -122,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     help='with a temperature: repeat the same choices (default: new ones)',
   )
   checkpoint_options.add_options(parser)
+  parser.add_argument(
+    '--adapter',
+    metavar='DIR',
+    help='a low-rank adapter of this checkpoint: a run of finetune/lora.gin or '
+    "PEFT's folder (a run as --checkpoint finds its base itself)",
+  )
   return parser
 
 
@@ -153,11 +167,11 @@ def _run(argv: Sequence[str]) -> int:
 
 def _converse(args, settings, pictures) -> int:
   with spinner(f'opening {args.checkpoint}'):
-    model = checkpoint_options.load(args)
+    model = checkpoint_options.load(args, adapter=args.adapter)
   seed = args.seed
   if seed is None:
     seed = int.from_bytes(os.urandom(4), 'little')
-  session = Session(Chat(model, settings, seed), pictures)
+  session = Session(Chat(model, settings, seed), pictures, args.raw)
   if args.prompt is None:
     return session.converse()
   session.ask(args.prompt)

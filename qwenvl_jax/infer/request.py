@@ -10,7 +10,7 @@ import numpy as np
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 from qwenvl_jax.infer import prompts
 from qwenvl_jax.infer.sampling import Sampling
-from qwenvl_jax.infer.state import Scores
+from qwenvl_jax.infer.state import Chosen, Scores
 from qwenvl_jax.model.config import QwenVLConfig
 
 _LOG = logging.getLogger(__name__)
@@ -248,4 +248,30 @@ def check_fits(request: Request, max_len: int, images: int, name: str) -> None:
     raise DataError(
       f'{name}: {len(request.images)} images are more than the {images} that '
       'the engine keeps features of; show fewer'
+    )
+
+
+def told_token(
+  request: Request, token: int, chosen: Chosen, slot: int
+) -> Token:
+  """A token with what its request asked to be told."""
+  count = request.top_logprobs
+  if count is None:
+    return Token(token)
+  top = zip(chosen.top_ids[slot, :count], chosen.top_logprobs[slot, :count])
+  return Token(
+    token,
+    float(chosen.logprobs[slot]),
+    tuple((int(i), float(logprob)) for i, logprob in top),
+  )
+
+
+def check_chosen(chosen: Chosen, slot: int, count: int) -> None:
+  """QwenVLError if a slot's token is none, after `count` new ones."""
+  if not chosen.valid[slot]:
+    raise not_finite(count)
+  if not chosen.possible[slot]:
+    raise GrammarError(
+      f'no token may follow after {count} new ones: the grammar can only end '
+      'there, which min_new_tokens forbids; ask for fewer'
     )

@@ -28,15 +28,15 @@ from qwenvl_jax.infer.request import (
   STOP,
   TIMEOUT,
   Answer,
-  GrammarError,
   Request,
-  Token,
+  check_chosen,
   check_fits,
   failed,
   not_finite,
+  told_token,
 )
 from qwenvl_jax.infer.sampling import Sampling
-from qwenvl_jax.infer.state import Chosen, Scores
+from qwenvl_jax.infer.state import Scores
 
 
 class QueueFullError(QwenVLError):
@@ -392,7 +392,7 @@ class Scheduler:
     matcher, count = request.matcher, len(work.answer.tokens)
     stopped = token in request.sampling.stop_ids
     try:
-      _check(chosen, slot, count)
+      check_chosen(chosen, slot, count)
       if matcher is not None and not stopped:
         matcher.accept(token)
         if not matcher.finished:
@@ -404,7 +404,7 @@ class Scheduler:
     if stopped:
       self._end(work, STOP)
       return
-    work.answer.add(_told(request, token, chosen, slot))
+    work.answer.add(told_token(request, token, chosen, slot))
     if matcher is not None and matcher.finished:
       self._end(work, STOP)
     elif count + 1 >= request.max_new_tokens:
@@ -429,27 +429,3 @@ class Scheduler:
           del self._running[work.slot]
           self._state = self.engine.free(self._state, work.slot)
     work.answer.finish(reason, error)
-
-
-def _told(request: Request, token: int, chosen: Chosen, slot: int) -> Token:
-  """A token with what its request asked to be told."""
-  count = request.top_logprobs
-  if count is None:
-    return Token(token)
-  top = zip(chosen.top_ids[slot, :count], chosen.top_logprobs[slot, :count])
-  return Token(
-    token,
-    float(chosen.logprobs[slot]),
-    tuple((int(i), float(logprob)) for i, logprob in top),
-  )
-
-
-def _check(chosen: Chosen, slot: int, count: int) -> None:
-  """QwenVLError if a slot's token is none, after `count` new ones."""
-  if not chosen.valid[slot]:
-    raise not_finite(count)
-  if not chosen.possible[slot]:
-    raise GrammarError(
-      f'no token may follow after {count} new ones: the grammar can only end '
-      'there, which min_new_tokens forbids; ask for fewer'
-    )

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import unicodedata
 
 from PIL import Image
@@ -23,12 +24,13 @@ Type a question and press Enter. Besides questions there are
   /image PATH ...   show a picture (or several) with your next question
   /save [PATH] [N]  draw the boxes of the last answer on a picture and save it
                     (answer.png; the latest picture, or Picture N)
-  /reset            begin a new conversation
+  /raw              print the last answer as the model wrote it, with its tags
+  /reset            forget the conversation and begin a new one
   /help             this text
   /exit             leave, as Ctrl-D does
 Ctrl-C stops an answer. Pictures are numbered: "Picture 1", "Picture 2", ...\
 """
-_COMMANDS = ('/image', '/save', '/reset', '/help', '/exit', '/quit')
+_COMMANDS = ('/image', '/save', '/raw', '/reset', '/help', '/exit', '/quit')
 
 # How a typed command begins; '/usr/share' and '/ 2' are no commands.
 _COMMAND = re.compile(r'(/[a-z]+)(?:\s+(.*))?', re.IGNORECASE | re.DOTALL)
@@ -60,13 +62,30 @@ class _HeldInterrupt:
 class Session:
   """The conversation and the terminal."""
 
-  def __init__(self, chat: Chat, pictures: list[Image.Image]):
+  def __init__(
+    self, chat: Chat, pictures: list[Image.Image], raw: bool = False
+  ):
+    """Begins one.
+
+    Args:
+      chat: what answers.
+      pictures: shown with the first question.
+      raw: print answers as the model writes them, rather than in words.
+    """
     self._chat = chat
     self._next_pictures = pictures
+    self._raw = raw
     self._interactive = sys.stdin.isatty()
+    self._drawings = None
 
   def converse(self) -> int:
-    """Reads lines until the end of input."""
+    """Reads lines until the end of input.
+
+    Raises:
+      DataError: a line of a script cannot be done; those after it may depend on
+        it and are not read.
+    """
+    number = 0
     if self._interactive:
       _prepare_line_editing()
       write_note('Ask something; /help lists what else you can type.', 'dim')
@@ -80,10 +99,13 @@ class Session:
           raise
         print()
         continue
+      number += 1
       try:
         if self.obey(line) == 'exit':
           return 0
       except QwenVLError as error:
+        if not self._interactive:
+          raise DataError(f'line {number}: {error}') from error
         write_note(f'error: {error}')
       except KeyboardInterrupt:
         if not self._interactive:
@@ -105,9 +127,9 @@ class Session:
       case '/save':
         self._save_command(rest)
       case '/reset':
-        self._chat.reset()
-        self._next_pictures = []
-        write_note('new conversation', 'dim')
+        self._reset()
+      case '/raw':
+        write_text(self._last_answer() + '\n')
       case '/help':
         write_note(_HELP)
       case '/exit' | '/quit':
@@ -115,7 +137,7 @@ class Session:
       case _:
         close = difflib.get_close_matches(name, _COMMANDS, n=1)
         hint = f'did you mean {close[0]}?' if close else '/help lists them'
-        write_note(f'there is no command {name}; {hint}')
+        raise DataError(f'there is no command {name}; {hint}')
     return None
 
   def ask(self, question: str) -> None:
@@ -123,15 +145,16 @@ class Session:
     known = len(self._chat.history)
     forgotten = self._chat.dropped_turns
     pieces = self._chat.ask(question, self._next_pictures)
+    shown = pieces if self._raw else grounding.stream_words(pieces)
     with _HeldInterrupt() as interrupt:
       with spinner('reading'):
-        piece = next(pieces, None)
+        piece = next(shown, None)
       while piece is not None:
         write_text(piece)
         if interrupt.came:
           pieces.close()
           break
-        piece = next(pieces, None)
+        piece = next(shown, None)
     print(flush=True)
     if interrupt.came:
       if not self._interactive:
@@ -144,9 +167,20 @@ class Session:
       )
     if len(self._chat.history) > known:
       self._next_pictures = []
-      shapes = _count_shapes(self._chat.history[-1].answer)
-      if self._interactive and shapes and self._chat.pictures:
-        write_note(f'{shapes} on the picture: /save draws them', 'dim')
+      self._show_boxes()
+
+  def _show_boxes(self) -> None:
+    """Draws the last answer's boxes, or says how to see them."""
+    shapes = _count_shapes(self._chat.history[-1].answer)
+    if not shapes or not self._chat.pictures:
+      return
+    if self._interactive:
+      # Not here: a file of every answer would be in the way.
+      self._drawings = self._drawings or tempfile.mkdtemp(prefix='qwenvl-chat-')
+      number = len(self._chat.history)
+      self.save(os.path.join(self._drawings, f'answer-{number}.png'))
+    elif not self._raw:
+      write_note(f'({shapes}: --save or /save draws, --raw or /raw tells)')
 
   def save(self, path: str, number: int | None = None) -> None:
     """Draws the last answer's boxes on a picture of the conversation.
@@ -159,8 +193,7 @@ class Session:
       DataError: there is no such picture or answer, or it cannot be written.
     """
     pictures = self._chat.pictures
-    if not self._chat.history:
-      raise DataError('there is no answer yet; ask something first')
+    text = self._last_answer()
     if not pictures:
       raise DataError(
         'there is no picture in this conversation; /image PATH shows one'
@@ -170,7 +203,6 @@ class Session:
       raise DataError(
         f'there is no Picture {number}; the conversation has {len(pictures)}'
       )
-    text = self._chat.history[-1].answer
     drawn, lacking = drawing.draw(pictures[number - 1], text)
     file = pathlib.Path(path).expanduser()
     try:
@@ -185,6 +217,24 @@ class Session:
         f'no font has the characters {lacking}, so labels show ? for them; '
         'install a font such as fonts-wqy-microhei'
       )
+
+  def _last_answer(self) -> str:
+    if not self._chat.history:
+      raise DataError('there is no answer yet; ask something first')
+    return self._chat.history[-1].answer
+
+  def _reset(self) -> None:
+    turns, waiting = len(self._chat.history), len(self._next_pictures)
+    pictures = len(self._chat.pictures) + waiting
+    self._chat.reset()
+    self._next_pictures = []
+    write_note(
+      f'new conversation: {_counted(turns, "question")} and '
+      f'{_counted(pictures, "picture")} are forgotten'
+      + f' ({waiting} of them not asked about yet)'
+      * bool(waiting),
+      'dim',
+    )
 
   def _read(self) -> str:
     if self._interactive:
@@ -243,6 +293,10 @@ def _count_shapes(answer: str) -> str:
   places = grounding.parse(answer).places
   count = sum(len(place.boxes) + len(place.quads) for place in places)
   return f'{count} box{"es" if count > 1 else ""}' if count else ''
+
+
+def _counted(count: int, name: str) -> str:
+  return f'{count or "no"} {name}{"" if count == 1 else "s"}'
 
 
 def _free_name(name: str) -> str:

@@ -28,18 +28,19 @@ import jax.numpy as jnp
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.fsdp import multiply
 
-# The projections that can be adapted, by path in the tree of parameters.
-TARGETS = (
-  'decoder/blocks/attn/qkv',
-  'decoder/blocks/attn/out',
-  'decoder/blocks/mlp/up',
-  'decoder/blocks/mlp/gate',
-  'decoder/blocks/mlp/down',
-  'vision/blocks/attn/qkv',
-  'vision/blocks/attn/out',
-  'vision/blocks/mlp/up',
-  'vision/blocks/mlp/down',
-)
+# The projections that can be adapted: path in the tree of parameters to name of
+# the released layer.
+TARGETS = {
+  'decoder/blocks/attn/qkv': 'attn.c_attn',
+  'decoder/blocks/attn/out': 'attn.c_proj',
+  'decoder/blocks/mlp/up': 'mlp.w1',
+  'decoder/blocks/mlp/gate': 'mlp.w2',
+  'decoder/blocks/mlp/down': 'mlp.c_proj',
+  'vision/blocks/attn/qkv': 'attn.in_proj',
+  'vision/blocks/attn/out': 'attn.out_proj',
+  'vision/blocks/mlp/up': 'mlp.c_fc',
+  'vision/blocks/mlp/down': 'mlp.c_proj',
+}
 
 # The names of the parameters beside a kernel.
 FACTORS = ('lora_a', 'lora_b')
@@ -93,7 +94,11 @@ class LoraConfig:
           f'LoraConfig.targets: {pattern!r} is no regular expression: {error}'
         ) from error
       if not found:
-        near = difflib.get_close_matches(pattern, TARGETS, cutoff=0.4)
+        near = [
+          name
+          for name, released in TARGETS.items()
+          if f'.{released}'.endswith(f'.{pattern}')
+        ] or difflib.get_close_matches(pattern, TARGETS, cutoff=0.4)
         raise ConfigError(
           f'LoraConfig.targets: {pattern!r} matches no projection; '
           + (f'near are {", ".join(near)}' if near else _known())

@@ -12,6 +12,10 @@ from qwenvl_jax.model.decoder import Decoder
 from qwenvl_jax.model.vision import VisionTransformer
 from qwenvl_jax.sharding import constrain
 
+# Parameters that no stage trains: the adapter's sine-cosine table is a constant
+# that the released checkpoint happens to store. Training keeps them in float32.
+CONSTANTS = ('adapter/pos_embed',)
+
 
 def place_features(embeddings, features, image_starts) -> jax.Array:
   """Puts image features over the embeddings of their spans.

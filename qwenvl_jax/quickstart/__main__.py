@@ -20,6 +20,7 @@ import jax
 from qwenvl_jax import entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.quickstart import evaluate
+from qwenvl_jax.quickstart.phases import Phases
 
 # Stage to (config, where its parameters come from: option to stage).
 STAGES = {
@@ -32,6 +33,9 @@ STAGES = {
 
 # XLA's own matrix products: a tenth faster than YNNPACK's at these sizes.
 _XLA_FLAGS = '--xla_cpu_experimental_ynn_fusion_type='
+
+# Of a finished stage: how many seconds it took.
+_FINISHED = 'finished'
 
 _SMOKE_STEPS = 6
 _SMOKE_SCENES = 12
@@ -99,8 +103,13 @@ def _run(argv: Sequence[str]) -> int:
   use_platform(settings.platform)
   began = time.monotonic()
   out = settings.out
-  seconds = make(settings, STAGES)
-  before = time.monotonic()
+  # How long a few steps take, or another platform, is not known before.
+  phases = Phases(
+    ('data', *STAGES, 'evaluation'),
+    estimated=not settings.smoke and settings.platform == 'cpu',
+  )
+  seconds = make(settings, STAGES, phases)
+  phases.begin('evaluation')
   floors_met = evaluate.evaluate(
     out,
     list(STAGES),
@@ -108,8 +117,8 @@ def _run(argv: Sequence[str]) -> int:
     config='small' if settings.smoke else 'default',
     scenes_count=_SMOKE_SCENES if settings.smoke else _SCENES,
   )
+  print(f'evaluation: {phases.end("evaluation"):.0f} s')
   minutes = (time.monotonic() - began) / 60
-  print(f'evaluation: {time.monotonic() - before:.0f} s')
   print(f'\nall in {minutes:.1f} minutes')
   print(f'report:     {out / "report.html"}')
   print(f'checkpoint: {out / "stage3"}')
@@ -134,34 +143,51 @@ def use_platform(name: str) -> None:
   jax.config.update('jax_platforms', platforms)
 
 
-def make(settings: Settings, stages: Iterable[str]) -> dict[str, float]:
+def make(
+  settings: Settings, stages: Iterable[str], phases: Phases
+) -> dict[str, float]:
   """Prepares the data and trains stages that are not there yet, in order.
 
+  Args:
+    settings: where to, and on what.
+    stages: names, of `STAGES`.
+    phases: told what begins and ends; 'data' and the stages are among them.
+
   Returns:
-    How many seconds each took that was made now.
+    How many seconds each took, as far as that is known.
   """
   out = settings.out
   seconds = {}
   data = out / 'data'
-  if not (data / 'qwen.tiktoken').exists():
-    config = 'small' if settings.smoke else 'default'
-    seconds['data'] = command(
+  for stage in stages:
+    if finished(out / stage):
+      phases.skip(stage)
+  if (data / 'qwen.tiktoken').exists():
+    phases.skip('data')
+  else:
+    phases.begin('data')
+    command(
       'qwenvl_jax.data.cli',
       'prepare',
       'scenes',
-      f'--config={config}',
+      f'--config={"small" if settings.smoke else "default"}',
       f'--data_dir={data}',
     )
+    seconds['data'] = phases.end('data')
   for stage in stages:
     if finished(out / stage):
       print(f'{stage}: finished before, in {out / stage}')
+      if took := (out / stage / _FINISHED).read_text():
+        seconds[stage] = float(took)
       continue
-    seconds[stage] = _train(settings, stage, STAGES[stage])
-    mark_finished(out / stage)
+    phases.begin(stage)
+    _train(settings, stage, STAGES[stage])
+    seconds[stage] = phases.end(stage)
+    mark_finished(out / stage, seconds[stage])
   return seconds
 
 
-def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
+def _train(settings: Settings, stage: str, sources: dict[str, str]) -> None:
   out = settings.out
   options = [
     f'--gin_file=quickstart/{stage}.gin',
@@ -177,7 +203,7 @@ def _train(settings: Settings, stage: str, sources: dict[str, str]) -> float:
       '--gin.OptimizerConfig.warmup=1',
     ]
   on_cpu = settings.platform == 'cpu'
-  return command(
+  command(
     'qwenvl_jax.train.main',
     *options,
     **(training_environment() if on_cpu else {}),
@@ -197,14 +223,13 @@ def quoted(path: Path) -> str:
   return json.dumps(str(path), ensure_ascii=False)
 
 
-def command(module: str, *arguments: str, **environment: str) -> float:
-  """Runs a module as a process of its own; returns the seconds it took.
+def command(module: str, *arguments: str, **environment: str) -> None:
+  """Runs a module as a process of its own.
 
   Raises:
     ConfigError: it failed; it has said why.
   """
   print(f'\n$ python -m {module} {shlex.join(arguments)}', flush=True)
-  began = time.monotonic()
   done = subprocess.run(
     [sys.executable, '-m', module, *arguments],
     env=os.environ | environment,
@@ -214,17 +239,16 @@ def command(module: str, *arguments: str, **environment: str) -> float:
       f'{module} failed with status {done.returncode}, see above; the same '
       'command goes on from here'
     )
-  return time.monotonic() - began
 
 
 def finished(run: Path) -> bool:
   """Whether a step was marked so."""
-  return (run / 'finished').exists()
+  return (run / _FINISHED).exists()
 
 
-def mark_finished(run: Path):
-  """Marks a step, so that it is not repeated."""
-  (run / 'finished').touch()
+def mark_finished(run: Path, seconds: float) -> None:
+  """Marks a step, so that it is not repeated, with the seconds it took."""
+  (run / _FINISHED).write_text(f'{seconds:.1f}')
 
 
 if __name__ == '__main__':

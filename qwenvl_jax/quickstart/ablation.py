@@ -27,6 +27,7 @@ from qwenvl_jax.infer.engine import EngineConfig
 from qwenvl_jax.progress import PrintableConsole
 from qwenvl_jax.quickstart import __main__ as quickstart
 from qwenvl_jax.quickstart import text_exams
+from qwenvl_jax.quickstart.phases import Phases
 
 # Tokens of a row beside the image's.
 _TEXT = 48
@@ -206,14 +207,18 @@ def _run(argv: Sequence[str]) -> int:
   quickstart.use_platform(settings.platform)
   out = args.out.resolve()
   if args.ablation == 'text':
-    quickstart.make(settings, ('decoder', 'vision', 'stage1', 'stage2'))
+    stages = 'decoder', 'vision', 'stage1', 'stage2'
+    phases = Phases(('data', *stages), estimated=not args.smoke)
+    quickstart.make(settings, stages, phases)
     _text(settings, out, args.questions)
     return 0
-  quickstart.make(settings, ('decoder',))
   training = TRAININGS[args.ablation]
   steps = args.steps or training.steps
+  names = (variant.name for variant in training.variants)
+  phases = Phases(('data', 'decoder', *names), estimated=False)
+  quickstart.make(settings, ('decoder',), phases)
   for variant in training.variants:
-    _train(settings, training, variant, out, steps)
+    _train(settings, training, variant, out, steps, phases)
   runs = {x.name: _folder(out, x) for x in training.variants}
   head, rows = table(training, runs)
   note = f'{steps} steps of {training.batch} pictures. {training.paper}'
@@ -235,6 +240,7 @@ def _train(
   variant: Variant,
   out: Path,
   steps: int,
+  phases: Phases,
 ) -> None:
   """Runs a variant, if it is not there yet.
 
@@ -266,8 +272,9 @@ def _train(
   if settings.smoke:
     options.append('--gin.Scenes.config="small"')
   environment = quickstart.training_environment()
+  phases.begin(variant.name)
   quickstart.command('qwenvl_jax.train.main', *options, **environment)
-  quickstart.mark_finished(folder)
+  quickstart.mark_finished(folder, phases.end(variant.name))
 
 
 def _losses(folder: Path) -> np.ndarray:

@@ -7,20 +7,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from qwenvl_jax import api, image
+from qwenvl_jax import api
 from qwenvl_jax.data import sources
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.eval import registry
 from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.run import Run
+from qwenvl_jax.eval.task import Item
 from qwenvl_jax.eval.tasks import scenes
 from qwenvl_jax.infer.engine import EngineConfig
-from qwenvl_jax.quickstart import report
-from qwenvl_jax.text import drawing, grounding
+from qwenvl_jax.quickstart import origin, report, showing
 
 FLOORS = {
   'caption': report.Floor(0.50, 0.80),
@@ -32,9 +31,7 @@ FLOORS = {
 }
 
 # Of each stage, titles and tasks. Kinds of questions with a floor are asked of
-# all scenes, plainly and in chats; others, held-out combinations of thing and
-# colour, and easy-VQA of this share.
-_SHARE = 0.1
+# all scenes, plainly and in chats; others of a share, a tenth by default.
 _TASKS = {
   'stage2': {
     'scenes_test': 'Stage 2, held-out layouts',
@@ -42,11 +39,15 @@ _TASKS = {
     'scenes_combos': 'Stage 2, held-out combinations',
     'easy_vqa_test': 'Stage 2, easy-VQA',
   },
-  'stage3': {'scenes_chat': 'Stage 3, the same in ChatML'},
+  'stage3': {
+    'scenes_chat': 'Stage 3, the same in ChatML',
+    'scenes_pairs': 'Stage 3, about two pictures',
+  },
 }
-_OF_ALL_SCENES = ('scenes_test', 'scenes_chat')
+# Not about what the model can do, but whether it can also do it elsewhere.
+_ELSEWHERE = ('scenes_combos', 'easy_vqa_test')
+_SHARES = {'scenes_test': 1, 'scenes_chat': 1, 'scenes_pairs': 0.2}
 
-_GALLERY = 12
 _PICTURE_SIDE = 448
 
 # Answers at a time, and tokens of a prompt with its answer.
@@ -93,15 +94,11 @@ def evaluate(
     _prepare(run, list(tasks.values()))
     for title, task in tasks.items():
       items[title] = run(task).items
-      table = report.Table(title, scenes.tabulate(items[title]))
+      told = task.name not in _ELSEWHERE
+      table = report.Table(title, scenes.tabulate(items[title]), told)
       _print(table)
       tables.append(table)
     run.write_tables()
-  first = [
-    scenes.judge(scenes.question_of(item), item.text)
-    for item in items[tables[0].title]
-    if item.example.meta
-  ]
   (out / 'scores.json').write_text(
     json.dumps(
       {
@@ -114,17 +111,27 @@ def evaluate(
     + '\n'
   )
   by_id = {scene.id: scene for scene in test}
-  example = next((s for s in by_id.values() if len(s.objects) > 1), test[0])
-  picture(example).resize((_PICTURE_SIDE,) * 2).save(out / 'example.png')
+  example = next((s for s in by_id.values() if len(s.objects) == 1), test[0])
+  showing.picture(example).resize((_PICTURE_SIDE,) * 2).save(
+    out / 'example.png'
+  )
+  handle = handles['stage3']
+  facts = origin.facts(handle.config, handle.params)
+  evaluation = time.monotonic() - began
+  facts |= _facts(out, stages, seconds, evaluation, tables)
+  judged = _judged(items)
   report.write(
     out / 'report.html',
     title='Qwen-VL in small: a quickstart',
-    facts=_facts(out, stages, seconds, time.monotonic() - began, tables[0]),
+    facts=facts,
     runs={stage: out / stage for stage in stages},
     tables=tables,
     floors=FLOORS,
-    examples=_gallery(first, by_id),
-    transcript=_converse(handles['stage3'], list(by_id.values())),
+    examples={
+      'Where is it?': showing.gallery(judged, by_id, 'refer'),
+      'Captions with boxes': showing.gallery(judged, by_id, 'grounded_caption'),
+    },
+    conversations=showing.conversations(handle, test, scenes.CLASSES),
   )
   return not any(
     score.accuracy < FLOORS[score.name].least
@@ -135,11 +142,10 @@ def evaluate(
 
 
 def _task(name: str, config: str, count: int) -> scenes.SceneTask:
-  few = max(int(count * _SHARE), 1)
   return dataclasses.replace(
     registry.get(name),
     config=config,
-    scenes=count if name in _OF_ALL_SCENES else few,
+    scenes=max(int(count * _SHARES.get(name, 0.1)), 2),
   )
 
 
@@ -163,11 +169,6 @@ def _prepare(run: Run, tasks: Sequence[scenes.SceneTask]) -> None:
     run.prepare(tasks)
 
 
-def picture(scene) -> Image.Image:
-  """A scene's picture."""
-  return image.load(scene.image, scene.id)
-
-
 def _print(table: report.Table):
   shown = ConsoleTable(title=table.title)
   for column in ('question', 'language', 'n', 'right', 'blank', 'majority'):
@@ -186,7 +187,17 @@ def _print(table: report.Table):
   Console().print(shown)
 
 
-def _facts(out, stages, seconds, evaluation, table) -> dict[str, str]:
+def _judged(items: dict[str, Sequence[Item]]) -> list[scenes.Answered]:
+  """Answers about pictures of the layouts that were held out."""
+  return [
+    scenes.judge(scenes.question_of(item), item.text)
+    for title in (*_TASKS['stage2'].values(),)[:2]
+    for item in items[title]
+    if item.example.meta
+  ]
+
+
+def _facts(out, stages, seconds, evaluation, tables) -> dict[str, str]:
   facts = {'folder': str(out)}
   for stage in stages:
     records = [
@@ -200,41 +211,7 @@ def _facts(out, stages, seconds, evaluation, table) -> dict[str, str]:
       f'{losses[-1]["loss"]:.2f}'
     )
   facts['evaluation'] = f'{evaluation:.0f} s'
-  facts['questions'] = str(sum(score.count for score in table.scores))
-  return facts
-
-
-def _gallery(answers, by_id):
-  """Referring answers on scenes of one and of several objects, alternating."""
-  one = [a for a in answers if scenes.row_name(a.question) == list(FLOORS)[4]]
-  several = [
-    a for a in answers if scenes.row_name(a.question) == list(FLOORS)[5]
-  ]
-  # Every third: both languages occur, and other scenes.
-  mixed = [
-    x for pair in zip(one[::3], several[::3], strict=False) for x in pair
-  ]
-  return [(picture(by_id[a.question.record]), a) for a in mixed[:_GALLERY]]
-
-
-def _converse(handle, test) -> list[report.Turn]:
-  """A short conversation in both languages about one picture, then a second."""
-  several = [scene for scene in test if len(scene.classes) > 1]
-  pictures = [picture(scene) for scene in (several or test)[:2]]
-  turns, history, current = [], None, pictures[0]
-  questions = (
-    ('Describe the picture with boxes.', pictures[:1]),
-    ('What color is the background?', []),
-    ('用中文描述图片。', []),
-    ('Describe picture 2.', pictures[1:]),
+  facts['questions'] = str(
+    sum(score.count for table in tables for score in table.scores)
   )
-  for question, shown in questions:
-    answer, history = handle.chat(question, shown, history, max_new_tokens=112)
-    current = shown[0] if shown else current
-    places = grounding.parse(answer)
-    boxes = any(place.boxes for place in places.places)
-    drawn = drawing.draw(current, places)[0] if boxes else None
-    turns.append(
-      report.Turn(question, places.text or answer, tuple(shown), drawn)
-    )
-  return turns
+  return facts

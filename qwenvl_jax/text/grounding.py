@@ -7,8 +7,9 @@ as far as it makes sense (`parse`), never refused.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from qwenvl_jax.errors import DataError
 
@@ -25,6 +26,16 @@ _SPAN = re.compile(
   r'|(?=</?(?:img|ref|box|quad)>|<\|(?:endoftext|im_start|im_end)\|>|\Z))',
   re.DOTALL,
 )
+_SHAPE = re.compile(r'<(img|box|quad)>(.*?)</\1>', re.DOTALL)
+_TAGS = tuple(
+  f'<{slash}{tag}>'
+  for tag in ('img', 'ref', 'box', 'quad')
+  for slash in ('', '/')
+)
+# What may become a tag.
+_BEGUN = {tag[:count] for tag in _TAGS for count in range(1, len(tag))}
+# Characters of a box that is still being written; more are none.
+_LONGEST = 500
 _IMAGE = re.compile(r'<img>.*?(?:</img>|\Z)|</img>|<imgpad>', re.DOTALL)
 # Nine digits at most: int() of a model's endless digits must not fail.
 _POINT = r'\s*\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)\s*'
@@ -225,6 +236,48 @@ def parse(text: str) -> Answer:
   plain.append(text[at:])
   text = re.sub(r'</?(?:ref|box|quad|img)>', '', ''.join(plain))
   return Answer(text.strip(), tuple(places), tuple(leftovers))
+
+
+def stream_words(pieces: Iterable[str]) -> Iterator[str]:
+  """Yields an answer as a person would read it, while it is being written.
+
+  Phrases stay, tags go. A box or quad that follows its phrase goes, too;
+  another becomes `[N]`, its number among all of them, as `drawing.draw` labels
+  it. What is neither stays as it was written.
+
+  Args:
+    pieces: of the text, cut anywhere.
+
+  >>> ''.join(stream_words(['<ref>a d', 'og</ref><box>(1,2),(3,4)</b', 'ox>.']))
+  'a dog.'
+  """
+  held, shapes, owned = '', 0, False
+  for piece in itertools.chain(pieces, (None,)):
+    held += piece or ''
+    while held:
+      before, mark, rest = held.partition('<')
+      if before:
+        owned = owned and not before.strip()
+        yield before
+      held = mark + rest
+      tag, shape = _TAG.match(held), _SHAPE.match(held)
+      if shape:
+        held = held[shape.end() :]
+        kind, inside = shape.groups()
+        if kind in _POINTS and not _POINTS[kind].fullmatch(inside):
+          yield shape[0]
+        elif kind in _POINTS:
+          shapes += 1
+          if not owned:
+            yield f'[{shapes}]'
+      elif tag and (tag[1] or tag[2] == 'ref'):
+        owned = owned or tag[0] == '</ref>'
+        held = held[tag.end() :]
+      elif (tag or held in _BEGUN) and piece and len(held) < _LONGEST:
+        break  # The rest of it is to come.
+      elif held:
+        yield held[0]
+        held = held[1:]
 
 
 def first_box(text: str) -> Box | None:

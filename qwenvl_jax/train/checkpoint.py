@@ -2,15 +2,11 @@
 
 `checkpoints/STEP/` holds the items `params` (the whole tree, so that inference
 restores it alone; of a run with low-rank factors `trained`, without what is
-frozen, which is the base's), `optimizer` (moments and counters), `data` (the
-state of the input iterator) and, of a run with a guard, `guard`. Orbax writes a
-step under another name and renames it when it is complete (in a bucket: marks
-it), so that a kill leaves no half step behind. Checksums of all arrays and a
-manifest of all files tell what changed later. The processes of a run agree on
-what they restore.
+frozen, which is the base's), `optimizer` (moments, counters and checksums of
+all arrays, computed where they live), `data` (the state of the input iterator)
+and, of a run with a guard, `guard`. How they get there is `SavedSteps`'.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -24,34 +20,26 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS, COMPLETE
+from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS
 from qwenvl_jax.conversion.low_rank import TRAINED
 from qwenvl_jax.errors import CheckpointError, ConfigError
-from qwenvl_jax.train import manifest
+from qwenvl_jax.train.coordinator import Coordinator
+from qwenvl_jax.train.data_shard import DataShard
 from qwenvl_jax.train.data_state import (
   DataStateHandler,
   RestoreDataState,
   SaveDataState,
 )
-from qwenvl_jax.train.failures import (
-  NoLateCallbacks,
-  explained,
-  first_line,
-  refusal,
-)
-from qwenvl_jax.train.guard import Watch
+from qwenvl_jax.train.failures import first_line
+from qwenvl_jax.train.guard import LossSpikeDetector
 from qwenvl_jax.train.optimizer import flatten, unflatten
-from qwenvl_jax.train.peers import Peers
-from qwenvl_jax.train.readers import Reader
+from qwenvl_jax.train.saved_steps import SavedSteps
 from qwenvl_jax.train.state import TrainState, run_once_options
 
 # Of one chunk of a large parameter.
 _CHUNK_BYTES = 32 * 2**20
 
 _COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
-
-# Seconds that one process may read a checkpoint longer than another.
-_READING = 1800.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +70,8 @@ class Checkpoints:
     self,
     workdir: Path,
     config: CheckpointConfig,
-    peers: Peers | None = None,
-    reader: Reader | None = None,
+    coordinator: Coordinator | None = None,
+    shard: DataShard | None = None,
     on_base: bool = False,
   ):
     """Opens the folder and clears away what a kill left half written.
@@ -91,42 +79,42 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       config: see `CheckpointConfig`.
-      peers: the processes of the run.
-      reader: the part of the data that this process reads.
+      coordinator: of the processes of the run.
+      shard: the part of the data that this process reads.
       on_base: whether what is frozen is a base's, and not saved.
     """
-    self._config = config
     self._on_base = on_base
     self.item = TRAINED if on_base else 'params'
-    self._peers = peers or Peers()
-    self._reader = reader or Reader()
-    self._unsealed = None
-    self.folder = buckets.absolute(workdir) / CHECKPOINTS
-    self._quiet = NoLateCallbacks()
-    with self._explained(f'opening {self.folder}'):
-      self._manager = ocp.CheckpointManager(
-        self.folder,
-        options=ocp.CheckpointManagerOptions(
-          max_to_keep=config.keep,
-          cleanup_tmp_directories=True,
-          enable_async_checkpointing=True,
-        ),
-        item_handlers={
-          self.item: ocp.StandardCheckpointHandler(),
-          'optimizer': ocp.StandardCheckpointHandler(),
-          'data': DataStateHandler(),
-          'guard': ocp.JsonCheckpointHandler(),
-        },
-      )
-    self._newest = self._manager.latest_step()
+    self._shard = shard or DataShard()
+    self._steps = SavedSteps(
+      buckets.absolute(workdir) / CHECKPOINTS,
+      {
+        self.item: ocp.StandardCheckpointHandler(),
+        'optimizer': ocp.StandardCheckpointHandler(),
+        'data': DataStateHandler(),
+        'guard': ocp.JsonCheckpointHandler(),
+      },
+      coordinator or Coordinator(),
+      max_to_keep=config.keep,
+    )
+    self.folder = self._steps.folder
+    self._newest = self._steps.manager.latest_step()
 
   @property
   def newest(self) -> int | None:
     """The newest step saved or being saved."""
     return self._newest
 
-  def due(self, step: int) -> bool:
-    return step % self._config.every == 0
+  def check(self) -> None:
+    """Raises CheckpointError if saving failed in the background."""
+    self._steps.check()
+
+  def finish(self) -> None:
+    """Waits for the last save; raises CheckpointError if it failed."""
+    self._steps.finish()
+
+  def close(self) -> None:
+    self._steps.close()
 
   def preempted(self, turn: int) -> bool:
     """Whether all processes of a run stop here because one got SIGTERM.
@@ -134,14 +122,14 @@ class Checkpoints:
     Args:
       turn: of the loop, one more each time in every process.
     """
-    return self._manager.reached_preemption(turn)
+    return self._steps.manager.reached_preemption(turn)
 
   def save(
     self,
     step: int,
     state: TrainState,
     iterator: Any,
-    watch: Watch | None = None,
+    detector: LossSpikeDetector | None = None,
   ) -> None:
     """Starts saving; returns when the state may change again.
 
@@ -149,7 +137,7 @@ class Checkpoints:
       step: its name.
       state: see `TrainState`.
       iterator: of the data, its state is saved.
-      watch: of a run with a guard, its state is saved.
+      detector: of a run with a guard, its state is saved.
 
     Raises:
       CheckpointError: this save or the one before it failed, e.g. for lack of
@@ -157,7 +145,6 @@ class Checkpoints:
     """
     if step == self._newest:
       return
-    self.finish()
     state = self.held(state)
     optimizer = _optimizer_item(state) | {'checksums': checksums(state)}
     items = {
@@ -165,40 +152,19 @@ class Checkpoints:
         state.params, save_args=save_args(state.params)
       ),
       'optimizer': ocp.args.StandardSave(optimizer),
-      'data': SaveDataState(iterator, self._reader),
+      'data': SaveDataState(iterator, self._shard),
     }
-    if watch is not None:
-      items['guard'] = ocp.args.JsonSave(watch.get_state())
-    with self._explained(f'saving step {step}'):
-      self._manager.save(step, args=ocp.args.Composite(**items))
-    self._newest = self._unsealed = step
-
-  def check(self) -> None:
-    """Raises CheckpointError if saving failed in the background."""
-    if not self._manager.is_saving_in_progress():
-      self.finish()
-
-  def finish(self) -> None:
-    """Waits for the last save."""
-    with self._explained(f'saving step {self._newest}'):
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
-      if self._unsealed is not None and self._peers.index == 0:
-        manifest.seal(self.folder / str(self._unsealed))
-      self._unsealed = None
-
-  def close(self) -> None:
-    # A save that failed has been reported, or hides behind a worse error.
-    with contextlib.suppress(CheckpointError), self._explained('closing'):
-      self._manager.close()
-    self._quiet.close()
+    if detector is not None:
+      items['guard'] = ocp.args.JsonSave(detector.get_state())
+    self._steps.save(step, items)
+    self._newest = step
 
   def restore(
     self,
     target: TrainState,
     iterator: Any,
     warn: Callable[[str], None] = print,
-    watch: Watch | None = None,
+    detector: LossSpikeDetector | None = None,
     until: int | None = None,
   ) -> TrainState | None:
     """Restores the newest step that can be restored, the same everywhere.
@@ -211,7 +177,7 @@ class Checkpoints:
         what is frozen, which the state gets.
       iterator: set to the state that was saved with the step; None for none.
       warn: told what was skipped.
-      watch: as `iterator`; stays as it is if the step was saved without.
+      detector: as `iterator`; stays as it is if the step was saved without.
       until: the newest step to consider.
 
     Returns:
@@ -223,18 +189,17 @@ class Checkpoints:
     """
     frozen, target = target.frozen, self.held(target)
     steps = [
-      step
-      for step in self._agreed('the list of checkpoints', self._steps())
-      if until is None or step <= until
+      step for step in self._steps.all() if until is None or step <= until
     ]
     damaged = {}
     for step in sorted(steps, reverse=True):
-      state, reason = self._attempt(step, target, iterator, watch)
+      state, reason = self._attempt(step, target, iterator, detector)
       if reason is not None:
-        self._quiet.failed = True
+        self._steps.note_failure()
         damaged[step] = reason
         continue
-      self._set_aside(damaged, warn, step)
+      then = f'going on from step {step}'
+      self._steps.set_aside(damaged, warn, then)
       self._newest = step
       if self._on_base:
         state = dataclasses.replace(state, frozen=frozen)
@@ -252,7 +217,7 @@ class Checkpoints:
     good: int,
     target: TrainState,
     warn: Callable[[str], None],
-    watch: Watch | None,
+    detector: LossSpikeDetector | None,
   ) -> TrainState | None:
     """Restores the newest step up to a good one, but for the data.
 
@@ -262,62 +227,39 @@ class Checkpoints:
       good: the last step that may be used.
       target: as in `restore`.
       warn: as in `restore`.
-      watch: as in `restore`.
+      detector: as in `restore`.
 
     Returns:
       The state, or None if there is no such step.
     """
     self.finish()
-    state = self.restore(target, None, warn, watch, until=good)
+    state = self.restore(target, None, warn, detector, until=good)
     if state is not None:
-      for step in self._agreed('the list of checkpoints', self._steps()):
+      for step in self._steps.all():
         if step > self._newest:
-          self._retract(step)
-          self._manager.delete(step)
+          self._steps.delete(step)
     return state
-
-  def _retract(self, step: int) -> None:
-    """Lets a step in a bucket count as incomplete before it is deleted.
-
-    Its objects go one by one: a kill on the way would leave it looking whole.
-    """
-    if self._peers.index == 0 and buckets.in_bucket(self.folder):
-      (self.folder / str(step) / COMPLETE).unlink(missing_ok=True)
 
   def held(self, state: TrainState) -> TrainState:
     """What a step holds of a state."""
     return dataclasses.replace(state, frozen={}) if self._on_base else state
 
-  def _steps(self) -> list[int]:
-    return list(self._manager.all_steps())
-
-  def _agreed(self, where: str, value: Any) -> Any:
-    """What process 0 says; others may see an older state of the folder."""
-    return self._peers.gather(where, value, _READING)[0]
-
-  def _attempt(self, step, target, iterator, watch):
+  def _attempt(self, step, target, iterator, detector):
     """(state, None), or (None, what is wrong with the step)."""
-    reason = None
-    if self._peers.index == 0:
-      try:
-        reason = manifest.damage(self.folder / str(step))
-      except Exception as error:
-        self._check_reachable(error, f'reading {self.folder / str(step)}')
-        raise
-    reason = self._agreed(f'the files of step {step}', reason)
+    reason = self._steps.damage(step)
     if reason is not None:
       return None, reason
     state = None
     try:
       self._check_same_run(step, target)
-      state, saved = self._read(step, target, iterator, watch)
+      state, saved = self._read(step, target, iterator, detector)
     except CheckpointError:
       raise
     except Exception as error:  # Orbax raises whatever it stumbled over.
-      self._check_reachable(error, f'reading {self.folder / str(step)}')
+      self._steps.check_reachable(error, f'reading {self.folder / str(step)}')
       reason = first_line(error)
     # One process may have met damage that the others do not read.
-    reasons = self._peers.gather(f'reading step {step}', reason, _READING)
+    reasons = self._steps.gather(f'reading step {step}', reason)
     found = [x for x in reasons if x is not None]
     if found:
       return None, found[0]
@@ -327,7 +269,7 @@ class Checkpoints:
       return None, f'contents changed on disk: {", ".join(changed[:3])}'
     return state, None
 
-  def _read(self, step, target, iterator, watch):
+  def _read(self, step, target, iterator, detector):
     """(state, checksums that were saved with it).
 
     Not through the manager, whose processes wait for each other even when one
@@ -344,10 +286,10 @@ class Checkpoints:
       folder / 'optimizer', args=ocp.args.StandardRestore(optimizer)
     )
     if iterator is not None:
-      args = RestoreDataState(iterator, self._reader)
+      args = RestoreDataState(iterator, self._shard)
       DataStateHandler().restore(folder / 'data', args=args)
-    if watch is not None and (folder / 'guard').exists():
-      watch.set_state(
+    if detector is not None and (folder / 'guard').exists():
+      detector.set_state(
         ocp.JsonCheckpointHandler().restore(
           folder / 'guard', args=ocp.args.JsonRestore()
         )
@@ -363,7 +305,7 @@ class Checkpoints:
 
   def _check_same_run(self, step: int, target: TrainState) -> None:
     """Tells a changed configuration from a damaged checkpoint."""
-    metadata = self._manager.item_metadata(step)
+    metadata = self._steps.manager.item_metadata(step)
     optimizer = _optimizer_item(target)
     optimizer['checksums'] = _abstract_checksums(target)
     for item, tree in ((self.item, target.params), ('optimizer', optimizer)):
@@ -385,36 +327,6 @@ class Checkpoints:
         f'differ: {"; ".join(shown)}. Go on with the config.gin beside it, or '
         'choose another --workdir (and InitFrom.params to start from this one)'
       )
-
-  def _set_aside(self, damaged: dict[int, str], warn, used: int) -> None:
-    """Moves damaged steps out of the way, so that they can be saved again."""
-    place = self.folder.parent / 'checkpoints-damaged'
-    for step, reason in damaged.items():
-      if self._peers.index == 0:
-        buckets.move(self.folder / str(step), place / str(step), COMPLETE)
-      warn(
-        f'checkpoint {self.folder}/{step} is damaged ({reason}): moved to '
-        f'{place}, going on from step {used}'
-      )
-    if damaged:
-      self._peers.gather('moving damaged checkpoints')
-      self._manager.reload()
-
-  def _check_reachable(self, error: Exception, doing: str) -> None:
-    """Tells a bucket that does not answer from a damaged checkpoint."""
-    reason = buckets.in_bucket(self.folder) and buckets.unreachable(error)
-    if reason:
-      self._quiet.failed = True
-      raise CheckpointError(refusal(doing, reason)) from error
-
-  @contextlib.contextmanager
-  def _explained(self, doing: str):
-    try:
-      with explained(doing, self.folder):
-        yield
-    except CheckpointError:
-      self._quiet.failed = True
-      raise
 
 
 def save_args(params: Any, limit: int = _CHUNK_BYTES) -> Any:

@@ -1,9 +1,8 @@
-"""Saves the state of the data with a step, for any number of readers.
+"""Saves the state of the data with a step, for any number of shards.
 
-Each reader (`readers.Reader`; as many as processes, or fewer) writes what its
-part of the run has read. A run that goes on with as many reads its own file;
-with another number, every process reads all files and the iterator merges them
-(`Batches.merge`).
+The state of each shard (`DataShard`; as many as processes, or fewer) is a file.
+A run that goes on with as many shards reads its own; with another number, every
+process reads all files and the iterator merges them (`Batches.merge`).
 """
 
 import dataclasses
@@ -14,7 +13,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from qwenvl_jax.train.readers import Reader
+from qwenvl_jax.data.batches import Batches
+from qwenvl_jax.train.data_shard import DataShard
 
 _FILE = re.compile(r'process_(\d+)-of-(\d+)\.json')
 
@@ -23,49 +23,44 @@ class DataStateHandler(ocp.CheckpointHandler):
   """Writes and reads the states of iterators."""
 
   def save(self, directory: Path, args: 'SaveDataState') -> None:
-    """Writes this reader's state."""
-    if not args.reader.first:
+    """Writes the state of this process's shard."""
+    if not args.shard.first:
       return
     state = args.item.get_state()
     text = state.decode() if isinstance(state, bytes) else json.dumps(state)
-    _file(directory, args.reader).write_text(text)
+    _file(directory, args.shard).write_text(text)
 
   def restore(self, directory: Path, args: 'RestoreDataState') -> Any:
     """Sets the iterator to the state saved in a folder.
 
     Raises:
-      ValueError: files of some readers are missing.
+      ValueError: files of some shards are missing.
     """
     files = sorted(
       (int(match[1]), int(match[2]), path)
       for path in directory.iterdir()
       if (match := _FILE.fullmatch(path.name))
     )
-    item, reader = args.item, args.reader
+    item, shard = args.item, args.shard
     counts = {count for _, count, _ in files}
     if len(counts) != 1 or len(files) != counts.pop():
       raise ValueError(
         f'{directory} holds the states of processes {[x[0] for x in files]}, '
         'some are missing'
       )
-    if len(files) == reader.count or not hasattr(item, 'merge'):
-      text = _file(directory, reader).read_text()
-      one = json.loads(text)
-      item.set_state(one if hasattr(item, 'merge') else _as_saved(item, text))
+    if len(files) == shard.count or not isinstance(item, Batches):
+      text = _file(directory, shard).read_text()
+      # Of other iterators a state is bytes, or what JSON holds.
+      as_bytes = isinstance(item.get_state(), bytes)
+      item.set_state(text.encode() if as_bytes else json.loads(text))
       return item
     states = [json.loads(path.read_text()) for _, _, path in files]
-    item.set_state(item.merge(states, reader.index))
+    item.set_state(item.merge(states, shard.index))
     return item
 
 
-def _file(directory: Path, reader: Reader) -> Path:
-  return directory / f'process_{reader.index}-of-{reader.count}.json'
-
-
-def _as_saved(item: Any, text: str) -> Any:
-  """The state as the iterator gives it: bytes, or what JSON holds."""
-  is_bytes = isinstance(item.get_state(), bytes)
-  return text.encode() if is_bytes else json.loads(text)
+def _file(directory: Path, shard: DataShard) -> Path:
+  return directory / f'process_{shard.index}-of-{shard.count}.json'
 
 
 @ocp.args.register_with_handler(DataStateHandler, for_save=True)
@@ -74,7 +69,7 @@ class SaveDataState(ocp.args.CheckpointArgs):
   """What to save: the iterator, and which part it reads."""
 
   item: Any
-  reader: Reader = Reader()
+  shard: DataShard = DataShard()
 
 
 @ocp.args.register_with_handler(DataStateHandler, for_restore=True)
@@ -83,4 +78,4 @@ class RestoreDataState(ocp.args.CheckpointArgs):
   """What to restore: the iterator, and which part it reads."""
 
   item: Any
-  reader: Reader = Reader()
+  shard: DataShard = DataShard()

@@ -12,7 +12,11 @@ import math
 import statistics
 from typing import Any
 
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, QwenVLError
+
+
+class DivergedError(QwenVLError):
+  """The run cannot find back to a finite loss that stays where it was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Guard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spike:
+class SpikeReport:
   """Why to go back.
 
   Attributes:
@@ -60,7 +64,7 @@ class Spike:
   said: str
 
 
-class Watch:
+class LossSpikeDetector:
   """Sees the loss of every step; the same in all processes."""
 
   def __init__(self, guard: Guard):
@@ -69,7 +73,7 @@ class Watch:
     self._losses = []
     self._high = 0
 
-  def see(self, step: int, loss: float) -> Spike | None:
+  def see(self, step: int, loss: float) -> SpikeReport | None:
     """Takes note of a step.
 
     Args:
@@ -89,7 +93,7 @@ class Watch:
         self._high += 1
         if self._high < guard.steps:
           return None
-        return Spike(
+        return SpikeReport(
           step,
           step - guard.steps,
           f'the loss stood above {mean:.4f} +- {sigma:.4f} for '

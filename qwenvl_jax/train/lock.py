@@ -23,12 +23,12 @@ LOCK_FILE = 'lock'
 
 # Seconds to wait for a process that is about to end (a lost one may stand in a
 # collective for a few).
-PATIENCE = 10.0
+WAIT_S = 10.0
 
 # Seconds between two signs of life in a bucket, and without one until its
 # writer counts as dead: one may be late.
-BEAT = 20.0
-SILENCE = 75.0
+BEAT_INTERVAL_S = 20.0
+BEAT_TIMEOUT_S = 75.0
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def _on_disk(path: Path, me: str, say) -> Iterator[None]:
 
 def _flock(file, say) -> bool:
   """Whether the lock is ours now."""
-  deadline = time.monotonic() + PATIENCE
+  deadline = time.monotonic() + WAIT_S
   while True:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,14 +109,14 @@ def _in_bucket(path: Path, me: str, say) -> Iterator[Callable[[], None]]:
   holder = _read(path)
   if holder and not _gone(holder):
     say(
-      f'{path} names {holder["holder"]}: waiting up to {SILENCE:.0f} s for a '
-      'sign of life of it'
+      f'{path} names {holder["holder"]}: waiting up to '
+      f'{BEAT_TIMEOUT_S:.0f} s for a sign of life of it'
     )
-    deadline = time.monotonic() + SILENCE
+    deadline = time.monotonic() + BEAT_TIMEOUT_S
     while (found := _read(path)) == holder:
       if time.monotonic() >= deadline:
         break
-      time.sleep(min(1.0, SILENCE / 10))
+      time.sleep(min(1.0, BEAT_TIMEOUT_S / 10))
     else:
       if found:
         raise _taken(path, found['holder'])
@@ -132,7 +132,7 @@ def _in_bucket(path: Path, me: str, say) -> Iterator[Callable[[], None]]:
 
   def beat() -> None:
     count = 0
-    while not over.wait(BEAT):
+    while not over.wait(BEAT_INTERVAL_S):
       # What a bucket refuses now is told by what else is written there.
       with contextlib.suppress(Exception):
         found = _read(path)

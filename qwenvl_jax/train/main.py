@@ -78,14 +78,20 @@ def command(argv: Sequence[str]) -> int:
   if not flags.workdir:
     raise ConfigError("--workdir is empty: the current folder is '.'")
   place = find_place(os.environ, flags.distributed)
-  with joined(place, flags.arrival_timeout) as peers:
+  with joined(place, flags.arrival_timeout) as coordinator:
     configuration.load(flags.gin_file, bindings)
     config = configuration.build(TrainConfig)
     if flags.profile_steps:
       steps = parse_steps(flags.profile_steps)
       config = dataclasses.replace(config, profile_steps=steps)
     try:
-      train(config, flags.workdir, flags.steps, configuration.resolved(), peers)
+      train(
+        config,
+        flags.workdir,
+        flags.steps,
+        configuration.resolved(),
+        coordinator,
+      )
     except Interrupted as stop:
       print(stop, file=sys.stderr, flush=True)
       return 128 + stop.signum

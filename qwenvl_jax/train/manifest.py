@@ -14,10 +14,10 @@ from qwenvl_jax import buckets
 FILE = 'files.json'
 
 # Larger files hold arrays, which are checked by their contents.
-_READ = 2**20
+_DIGEST_LIMIT_BYTES = 2**20
 
 
-def seal(folder: Path, limit: int = _READ) -> None:
+def write_checksums(folder: Path, limit: int = _DIGEST_LIMIT_BYTES) -> None:
   """Writes the manifest of a complete checkpoint.
 
   Args:
@@ -35,12 +35,12 @@ def seal(folder: Path, limit: int = _READ) -> None:
   buckets.write(folder / FILE, text)
 
 
-def damage(folder: Path) -> str | None:
+def verify(folder: Path) -> str | None:
   """What is wrong with the files of a checkpoint.
 
   Returns:
     The first finding; None if there is none, or no manifest (the run ended
-    between saving and `seal`).
+    between saving and `write_checksums`).
   """
   if not (folder / FILE).exists():
     return None

@@ -34,6 +34,13 @@ class Objective(Protocol):
   def init(self, key: jax.Array) -> Any:
     """Random parameters: a nested dict; leaves may be logically partitioned."""
 
+  def check(self, batch: dict[str, np.ndarray]) -> None:
+    """Looks at a batch on the host, before it is sent to the devices.
+
+    Raises:
+      DataError: the loss cannot be computed of it.
+    """
+
   def loss(
     self,
     params: Any,
@@ -132,6 +139,9 @@ class PatchObjects:
 
   def _model(self) -> nn.Module:
     return _PatchHead(self.config, self.classes + 4 * self.lines)
+
+  def check(self, batch: dict[str, np.ndarray]) -> None:
+    """Finds nothing to say."""
 
   def init(self, key: jax.Array) -> Any:
     side = self.config.vision.image_size

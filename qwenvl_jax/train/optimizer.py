@@ -17,11 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.model.qwen_vl import CONSTANTS
 from qwenvl_jax.train.schedule import warmup_cosine
-
-# The adapter's sine-cosine table is a constant that the released checkpoint
-# happens to store.
-NEVER_TRAINED = ('adapter/pos_embed',)
 
 # Norms' scales and all biases are not decayed, everything else is (position
 # tables and queries included): what the golden trajectory calls vectors.
@@ -118,7 +115,7 @@ def unflatten(flat: dict[str, Any]) -> Any:
 
 
 def is_trained(path: str, config: OptimizerConfig) -> bool:
-  return path not in NEVER_TRAINED and any(
+  return path not in CONSTANTS and any(
     re.fullmatch(pattern, path) for pattern in config.trainable
   )
 

@@ -11,7 +11,8 @@ import jax
 from jax._src import clusters
 
 from qwenvl_jax.errors import ConfigError, QwenVLError
-from qwenvl_jax.train.peers import LostProcessError, Peers
+from qwenvl_jax.train.coordinator import Coordinator
+from qwenvl_jax.train.lost_process import LostProcessError
 
 COORDINATOR = 'QWENVL_COORDINATOR'
 COUNT = 'QWENVL_NUM_PROCESSES'
@@ -20,7 +21,7 @@ INDEX = 'QWENVL_PROCESS_ID'
 # Seconds to wait for all processes to arrive.
 ARRIVAL = 300.0
 
-# Seconds that JAX waits for what `Peers` has found to be there.
+# Seconds that JAX waits for what `Coordinator` has found to be there.
 _JAX_TIMEOUT = 60
 
 
@@ -96,30 +97,32 @@ def _checked(coordinator: str, count, index) -> Place:
 
 
 @contextlib.contextmanager
-def joined(place: Place | None, timeout: float = ARRIVAL) -> Iterator[Peers]:
+def joined(
+  place: Place | None, timeout: float = ARRIVAL
+) -> Iterator[Coordinator]:
   """Joins the other processes of a run for a while.
 
   Initializes `jax.distributed`; before any other use of JAX. An exception ends
   this process, and tells the others why; the loss of another ends it, too
-  (`peers.LOST`).
+  (`lost_process.LOST`).
 
   Args:
     place: from `find_place`; None runs alone.
     timeout: seconds to wait for all to arrive.
   """
   if place is None or place.count == 1:
-    yield Peers()
+    yield Coordinator()
     return
-  peers = Peers(place.index, place.count)
+  coordinator = Coordinator(place.index, place.count)
   try:
-    peers.call_the_roll(place.coordinator, timeout)
+    coordinator.wait_for_all(place.coordinator, timeout)
     _initialize_jax(place)
-    yield peers
-    peers.gather('the end')
+    yield coordinator
+    coordinator.gather('the end')
     jax.distributed.shutdown()
-    peers.leave()
+    coordinator.leave()
   except BaseException as error:
-    _end(peers, error)
+    _end(coordinator, error)
 
 
 def _initialize_jax(place: Place) -> None:
@@ -138,13 +141,13 @@ def _initialize_jax(place: Place) -> None:
   )
 
 
-def _end(peers: Peers, error: BaseException) -> None:
+def _end(coordinator: Coordinator, error: BaseException) -> None:
   """Ends this process because of an error, here or elsewhere."""
   status = getattr(error, 'status', 2)
   if not isinstance(error, QwenVLError):
     # A collective may fail before it is known that another process did.
     collective = isinstance(error, jax.errors.JaxRuntimeError)
-    lost = peers.lost_within(10 if collective else 1)
+    lost = coordinator.lost_within(10 if collective else 1)
     if lost is not None:
       error, status = lost, lost.status
   said = f'{type(error).__name__}: {error}'
@@ -155,9 +158,11 @@ def _end(peers: Peers, error: BaseException) -> None:
   else:
     traceback.print_exception(error)
     status = 1
-  prefix = '' if isinstance(error, LostProcessError) else f'{peers.name()}: '
+  prefix = (
+    '' if isinstance(error, LostProcessError) else f'{coordinator.name()}: '
+  )
   print(f'error: {prefix}{said}', file=sys.stderr, flush=True)
-  peers.fail(said, status)
+  coordinator.fail(said, status)
   sys.stdout.flush()
   # Not sys.exit: JAX would wait for the others to leave with it.
   os._exit(status)

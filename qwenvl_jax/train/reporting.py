@@ -15,7 +15,7 @@ from rich.text import Text
 from qwenvl_jax import buckets
 from qwenvl_jax.errors import printable
 from qwenvl_jax.train.events import Events
-from qwenvl_jax.train.mirror import Mirror
+from qwenvl_jax.train.log_upload import LogUpload
 from qwenvl_jax.train.step import COUNTS
 
 LOG_FILE = 'log.jsonl'
@@ -95,12 +95,12 @@ class Reporter:
       return
     self._sinks = {}
     self._events = None
-    self._mirror = None
+    self._upload = None
     log, events = workdir / LOG_FILE, workdir / TENSORBOARD
     if buckets.in_bucket(workdir):
-      self._mirror = Mirror(workdir, self.say)
-      log = self._mirror.fetch(LOG_FILE)
-      events = self._mirror.folder / TENSORBOARD
+      self._upload = LogUpload(workdir, self.say)
+      log = self._upload.fetch(LOG_FILE)
+      events = self._upload.folder / TENSORBOARD
     self._attempt(LOG_FILE, lambda: self._open_log(log, start))
     self._attempt(TENSORBOARD, lambda: self._open_events(events, start))
     console = Console(stderr=True)
@@ -112,7 +112,7 @@ class Reporter:
         console=console,
       )
       self._task = self._bar.add_task(
-        '', total=stop, completed=start, record={}
+        '', total=stop, completed=start, record={}, compiled=False
       )
       self._bar.start()
 
@@ -139,6 +139,8 @@ class Reporter:
     """Says how long compilation took, and leaves it out of the time left."""
     clock, start = self._began
     self._began = clock + seconds, start
+    if self._bar:
+      self._bar.update(self._task, compiled=True)
     self.say(f'compiled the training step in {seconds:.1f} s')
 
   def step(self, step: int) -> None:
@@ -155,8 +157,8 @@ class Reporter:
     }
     for name, (write, _) in list(self._sinks.items()):
       self._attempt(name, lambda write=write: write(finite))
-    if self._mirror:
-      self._mirror.now_and_then()
+    if self._upload:
+      self._upload.now_and_then()
     if self._bar:
       self._bar.update(self._task, completed=record['step'], record=finite)
       if remark:
@@ -167,11 +169,11 @@ class Reporter:
 
   def flush(self) -> None:
     """Sees to it that what was written so far is in the run's folder."""
-    if self._quiet or not self._mirror:
+    if self._quiet or not self._upload:
       return
     if TENSORBOARD in self._sinks:
       self._attempt(TENSORBOARD, self._events.flush)
-    self._mirror.flush()
+    self._upload.flush()
 
   def rolled_back(self, step: int, start: int, why: str) -> None:
     """Notes that the run goes on from an earlier step.
@@ -220,8 +222,8 @@ class Reporter:
       self._bar.stop()
     for name, (_, close) in list(self._sinks.items()):
       self._attempt(name, close)
-    if self._mirror:
-      self._mirror.close()
+    if self._upload:
+      self._upload.close()
 
 
 def describe(record: dict) -> str:
@@ -257,6 +259,9 @@ class _Columns(ProgressColumn):
   max_refresh = 0.5
 
   def render(self, task) -> Text:
+    if not task.fields['compiled']:
+      since = _duration(task.elapsed or 0)
+      return Text(f'compiling the training step, {since}')
     left = task.time_remaining
     eta = '-:--:--' if left is None else _duration(left)
     return Text(

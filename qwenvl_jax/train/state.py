@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from qwenvl_jax.conversion.layout import is_packed
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.model.lora import is_factor
+from qwenvl_jax.model.qwen_vl import CONSTANTS
 from qwenvl_jax.sharding import param_shardings, replicated
 from qwenvl_jax.train.objective import Objective
 from qwenvl_jax.train.optimizer import (
-  NEVER_TRAINED,
   OptimizerConfig,
   flatten,
   make_optimizer,
@@ -62,7 +62,7 @@ def _stored_dtypes(params: Any, objective: Objective, config: OptimizerConfig):
   master = objective.config.param_dtype
   dtypes = dict.fromkeys(flatten(trained), master)
   for path in flatten(frozen):
-    dtypes[path] = master if path in NEVER_TRAINED else compute
+    dtypes[path] = master if path in CONSTANTS else compute
   return dtypes
 
 

@@ -153,6 +153,7 @@ def train_step(
   config: OptimizerConfig,
   accumulation: int,
   mesh: Mesh,
+  seed: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step, a pure function.
 
@@ -167,6 +168,7 @@ def train_step(
     config: of the optimizer.
     accumulation: number of microbatches, divides B.
     mesh: see `make_mesh`.
+    seed: what is left out at random (dropout) follows from it and the step.
 
   Returns:
     (new state, metrics): `loss` and `grad_norm` (before the clip) of the
@@ -175,7 +177,7 @@ def train_step(
   """
   key, lora = None, objective.config.lora
   if lora is not None and lora.dropout:
-    key = jax.random.fold_in(jax.random.key(0), state.step)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
   grads, total, weight, sums = accumulate(
     objective, state.trained, state.frozen, batch, accumulation, mesh, key
   )
@@ -222,6 +224,7 @@ def compile_step(
   accumulation: int,
   mesh: Mesh,
   state: TrainState,
+  seed: int = 0,
 ) -> Callable:
   """The jitted step.
 
@@ -231,6 +234,7 @@ def compile_step(
     accumulation: number of microbatches.
     mesh: see `make_mesh`.
     state: values or structs with shardings.
+    seed: see `train_step`.
 
   Returns:
     (state, batch) -> (state, metrics). Gives up its state argument (donated).
@@ -245,6 +249,7 @@ def compile_step(
       config=config,
       accumulation=accumulation,
       mesh=mesh,
+      seed=seed,
     )
 
   compiled = jax.jit(

@@ -109,7 +109,12 @@ def test_too_many_bad_records_stop_it(tmp_path):
   arguments = ('c', {'val': CocoCaptions('c.json')}, tmp_path, tmp_path / 'd')
   with pytest.raises(DataError, match='source val: 10 of 20.*missing_image'):
     shards.prepare(*arguments, limit=Limit(share=0.4, after=10))
-  report = shards.prepare(*arguments, limit=Limit(share=0.5, after=10))
+  said = []
+  report = shards.prepare(
+    *arguments, limit=Limit(share=0.5, after=10), say=said.append
+  )
+  assert sum('dropped: missing_image: ' in line for line in said) == 5
+  assert '10.jpg' in said[0] and 'and 5 more; ' in said[-1]
   example = json.loads(next(report.folder.glob('*.report.json')).read_text())
   assert '10.jpg' in example['examples'][0]
 

@@ -28,11 +28,14 @@ def test_scores_are_those_of_a_run(
   assert found == {'varied/accuracy': pytest.approx(sum(right) / 6)}
 
 
-def test_packed_kernels_keep_their_words():
+def test_what_training_keeps_otherwise_stays():
   words = np.array([0x12345678, -1], np.int32)
-  found = on_one_device(
-    {'words': words, 'scales': np.ones(2, np.float32)}, 'bfloat16'
-  )
+  params = {'words': words, 'scales': np.ones(2, np.float32)}
+  table = np.array([1 + 2**-20], np.float32)
+  adapter = {'pos_embed': table, 'kernel': table}
+  found = on_one_device(params | {'adapter': adapter}, 'bfloat16')
+  np.testing.assert_array_equal(found['adapter']['pos_embed'], table)
+  assert found['adapter']['kernel'].dtype == 'bfloat16'
   np.testing.assert_array_equal(found['words'], words)
   assert found['words'].dtype == np.int32
   assert found['scales'].dtype == 'bfloat16'

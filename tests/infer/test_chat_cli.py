@@ -1,4 +1,6 @@
+import io
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -6,11 +8,14 @@ import sys
 import pytest
 from PIL import Image
 
-from qwenvl_jax import api
+from qwenvl_jax import api, entry
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.infer import chat as chatting
 from qwenvl_jax.infer import chat_cli, terminal
 from qwenvl_jax.infer.chat import Chat
+
+# What `recited` says.
+WORDS = 'I see 狗'
 
 COMMAND = [sys.executable, '-m', 'qwenvl_jax.infer.chat_cli']
 
@@ -31,22 +36,20 @@ def session(model, monkeypatch, tmp_path, recited):
 
 
 def test_a_conversation_through_a_pipe(chat_checkpoint, tmp_path, recited):
-  """Only answers go to stdout, and a bad picture does not end it."""
+  """Only answers go to stdout, in words but for /raw."""
   Image.new('RGB', (600, 450), 'white').save(tmp_path / 'dog.png')
-  (tmp_path / 'broken.png').write_bytes(b'\x89PNG no')
-  lines = ['/image broken.png', '/image dog.png', 'Où est le chien?', '/save']
+  lines = ['/image dog.png', 'Où est le chien?', '/save', '/raw', '', 'And?']
   done = subprocess.run(
     [*COMMAND, '--checkpoint', str(chat_checkpoint), '--seed', '1'],
-    input='\n'.join([*lines, '', 'And now?']),
+    input='\n'.join(lines),
     capture_output=True,
     text=True,
     cwd=tmp_path,
     env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
   )
   assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines() == [recited, recited]
-  assert 'error: broken.png: not a readable picture' in done.stderr
-  assert 'Traceback' not in done.stderr
+  assert done.stdout.splitlines() == [WORDS, recited, WORDS]
+  assert '(1 box: --save or /save draws' in done.stderr
   with Image.open(tmp_path / 'answer.png') as drawn:
     # The box is (250,100),(750,900): its left edge is at a quarter.
     assert drawn.size == (600, 450)
@@ -54,14 +57,28 @@ def test_a_conversation_through_a_pipe(chat_checkpoint, tmp_path, recited):
     assert drawn.convert('RGB').getpixel((300, 225)) == (255, 255, 255)
 
 
+def test_a_script_ends_at_the_first_line_that_cannot_be_done(
+  session, capsys, monkeypatch
+):
+  """Or the next question would be about another picture, or none."""
+  script = 'Hi\n/image no.png\nWhat is it?\n'
+  monkeypatch.setattr('sys.stdin', io.StringIO(script))
+  assert entry.run(lambda _: session.converse(), []) == 2
+  shown = capsys.readouterr()
+  assert shown.out == f'{WORDS}\n'
+  assert shown.err.startswith('error: line 2: no.png: no such file')
+
+
 def test_one_shot(chat_checkpoint, tmp_path, capsys, recited):
   Image.new('RGB', (50, 40)).save(tmp_path / 'a.png')
   arguments = ['--checkpoint', str(chat_checkpoint), '--prompt', 'Where?']
   arguments += ['--image', str(tmp_path / 'a.png'), '--temperature', '1']
-  status = chat_cli.main([*arguments, '--save', str(tmp_path / 'drawn.png')])
-  assert status == 0
-  assert capsys.readouterr().out == f'{recited}\n'
+  arguments += ['--save', str(tmp_path / 'drawn.png')]
+  assert chat_cli.main(arguments) == 0
+  assert capsys.readouterr().out == f'{WORDS}\n'
   assert (tmp_path / 'drawn.png').exists()
+  assert chat_cli.main([*arguments, '--raw']) == 0
+  assert capsys.readouterr().out == f'{recited}\n'
 
 
 ASK = ('--checkpoint', 'x', '--prompt', 'what')
@@ -92,9 +109,9 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
 def test_no_vocabulary(chat_checkpoint, tmp_path, capsys):
   folder = tmp_path / 'copy'
   folder.mkdir()
-  for entry in chat_checkpoint.iterdir():
-    if entry.name != 'qwen.tiktoken':
-      (folder / entry.name).symlink_to(entry)
+  for path in chat_checkpoint.iterdir():
+    if path.name != 'qwen.tiktoken':
+      (folder / path.name).symlink_to(path)
   assert chat_cli.main(['--checkpoint', str(folder), '--prompt', 'x']) == 2
   assert 'no vocabulary' in capsys.readouterr().err
 
@@ -134,6 +151,8 @@ def test_save_draws_on_the_picture_that_is_asked_for(session, capsys):
     (['/image white.png', 'Hi', '/save no/such/x.png'], 'cannot write'),
     (['/image white.png', 'Hi', '/save x.unknown'], 'cannot write'),
     (['/image'], 'needs the path'),
+    (['/imgae white.png'], 'no command /imgae; did you mean /image?'),
+    (['/raw'], 'no answer yet'),
     (['/image no.png'], 'no such file'),
     (['<img>no.png</img> what is it?'], 'no such file'),
     (['<box> what?'], ''),
@@ -159,21 +178,43 @@ def test_int4_weights_that_are_not_there(chat_checkpoint, capsys):
   assert 'holds no int4 weights' in capsys.readouterr().err
 
 
+def test_an_adapter_that_is_not_there(chat_checkpoint, capsys):
+  folder = str(chat_checkpoint)
+  assert chat_cli.main(['--checkpoint', folder, '--adapter', 'nowhere']) == 2
+  assert 'nowhere' in capsys.readouterr().err
+
+
 def test_commands(session, capsys):
   session.obey('/image white.png')
   session.obey('Hi')
+  session.obey('/image white.png')
   session.obey('/reset')
   assert not session._chat.history
-  session.obey('/imgae white.png')
   session.obey('/help')
   error = capsys.readouterr().err
-  assert 'there is no command /imgae; did you mean /image?' in error
+  assert (
+    'new conversation: 1 question and 2 pictures are forgotten (1 of them not '
+    'asked about yet)'
+  ) in ' '.join(error.split())
   assert '/save [PATH] [N]' in error
   assert session.obey('   ') is None
   assert session.obey('/exit') == 'exit'
   # No command: a question about a path.
   session.obey('/usr/bin is what?')
   assert len(session._chat.history) == 1
+
+
+def test_boxes_are_drawn_where_it_is_told(session, capsys):
+  session._interactive = True
+  session.obey('/image white.png')
+  session.obey('Where?')
+  shown = capsys.readouterr()
+  assert shown.out == f'{WORDS}\n'
+  path = pathlib.Path(shown.err.split('saved as ')[1].strip())
+  assert path.name == 'answer-1.png'
+  with Image.open(path) as drawn:
+    assert drawn.convert('RGB').getpixel((150, 225)) != (255, 255, 255)
+  assert not list(pathlib.Path().glob('answer*'))
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(capsys):
@@ -206,7 +247,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
 
 
 SPLIT = """
-from qwenvl_jax import api
+from qwenvl_jax import api, entry
 from qwenvl_jax.infer import chat_cli
 
 opened, load = [], api.load
@@ -219,7 +260,7 @@ assert not kernel.sharding.is_fully_replicated
 
 
 def test_all_devices_of_the_machine_share_the_model(
-  chat_checkpoint, recited, run_on_devices
+  chat_checkpoint, run_on_devices
 ):
   out = run_on_devices(2, SPLIT.format(folder=str(chat_checkpoint)))
-  assert out == f'{recited}\n'
+  assert out == f'{WORDS}\n'

@@ -112,5 +112,7 @@ def test_dropout_is_of_the_adapters_inputs_alone():
 def test_targets_that_match_nothing_are_told_with_near_ones():
   with pytest.raises(ConfigError, match='decoder/blocks/mlp/up'):
     LoraConfig(targets=('decoder/mlp/up',))
+  with pytest.raises(ConfigError, match='near are decoder/blocks/attn/qkv$'):
+    LoraConfig(targets=('c_attn',))
   with pytest.raises(ConfigError, match='matches no projection; known are'):
     LoraConfig(targets=('xyz',))

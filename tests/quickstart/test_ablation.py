@@ -80,7 +80,7 @@ def test_runs_of_other_steps_are_not_mixed_in(tmp_path):
   training = ablation.TRAININGS['queries']
   variant = training.variants[0]
   folder = _run(tmp_path / '64_queries', [3, 2, 1])
-  quickstart.mark_finished(folder)
+  quickstart.mark_finished(folder, 1.0)
   settings = quickstart.Settings(tmp_path, smoke=True, platform='cpu')
   ablation._train(settings, training, variant, tmp_path, 3)
   with pytest.raises(ConfigError, match='run of 3 steps, not of 4: name anoth'):

@@ -150,3 +150,42 @@ def test_places_are_mapped_and_the_rest_stays():
   for wrong in ('(1,2)', '(1,2),(3,1001)', '(1.5,2),(3,4)', '[1,2,3,4]', ''):
     with pytest.raises(DataError, match='r: .*from 0 to 999'):
       grounding.map_places(f'<box>{wrong}</box>', plus, 'r')
+
+
+@pytest.mark.parametrize(
+  'text, words',
+  [
+    ('<ref>a dog</ref><box>(1,2),(3,4)</box> runs', 'a dog runs'),
+    (
+      '<ref>两只猫</ref><box>(1,2),(3,4)</box> <box>(5,6),(7,8)</box>。',
+      '两只猫 。',
+    ),
+    # As `drawing.draw` numbers them: the first is the dog's.
+    (
+      '<ref>a dog</ref><box>(1,2),(3,4)</box> and <box>(1,2),(3,4)</box>',
+      'a dog and [2]',
+    ),
+    ('<quad>(1,2),(3,4),(5,6),(7,8)</quad>', '[1]'),
+    ('<box>(1,2),(3</box> a < b <3 <bo', '<box>(1,2),(3</box> a < b <3 <bo'),
+    ('see <box>(1,2),(3', 'see <box>(1,2),(3'),
+    ('a<img>made/up.png</img> b</box>', 'a b'),
+    ('<box>' + 'x' * 999 + '</ref>', '<box>' + 'x' * 999),
+  ],
+)
+def test_words_of_an_answer_wherever_it_is_cut(text, words):
+  for size in (1, 2, 7, len(text)):
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    assert ''.join(grounding.stream_words(pieces)) == words
+
+
+def test_words_come_as_soon_as_they_are_known():
+  given = []
+
+  def pieces():
+    for piece in ('a ', '<ref>', 'dog', '</ref><b', 'ox>', '(1,2),(3,4)'):
+      given.append(piece)
+      yield piece
+
+  words = grounding.stream_words(pieces())
+  assert [next(words), next(words)] == ['a ', 'dog']
+  assert given == ['a ', '<ref>', 'dog']

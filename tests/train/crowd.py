@@ -97,15 +97,15 @@ def work(run: Run, attempt: int) -> int:
     mesh=MeshConfig(**run.mesh),
     **changes,
   )
-  with joined(find_place(os.environ), 30) as peers:
+  with joined(find_place(os.environ), 30) as coordinator:
     try:
       folder = run.bucket or run.workdir
-      state = train(config, folder, run.stop_at, peers=peers)
+      state = train(config, folder, run.stop_at, coordinator=coordinator)
     except Interrupted as stop:
       print(stop, file=sys.stderr)
       return 128 + stop.signum
     sums = np.asarray(checksums(state))
-    np.save(f'{run.workdir}/checksums-{peers.index}.npy', sums)
+    np.save(f'{run.workdir}/checksums-{coordinator.index}.npy', sums)
   return 0
 
 

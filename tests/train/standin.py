@@ -111,6 +111,9 @@ class Line:
       'fixed': {'scale': jnp.ones((2,))},
     }
 
+  def check(self, batch):
+    pass
+
   def loss(self, params, batch):
     model = params['model']
     y = batch['x'] @ model['kernel'] + model['bias']

@@ -15,7 +15,7 @@ from bucket_runner import configuration, leaves
 from bucket_standin import Refused
 
 from qwenvl_jax.errors import CheckpointError, ConfigError
-from qwenvl_jax.train import mirror
+from qwenvl_jax.train import log_upload
 from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.guard import Guard
 from qwenvl_jax.train.loop import train
@@ -192,7 +192,7 @@ def test_a_roll_back_deletes_what_came_after(bucket, capsys):
 
 
 def test_the_log_is_copied_while_the_run_goes_on(bucket, monkeypatch):
-  monkeypatch.setattr(mirror, '_EVERY', 0.0)
+  monkeypatch.setattr(log_upload, '_INTERVAL_S', 0.0)
   seen = []
 
   def look(method, name):

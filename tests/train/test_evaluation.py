@@ -1,4 +1,4 @@
-"""Scores on a schedule: curves, and the best checkpoint by name."""
+"""Scores on a schedule: curves, and the best state by one of them."""
 
 import dataclasses
 import json
@@ -6,9 +6,7 @@ import json
 import pytest
 import standin
 
-from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.train.checkpoint import CheckpointConfig
-from qwenvl_jax.train.evaluation import note_best
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.loop import train
 
 
@@ -18,37 +16,45 @@ class Scores:
 
   left: list
   every: int = 5
+  measure: str = 'task/accuracy'
 
   def __call__(self, config, params, workdir):
     assert workdir.is_dir()
     return {'task/accuracy': self.left.pop(0), 'task/other': 1.0}
 
 
-def test_the_best_checkpoint_is_named_and_there(tmp_path):
-  config = standin.line_run(
-    steps=20,
-    evaluation=Scores([0.5, 0.75, 0.75, 0.25]),
-    checkpoint=CheckpointConfig(every=1000, keep=4),
-  )
-  train(config, tmp_path)
-  best = json.loads((tmp_path / 'best.json').read_text())
-  assert best == {'step': 10, 'metric': 'task/accuracy', 'score': 0.75}
-  assert (tmp_path / 'checkpoints' / '10').is_dir()
+def test_the_best_state_is_named_and_there_whatever_is_kept(tmp_path):
+  scores = Scores([0.5, 0.75, 0.75, 0.25])
+  train(standin.line_run(steps=20, evaluation=scores), tmp_path)
+  best = json.loads((tmp_path / 'best/best.json').read_text())
+  assert best == {'step': 10, 'eval/task/accuracy': 0.75}
+  assert [x.name for x in (tmp_path / 'best/checkpoints').iterdir()] == ['10']
+  assert not (tmp_path / 'checkpoints/10').exists()
   lines = (tmp_path / 'log.jsonl').read_text().splitlines()
   records = [r for r in map(json.loads, lines) if 'eval/task/accuracy' in r]
-  assert [(r['step'], r['eval/task/accuracy']) for r in records] == [
-    (5, 0.5),
-    (10, 0.75),
-    (15, 0.75),
-    (20, 0.25),
+  names = ('step', 'eval/task/accuracy', 'best/step', 'best/eval/task/accuracy')
+  assert [tuple(r[x] for x in names) for r in records] == [
+    (5, 0.5, 5, 0.5),
+    (10, 0.75, 10, 0.75),
+    (15, 0.75, 10, 0.75),
+    (20, 0.25, 10, 0.75),
   ]
 
 
-def test_scores_of_an_earlier_start_do_not_count(tmp_path):
-  note_best(tmp_path, 30, {'a': 0.9})
-  assert 'step 20' in note_best(tmp_path, 20, {'a': 0.1})
-  assert 'step 20' in note_best(tmp_path, 30, {'a': 0.1})
-  assert 'step 40' in note_best(tmp_path, 40, {'a': 0.2})
-  (tmp_path / 'best.json').write_text('{')
-  with pytest.raises(CheckpointError, match='remove it'):
-    note_best(tmp_path, 50, {'a': 0.2})
+def test_a_score_that_is_not_measured_is_named(tmp_path):
+  config = standin.line_run(evaluation=Scores([0.5]), best='eval/task/anls')
+  with pytest.raises(ConfigError, match='scores are eval/task/accuracy, eval'):
+    train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'best': 'accuracy'}, "best='accuracy' is neither 'heldout_loss' nor"),
+    ({'best': 'eval/a/b'}, 'needs TrainConfig.evaluation'),
+    ({'best': 'heldout_loss'}, 'needs TrainConfig.heldout'),
+  ],
+)
+def test_a_measure_that_cannot_be_is_refused(changes, said):
+  with pytest.raises(ConfigError, match=said):
+    standin.line_run(**changes)

@@ -72,10 +72,11 @@ def place(tmp_path_factory):
     entries.append({'id': i, 'image': f'{i}.png', 'conversations': turns})
   entries[3]['conversations'][1]['value'] = 'red ' * 200
   (raw / 'mine.json').write_text(json.dumps(entries))
-  cli.main(
-    ['prepare', 'mine', '--format', 'conversations', '--manual_dir', str(raw),
-     '--data_dir', str(folder / 'data')]
-  )  # fmt: skip
+  for name in ('mine', 'old'):
+    cli.main(
+      ['prepare', name, '--format', 'conversations', '--manual_dir', str(raw),
+       '--data_dir', str(folder / 'data')]
+    )  # fmt: skip
   return folder
 
 
@@ -133,3 +134,13 @@ def test_settings_of_the_release(place):
   assert (lora.rank, lora.alpha, lora.dropout) == (64, 16, 0.05)
   assert found['qlora'].objective.config.lora == lora
   assert found['qlora'].objective.config.decoder.int4_group == 128
+
+
+def test_old_conversations_are_mixed_into_training_alone(place):
+  given = bindings(place, 'BATCH=8', "MIX={'old': 1.0}")
+  configuration.load(['finetune/lora.gin'], given)
+  c = configuration.build(TrainConfig)
+  assert [x.source.name for x in c.data.streams] == ['mine', 'old']
+  assert [x.source.name for x in c.heldout.data.streams] == ['mine']
+  # 5 epochs of 19 records, and as many of others, 8 a step.
+  assert (c.optimizer.steps, c.heldout.every, c.heldout.batches) == (24, 3, 1)

@@ -8,15 +8,15 @@ import standin
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.checkpoint import CheckpointConfig
-from qwenvl_jax.train.guard import Guard, Watch
+from qwenvl_jax.train.guard import Guard, LossSpikeDetector
 from qwenvl_jax.train.loop import DivergedError, train
 
 SMALL = Guard(window=4, sigmas=4.0, rise=0.5, steps=3, limit=2)
 
 
 def seen(losses, guard=SMALL):
-  watch = Watch(guard)
-  return [watch.see(step, x) for step, x in enumerate(losses, 1)]
+  detector = LossSpikeDetector(guard)
+  return [detector.see(step, x) for step, x in enumerate(losses, 1)]
 
 
 def test_a_loss_that_stays_high_is_a_spike():
@@ -47,7 +47,7 @@ def test_what_is_no_spike(losses):
 
 def test_a_resumed_watch_decides_the_same():
   losses = [1.0, 1.1, 0.9, 1.0, 2.0, 2.1, 2.2]
-  first, second = Watch(SMALL), Watch(SMALL)
+  first, second = LossSpikeDetector(SMALL), LossSpikeDetector(SMALL)
   for step in range(5):
     first.see(step + 1, losses[step])
   second.set_state(json.loads(json.dumps(first.get_state())))

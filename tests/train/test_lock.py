@@ -28,9 +28,9 @@ with locked(pathlib.Path(sys.argv[1]), print):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-  monkeypatch.setattr(lock, 'PATIENCE', 0.2)
-  monkeypatch.setattr(lock, 'BEAT', 0.05)
-  monkeypatch.setattr(lock, 'SILENCE', 0.6)
+  monkeypatch.setattr(lock, 'WAIT_S', 0.2)
+  monkeypatch.setattr(lock, 'BEAT_INTERVAL_S', 0.05)
+  monkeypatch.setattr(lock, 'BEAT_TIMEOUT_S', 0.6)
 
 
 def hold(folder, said=None):

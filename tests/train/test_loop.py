@@ -10,6 +10,7 @@ import pytest
 import standin
 from tensorboardX.proto import event_pb2
 
+from qwenvl_jax.conversion.checkpoint_io import params_folder
 from qwenvl_jax.conversion.orbax_store import open_stores
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.sharding import MeshConfig
@@ -197,7 +198,7 @@ def test_a_resumed_run_says_what_of_its_configuration_changed(tmp_path, capsys):
 
 
 def test_a_second_process_ends_before_it_writes(tmp_path, monkeypatch):
-  monkeypatch.setattr(lock, 'PATIENCE', 0.1)
+  monkeypatch.setattr(lock, 'WAIT_S', 0.1)
   config = standin.line_run(steps=4, checkpoint=CheckpointConfig(every=2))
   train(config, tmp_path, stop_at=2)
 
@@ -238,7 +239,7 @@ def test_the_best_state_is_kept_and_the_run_ends_early(tmp_path):
   assert int(state.step) == max(losses) == best + 6 < 100
   found = json.loads((tmp_path / 'best/best.json').read_text())
   assert found == {'step': best, 'heldout_loss': losses[best]}
-  stores = open_stores(tmp_path / 'best/params')
+  stores = open_stores(params_folder(tmp_path / 'best'))
   assert stores.keys() == {'model/kernel', 'model/bias', 'fixed/scale'}
   # Started again, it knows that it has ended.
   assert int(train(config, tmp_path).step) == int(state.step)

@@ -148,6 +148,23 @@ def test_a_run_goes_on_where_it_was(run, base, tmp_path):
   assert flatten(again.frozen).keys() == flatten(whole.frozen).keys()
 
 
+@pytest.mark.parametrize('dropout', [0.0, 0.25])
+def test_dropout_follows_from_the_seed_of_the_run(dropout, run, base, tmp_path):
+  model = standin.small_config(lora=dataclasses.replace(LORA, dropout=dropout))
+  config = configuration(
+    base,
+    objective=NextToken(model),
+    init=InitFrom(params=base, adapted=run[0]),
+  )
+  found = []
+  for seed in (0, 2**32 - 1):
+    seeded = dataclasses.replace(config, seed=seed)
+    state = train(seeded, tmp_path / str(seed), stop_at=1)
+    found.append(flatten(state.trained))
+  same = [np.array_equal(found[1][path], x) for path, x in found[0].items()]
+  assert all(same) == (dropout == 0)
+
+
 def test_a_run_does_not_go_on_with_another_base(run, tmp_path):
   folder, _ = run
   other = save_model(tmp_path / 'other', 1)

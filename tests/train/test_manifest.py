@@ -13,7 +13,7 @@ def folder(tmp_path):
   (step / 'params' / '_METADATA').write_text('{}')
   (step / 'params' / 'd' / 'a').write_bytes(bytes(range(100)))
   (step / 'data' / 'process_0-of-1.json').write_text('{"row": 64}')
-  manifest.seal(step)
+  manifest.write_checksums(step)
   return step
 
 
@@ -22,10 +22,10 @@ def files(folder):
 
 
 def test_a_whole_checkpoint_is_in_order(folder):
-  assert manifest.damage(folder) is None
+  assert manifest.verify(folder) is None
   assert [p.name for p in folder.parent.iterdir()] == ['12']
   (folder / manifest.FILE).unlink()
-  assert manifest.damage(folder) is None
+  assert manifest.verify(folder) is None
 
 
 @pytest.mark.parametrize('which', range(4))
@@ -39,18 +39,18 @@ def test_every_kind_of_damage_to_every_file_is_noticed(folder, which):
     flipped = bytearray(content)
     flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(flipped)
-    assert manifest.damage(folder) is not None
+    assert manifest.verify(folder) is not None
   if file.name != manifest.FILE:
     file.write_bytes(content[:-1])
-    assert f'has {len(content) - 1} bytes' in manifest.damage(folder)
+    assert f'has {len(content) - 1} bytes' in manifest.verify(folder)
     file.unlink()
-    assert 'is missing' in manifest.damage(folder)
+    assert 'is missing' in manifest.verify(folder)
 
 
 def test_large_files_are_measured_only(folder):
-  manifest.seal(folder, limit=50)
+  manifest.write_checksums(folder, limit=50)
   file = folder / 'params' / 'd' / 'a'
   file.write_bytes(bytes(100))
-  assert manifest.damage(folder) is None
+  assert manifest.verify(folder) is None
   file.write_bytes(bytes(99))
-  assert 'params/d/a has 99 bytes' in manifest.damage(folder)
+  assert 'params/d/a has 99 bytes' in manifest.verify(folder)

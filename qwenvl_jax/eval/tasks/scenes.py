@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.data import questions, sources
+from qwenvl_jax.data import conversations, questions, sources
 from qwenvl_jax.data import tasks as formats
 from qwenvl_jax.data.examples import Question
 from qwenvl_jax.errors import DataError
@@ -34,7 +34,7 @@ WITH_FLOOR = ('caption', 'exist', 'count', 'colour', 'refer')
 OTHERS = ('left_of', 'side', 'name_box', 'grounded_caption', 'ocr')
 
 # Classes of things in the data.
-_CLASSES = 16
+CLASSES = 16
 
 # Of the pixels of a blank picture: nothing to see, and no colour's name.
 _GREY = (128, 128, 128)
@@ -129,12 +129,14 @@ class SceneTask(Task):
     kinds: of questions; those that a scene does not allow are left out.
     scenes: how many; fewer if there are fewer.
     config: which set of scenes.
+    pairs: ask about two scenes at a time, instead of `kinds`.
   """
 
   split: str = 'test'
   kinds: Sequence[str] = WITH_FLOOR
   scenes: int = 500
   config: str = 'default'
+  pairs: bool = False
 
   def check(self, data_dir: Path) -> None:
     if not data_dir.is_dir():
@@ -145,11 +147,10 @@ class SceneTask(Task):
 
   def examples(self, data_dir: Path) -> Iterator[Example]:
     blanks = set()
-    for picture, asked in self._questions(data_dir):
+    for pictures, asked in self._questions(data_dir):
       for number, question in enumerate(asked):
-        example = self._example(question, number, picture)
-        yield example
-        blank = self._blank(question)
+        yield self._example(question, number, pictures)
+        blank = self._blank(question, len(pictures))
         # Grey pictures are all alike: a wording is asked once.
         if blank.key not in blanks:
           blanks.add(blank.key)
@@ -157,43 +158,54 @@ class SceneTask(Task):
 
   def _questions(
     self, data_dir: Path
-  ) -> Iterator[tuple[Picture, list[Question]]]:
+  ) -> Iterator[tuple[list[Picture], list[Question]]]:
     if self.split == 'easy_vqa':
       for record in sources.EasyVqa('test', limit=self.scenes).open():
         asked = [formats.vqa(record, i) for i in range(len(record.questions))]
-        yield Picture(record.image, record.id), asked
+        yield [Picture(record.image, record.id)], asked
       return
     split = sources.Scenes(
       str(data_dir), self.split, self.config, limit=self.scenes
     )
+    before = None
     for scene in split.open():
-      asked = questions.exam(
-        scene, self.kinds, classes=_CLASSES, chat=self.chat
-      )
-      yield Picture(scene.image, scene.id), asked
+      shown = [scene]
+      if not self.pairs:
+        asked = questions.exam(
+          scene, self.kinds, classes=CLASSES, chat=self.chat
+        )
+      elif before is None:
+        before = scene
+        continue
+      else:
+        shown = [before, scene]
+        asked, before = conversations.exam_pair(*shown), None
+      yield [Picture(x.image, x.id) for x in shown], asked
 
   def _example(
-    self, question: Question, number: int, picture: Picture
+    self, question: Question, number: int, pictures: Sequence[Picture]
   ) -> Example:
     return Example(
       key=f'{question.record}/{number}',
-      prompt=Prompt((picture, question.prompt), chat=self.chat),
+      prompt=Prompt((*pictures, question.prompt), chat=self.chat),
       target=question.reference,
       category=f'{row_name(question)} ({question.language})',
       boxes=question.boxes,
       meta=dataclasses.asdict(question),
     )
 
-  def _blank(self, question: Question) -> Example:
+  def _blank(self, question: Question, count: int) -> Example:
     wording = hashlib.sha256(question.prompt.encode()).hexdigest()[:16]
     return Example(
       key=f'blank/{wording}',
-      prompt=Prompt((Picture(_grey, 'grey'), question.prompt), chat=self.chat),
+      prompt=Prompt(
+        (*[Picture(_grey, 'grey')] * count, question.prompt), chat=self.chat
+      ),
     )
 
   def score_all(self, items: Sequence[Item], folder: Path) -> list[Scores]:
     blind = {
-      item.example.prompt.parts[1]: item.text
+      item.example.prompt.parts[-1]: item.text
       for item in items
       if not item.example.meta
     }
@@ -295,4 +307,11 @@ TASKS = (
   ),
   _task('easy_vqa_test', 'easy-VQA test', split='easy_vqa', scenes=50),
   _task('scenes_chat', 'Scenes, held-out layouts, in chats', chat=True),
+  _task(
+    'scenes_pairs',
+    'Scenes, questions about two pictures',
+    chat=True,
+    pairs=True,
+    scenes=100,
+  ),
 )

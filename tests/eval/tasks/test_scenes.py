@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from qwenvl_jax.data import conversations, prepare
 from qwenvl_jax.data.examples import Question
+from qwenvl_jax.eval import registry
 from qwenvl_jax.eval.task import Item, Picture, units
 from qwenvl_jax.eval.tasks import scenes
 
@@ -100,7 +102,7 @@ class Given(scenes.SceneTask):
 
   def _questions(self, data_dir):
     for question in data_dir:
-      yield Picture(b'', question.record), [question]
+      yield [Picture(b'', question.record)], [question]
 
 
 TASK = Given('given', 'Given', 'right')
@@ -139,3 +141,18 @@ def test_a_wording_is_asked_once_of_the_grey_picture():
   assert (grey == 128).all()
   assert found[0].prompt.text == '<img>r</img>How many?'
   assert scenes.question_of(Item(found[3], '')) == REFER
+
+
+def test_two_pictures_are_asked_about_in_one_chat(tmp_path):
+  prepare.scenes(tmp_path, 'small')
+  task = registry.get('scenes_pairs')
+  task = dataclasses.replace(task, config='small', scenes=5)
+  found = [x for x in task.examples(tmp_path) if x.meta]
+  # The fifth scene has no partner.
+  assert len({scenes.question_of(Item(x, '')).record for x in found}) == 2
+  assert all(len(x.prompt.pictures) == 2 and x.prompt.chat for x in found)
+  blank = next(x for x in task.examples(tmp_path) if not x.meta)
+  assert len(blank.prompt.pictures) == 2
+  rows = scenes.tabulate(items(task, tmp_path, lambda x: x.target or ''))
+  assert {row.name for row in rows} == set(conversations.PAIR_KINDS)
+  assert all(row.accuracy == 1 and row.blank == 0 for row in rows)

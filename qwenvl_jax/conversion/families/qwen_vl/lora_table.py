@@ -6,44 +6,45 @@ from qwenvl_jax.conversion.families.qwen_vl.table import (
 )
 from qwenvl_jax.conversion.rules import Row, Rule, make_rules
 from qwenvl_jax.model.config import QwenVLConfig
+from qwenvl_jax.model.lora import TARGETS
 
 _BLOCKS = {
   'decoder/blocks/': 'transformer.h.*.',
   'vision/blocks/': 'transformer.visual.transformer.resblocks.*.',
 }
 
-# By target (`model.lora.TARGETS`): the fused layer's name, and its two factors.
+# By target (`model.lora.TARGETS`): its two factors.
 # fmt: off
-_ROWS: dict[str, tuple[str, Row, Row]] = {
-  'decoder/blocks/attn/qkv': ('attn.c_attn',
+_ROWS: dict[str, tuple[Row, Row]] = {
+  'decoder/blocks/attn/qkv': (
    ('lora_A', 'attn/qkv/lora_a', 'rank dim -> dim rank'),
    ('lora_B', 'attn/{q,k,v}/lora_b',
     '(qkv heads head_dim) rank -> qkv rank heads head_dim')),
-  'decoder/blocks/attn/out': ('attn.c_proj',
+  'decoder/blocks/attn/out': (
    ('lora_A', 'attn/out/lora_a',
     'rank (heads head_dim) -> heads head_dim rank'),
    ('lora_B', 'attn/out/lora_b', 'dim rank -> rank dim')),
-  'decoder/blocks/mlp/up': ('mlp.w1',
+  'decoder/blocks/mlp/up': (
    ('lora_A', 'mlp/up/lora_a', 'rank dim -> dim rank'),
    ('lora_B', 'mlp/up/lora_b', 'mlp rank -> rank mlp')),
-  'decoder/blocks/mlp/gate': ('mlp.w2',
+  'decoder/blocks/mlp/gate': (
    ('lora_A', 'mlp/gate/lora_a', 'rank dim -> dim rank'),
    ('lora_B', 'mlp/gate/lora_b', 'mlp rank -> rank mlp')),
-  'decoder/blocks/mlp/down': ('mlp.c_proj',
+  'decoder/blocks/mlp/down': (
    ('lora_A', 'mlp/down/lora_a', 'rank mlp -> mlp rank'),
    ('lora_B', 'mlp/down/lora_b', 'dim rank -> rank dim')),
-  'vision/blocks/attn/qkv': ('attn.in_proj',
+  'vision/blocks/attn/qkv': (
    ('lora_A', 'attn/qkv/lora_a', 'rank width -> width rank'),
    ('lora_B', 'attn/{q,k,v}/lora_b',
     '(heads qkv head_dim) rank -> qkv rank heads head_dim')),
-  'vision/blocks/attn/out': ('attn.out_proj',
+  'vision/blocks/attn/out': (
    ('lora_A', 'attn/out/lora_a',
     'rank (heads head_dim) -> heads head_dim rank'),
    ('lora_B', 'attn/out/lora_b', 'width rank -> rank width')),
-  'vision/blocks/mlp/up': ('mlp.c_fc',
+  'vision/blocks/mlp/up': (
    ('lora_A', 'mlp/up/lora_a', 'rank width -> width rank'),
    ('lora_B', 'mlp/up/lora_b', 'mlp rank -> rank mlp')),
-  'vision/blocks/mlp/down': ('mlp.c_proj',
+  'vision/blocks/mlp/down': (
    ('lora_A', 'mlp/down/lora_a', 'rank mlp -> mlp rank'),
    ('lora_B', 'mlp/down/lora_b', 'width rank -> rank width')),
 }
@@ -63,8 +64,10 @@ def lora_rules(config: QwenVLConfig) -> list[Rule]:
   rules = []
   for target in config.lora.names:
     (tower,) = (x for x in _BLOCKS if target.startswith(x))
-    layer, *factors = _ROWS[target]
-    rows = tuple((f'{layer}.{n}.weight', *rest) for n, *rest in factors)
+    rows = tuple(
+      (f'{TARGETS[target]}.{name}.weight', *rest)
+      for name, *rest in _ROWS[target]
+    )
     rules += make_rules(
       rows, sizes[tower], _BLOCKS[tower], tower, layers[tower]
     )
@@ -78,4 +81,4 @@ def layer_name(target: str) -> str:
   'transformer.h.*.attn.c_attn'
   """
   (tower,) = (x for x in _BLOCKS if target.startswith(x))
-  return _BLOCKS[tower] + _ROWS[target][0]
+  return _BLOCKS[tower] + TARGETS[target]

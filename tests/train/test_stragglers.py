@@ -1,5 +1,5 @@
-from qwenvl_jax.train.hosts import compare, remark, times
 from qwenvl_jax.train.reporting import Window
+from qwenvl_jax.train.stragglers import compare, remark, times
 
 
 def everyone():

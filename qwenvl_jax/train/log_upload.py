@@ -15,10 +15,10 @@ from pathlib import Path
 from qwenvl_jax import buckets
 
 # Seconds between two copies.
-_EVERY = 60.0
+_INTERVAL_S = 60.0
 
 
-class Mirror:
+class LogUpload:
   """A folder of this machine whose files are copied to a bucket."""
 
   def __init__(self, place: Path, warn: Callable[[str], None]):
@@ -47,12 +47,12 @@ class Mirror:
 
   def now_and_then(self) -> None:
     """Starts copying if the last copy is a while ago; does not wait."""
-    if time.monotonic() - self._began < _EVERY:
+    if time.monotonic() - self._began < _INTERVAL_S:
       return
     if self._thread is None or not self._thread.is_alive():
       self._began = time.monotonic()
       self._thread = threading.Thread(
-        target=self._copy, name='mirror', daemon=True
+        target=self._copy, name='log upload', daemon=True
       )
       self._thread.start()
 

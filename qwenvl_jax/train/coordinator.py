@@ -7,6 +7,7 @@ has arrived, who is alive, and passes small values around.
 """
 
 import asyncio
+import collections
 import concurrent.futures
 import json
 import os
@@ -16,44 +17,32 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from qwenvl_jax.errors import QwenVLError
-
-# Exit status of the others when a process is lost: EX_TEMPFAIL of sysexits.h,
-# "start the same command again".
-LOST = 75
+from qwenvl_jax.train.lost_process import (
+  LOST,
+  LostProcessError,
+  shown_numbers,
+)
 
 # Seconds between two signs of life, and without one until a process counts as
 # lost (a process that dies closes its connection, which is noticed at once).
-PULSE = 5.0
-SILENCE = 60.0
+HEARTBEAT_INTERVAL_S = 5.0
+HEARTBEAT_TIMEOUT_S = 60.0
 
 # Seconds that one process may stand where the others have gone on from: longer
 # than anything takes that they do not do together.
-STALL = 1200.0
+STALL_TIMEOUT_S = 1200.0
 
 # Seconds that a process has to stop by itself once another is lost. It may
 # stand in a collective that never returns.
-GRACE = 5.0
+EXIT_GRACE_S = 5.0
 
 # Seconds between two attempts to reach process 0.
-_RETRY = 0.25
+_CONNECT_RETRY_S = 0.25
 
-_LINE = 2**24
-
-
-class LostProcessError(QwenVLError):
-  """Another process of the run is gone, failed or does not come.
-
-  Attributes:
-    status: that this process ends with.
-  """
-
-  def __init__(self, message: str, status: int = LOST):
-    super().__init__(message)
-    self.status = status
+_MAX_MESSAGE_BYTES = 2**24
 
 
-class Peers:
+class Coordinator:
   """The processes of a run; one process alone needs no connection.
 
   Attributes:
@@ -68,7 +57,7 @@ class Peers:
     count: int = 1,
     end: Callable[[int], None] = os._exit,
   ):
-    """Nobody is asked yet: see `call_the_roll`.
+    """Nobody is asked yet: see `wait_for_all`.
 
     Args:
       index: of this process.
@@ -92,15 +81,17 @@ class Peers:
     # Of the hub: number of the round -> {process: message}.
     self._open = {}
     # Number of the round -> future of its values.
-    self._answers = {}
+    self._answers = collections.defaultdict(lambda: self._loop.create_future())
     self._loop = None
+    # The loop itself holds its tasks weakly.
+    self._tasks = []
 
   def name(self, index: int | None = None) -> str:
     """How messages call a process."""
     index = self.index if index is None else index
     return f'process {index} of {self.count} ({self.hosts[index]})'
 
-  def call_the_roll(self, coordinator: str, timeout: float) -> None:
+  def wait_for_all(self, coordinator: str, timeout: float) -> None:
     """Waits until all processes are there.
 
     Args:
@@ -116,7 +107,7 @@ class Peers:
     host, port = coordinator.rsplit(':', 1)
     self._loop = asyncio.new_event_loop()
     threading.Thread(
-      target=self._loop.run_forever, name='peers', daemon=True
+      target=self._loop.run_forever, name='coordinator', daemon=True
     ).start()
     arrive = self._gather_members if self.index == 0 else self._arrive
     self._wait(arrive(host.strip('[]'), int(port), timeout))
@@ -141,7 +132,7 @@ class Peers:
     self._rounds += 1
     return self._wait(self._ask(self._rounds, where, value, timeout))
 
-  def at(self, place: int) -> None:
+  def heartbeat(self, place: int) -> None:
     """Notes how far this process is; it grows, and equally in all of them."""
     self._at = place
 
@@ -165,13 +156,13 @@ class Peers:
   def fail(self, message: str, status: int) -> None:
     """Tells the others why this process ends, before it does."""
     if self.count > 1:
-      self._wait(self._fail(message, status), seconds=2 * GRACE)
+      self._wait(self._fail(message, status), seconds=2 * EXIT_GRACE_S)
 
   def leave(self) -> None:
     """Ends the connection; the others have to come here, too."""
     if self.count > 1:
       self._leaving = True
-      self._wait(self._say_goodbye(), seconds=SILENCE)
+      self._wait(self._say_goodbye(), seconds=HEARTBEAT_TIMEOUT_S)
 
   # What follows runs in the event loop, in a thread of its own.
 
@@ -185,11 +176,11 @@ class Peers:
     except concurrent.futures.TimeoutError:
       return None
 
-  async def _gather_members(self, host, port, timeout) -> None:
-    del host  # Listens on all addresses, as JAX's coordinator does.
+  async def _gather_members(self, _, port, timeout) -> None:
+    # Listens on all addresses, as JAX's coordinator does.
     try:
       server = await asyncio.start_server(
-        self._welcome, None, port, limit=_LINE
+        self._welcome, None, port, limit=_MAX_MESSAGE_BYTES
       )
     except OSError as error:
       raise LostProcessError(
@@ -205,7 +196,7 @@ class Peers:
       hosts = ', '.join(f'{x} on {self.hosts[x]}' for x in came)
       message = (
         f'{len(came)} of {self.count} processes arrived within {timeout:g} s: '
-        f'missing {_numbers(missing)}; there are {hosts}'
+        f'missing {shown_numbers(missing)}; there are {hosts}'
       )
       await self._lose(message)
       raise LostProcessError(message) from None
@@ -213,12 +204,14 @@ class Peers:
       # The connections stay; JAX's coordinator listens on this port next.
       server.close()
     await self._broadcast({'go': self.hosts})
-    self._watch()
+    self._keep(self._send_heartbeats())
 
   async def _welcome(self, reader, writer) -> None:
     """Process 0 meets who connects."""
     try:
-      hello = json.loads(await asyncio.wait_for(reader.readline(), PULSE))
+      hello = json.loads(
+        await asyncio.wait_for(reader.readline(), HEARTBEAT_INTERVAL_S)
+      )
       index, count, host = hello['hello'], hello['count'], hello['host']
     except (OSError, ValueError, KeyError, TypeError, TimeoutError):
       writer.close()  # Not one of us.
@@ -250,7 +243,8 @@ class Peers:
     while self._loop.time() < deadline:
       try:
         reader, writer = await asyncio.wait_for(
-          asyncio.open_connection(host, port, limit=_LINE), PULSE
+          asyncio.open_connection(host, port, limit=_MAX_MESSAGE_BYTES),
+          HEARTBEAT_INTERVAL_S,
         )
         reached = True
         writer.write(_line(hello))
@@ -259,14 +253,14 @@ class Peers:
         answer = json.loads(await asyncio.wait_for(reader.readline(), left))
       except (OSError, ValueError, TimeoutError) as error:
         last = error
-        await asyncio.sleep(_RETRY)
+        await asyncio.sleep(_CONNECT_RETRY_S)
         continue
       if 'go' in answer:
         self.hosts = answer['go']
         self._writers[0] = writer
         self._heard[0] = self._loop.time()
         self._keep(self._listen(0, reader))
-        self._watch()
+        self._keep(self._send_heartbeats())
         return
       if 'refused' in answer:
         raise LostProcessError(answer['refused'], status=2)
@@ -280,27 +274,23 @@ class Peers:
     )
 
   def _keep(self, coroutine: Coroutine) -> None:
-    # The loop itself holds its tasks weakly.
-    self._tasks = getattr(self, '_tasks', [])
     self._tasks.append(self._loop.create_task(coroutine))
 
-  def _watch(self) -> None:
-    self._keep(self._pulse())
-
-  async def _pulse(self) -> None:
+  async def _send_heartbeats(self) -> None:
     """Gives signs of life, and looks for those of the others."""
     while self._lost is None and not self._leaving:
       for index in list(self._writers):
         self._send(index, {'alive': self.index, 'at': self._at})
-        if self._loop.time() - self._heard[index] > SILENCE:
+        if self._loop.time() - self._heard[index] > HEARTBEAT_TIMEOUT_S:
           await self._lose(
-            f'{self.name(index)} has not been heard of for {SILENCE:g} s'
+            f'{self.name(index)} has not been heard of for '
+            f'{HEARTBEAT_TIMEOUT_S:g} s'
           )
           return
       if self.index == 0:
         self._progressed(0, self._at)
         await self._find_stall()
-      await asyncio.sleep(PULSE)
+      await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
   def _progressed(self, index: int, place: int) -> None:
     if self._progress.get(index, (None,))[0] != place:
@@ -311,7 +301,7 @@ class Peers:
     most = max(place for place, _ in self._progress.values())
     for index, (place, since) in sorted(self._progress.items()):
       seconds = self._loop.time() - since
-      if place < most and seconds > STALL:
+      if place < most and seconds > STALL_TIMEOUT_S:
         await self._lose(
           f'{self.name(index)} has stood before step {place + 1} for '
           f'{seconds:.0f} s while others are further'
@@ -341,7 +331,7 @@ class Peers:
     if 'gather' in message:
       await self._collect(index, message)
     elif 'gathered' in message:
-      self._answer(message['gathered']).set_result(message['values'])
+      self._answers[message['gathered']].set_result(message['values'])
     elif 'failed' in message:
       self._left.add(index)
       await self._lose(
@@ -354,13 +344,8 @@ class Peers:
     elif 'bye' in message:
       self._left.add(index)
 
-  def _answer(self, number: int) -> asyncio.Future:
-    if number not in self._answers:
-      self._answers[number] = self._loop.create_future()
-    return self._answers[number]
-
   async def _ask(self, number, where, value, timeout) -> list:
-    answer = self._answer(number)
+    answer = self._answers[number]
     if self._lost is not None:
       raise self._lost
     message = {'gather': number, 'where': where, 'value': value}
@@ -390,7 +375,7 @@ class Peers:
       return
     values = [came[x]['value'] for x in range(self.count)]
     await self._broadcast({'gathered': number, 'values': values})
-    self._answer(number).set_result(values)
+    self._answers[number].set_result(values)
 
   def _keep_late(self, number: int, first: dict) -> None:
     if number not in self._open or self._lost is not None:
@@ -411,7 +396,7 @@ class Peers:
       return
     self._lost = LostProcessError(message, status)
     # Process 0 goes last, with the others' coordinator.
-    grace = GRACE if self.index else 1.5 * GRACE
+    grace = EXIT_GRACE_S if self.index else 1.5 * EXIT_GRACE_S
     self._loop.call_later(grace, self._give_up)
     for answer in self._answers.values():
       if not answer.done():
@@ -463,8 +448,3 @@ class Peers:
 
 def _line(message: dict) -> bytes:
   return json.dumps(message).encode() + b'\n'
-
-
-def _numbers(values: list[int]) -> str:
-  shown = ', '.join(map(str, values[:16]))
-  return shown + (f' and {len(values) - 16} more' if len(values) > 16 else '')

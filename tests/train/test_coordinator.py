@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from qwenvl_jax.train import peers as peers_module
-from qwenvl_jax.train.peers import LOST, LostProcessError, Peers
+from qwenvl_jax.train import coordinator as coordinator_module
+from qwenvl_jax.train.coordinator import Coordinator
+from qwenvl_jax.train.lost_process import LOST, LostProcessError
 
 
 def free_port():
@@ -22,7 +23,7 @@ def quiet_afterwards(monkeypatch):
   loops = []
   make = asyncio.new_event_loop
   monkeypatch.setattr(
-    peers_module.asyncio,
+    coordinator_module.asyncio,
     'new_event_loop',
     lambda: loops.append(make()) or loops[-1],
   )
@@ -56,28 +57,28 @@ def connected(address):
 
 
 class Group:
-  """Several `Peers` in one process, and what each of them meets."""
+  """Several `Coordinator` in one process, and what each of them meets."""
 
   def __init__(self, count, present=None, timeout=20.0):
     self.ended = {}
     address = f'localhost:{free_port()}'
     present = range(count) if present is None else present
-    self.peers = {x: Peers(x, count, self._end(x)) for x in present}
-    self.met = self.all(lambda p: p.call_the_roll(address, timeout))
+    self.coordinator = {x: Coordinator(x, count, self._end(x)) for x in present}
+    self.met = self.all(lambda p: p.wait_for_all(address, timeout))
 
   def _end(self, index):
     return lambda status: self.ended.setdefault(index, status)
 
   def all(self, action, who=None):
     """What an action gives or raises, by process."""
-    who = self.peers if who is None else who
+    who = self.coordinator if who is None else who
     with concurrent.futures.ThreadPoolExecutor(len(who)) as pool:
-      futures = {x: pool.submit(action, self.peers[x]) for x in who}
+      futures = {x: pool.submit(action, self.coordinator[x]) for x in who}
     return {x: f.exception() or f.result() for x, f in futures.items()}
 
   def crash(self, index):
     """Closes the connections of one, as the kernel does for a dead process."""
-    dead = self.peers[index]
+    dead = self.coordinator[index]
     dead._leaving = True
     # The loop's thread forgets a connection as soon as it is closed.
     for writer in list(dead._writers.values()):
@@ -90,7 +91,9 @@ def test_values_of_all_reach_all():
   for _ in range(2):
     values = group.all(lambda p: p.gather('here', {'i': p.index}))
     assert values == dict.fromkeys(range(3), [{'i': 0}, {'i': 1}, {'i': 2}])
-  assert group.peers[1].name(2) == f'process 2 of 3 ({socket.gethostname()})'
+  assert (
+    group.coordinator[1].name(2) == f'process 2 of 3 ({socket.gethostname()})'
+  )
   group.all(lambda p: p.leave())
   assert not group.ended
 
@@ -110,23 +113,23 @@ def test_a_coordinator_that_is_not_there_is_named():
 
 def test_strangers_are_ignored_and_wrong_numbers_refused():
   address = f'localhost:{free_port()}'
-  hub = Peers(0, 3, print)
+  hub = Coordinator(0, 3, print)
   met = []
   waiting = threading.Thread(
-    target=lambda: met.append(hub.call_the_roll(address, 20))
+    target=lambda: met.append(hub.wait_for_all(address, 20))
   )
   waiting.start()
   stranger = connected(address)
   stranger.sendall(b'GET / HTTP/1.1\n')
   with pytest.raises(LostProcessError, match='expects 2 processes'):
-    Peers(1, 2, print).call_the_roll(address, 20)
-  one, two = Peers(1, 3, print), Peers(2, 3, print)
-  first = threading.Thread(target=one.call_the_roll, args=(address, 20))
+    Coordinator(1, 2, print).wait_for_all(address, 20)
+  one, two = Coordinator(1, 3, print), Coordinator(2, 3, print)
+  first = threading.Thread(target=one.wait_for_all, args=(address, 20))
   first.start()
   until(lambda: 1 in hub._writers)
   with pytest.raises(LostProcessError, match='is there already, on'):
-    Peers(1, 3, print).call_the_roll(address, 20)
-  two.call_the_roll(address, 20)
+    Coordinator(1, 3, print).wait_for_all(address, 20)
+  two.wait_for_all(address, 20)
   first.join()
   waiting.join()
   assert met == [None]
@@ -134,14 +137,14 @@ def test_strangers_are_ignored_and_wrong_numbers_refused():
 
 def test_who_is_started_again_before_all_are_there_is_welcome():
   address = f'localhost:{free_port()}'
-  hub, one, two = everyone = [Peers(x, 3, print) for x in range(3)]
+  hub, one, two = everyone = [Coordinator(x, 3, print) for x in range(3)]
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
-    met = [pool.submit(hub.call_the_roll, address, 20)]
+    met = [pool.submit(hub.wait_for_all, address, 20)]
     with connected(address) as early:
       early.sendall(b'{"hello": 1, "count": 3, "host": "first"}\n')
       until(lambda: 1 in hub._writers)
     until(lambda: 1 not in hub._writers)
-    met += [pool.submit(x.call_the_roll, address, 20) for x in (one, two)]
+    met += [pool.submit(x.wait_for_all, address, 20) for x in (one, two)]
     assert [x.result() for x in met] == [None] * 3
     values = [pool.submit(x.gather, 'here', x.index) for x in everyone]
     assert [x.result() for x in values] == [[0, 1, 2]] * 3
@@ -149,7 +152,7 @@ def test_who_is_started_again_before_all_are_there_is_welcome():
 
 @pytest.mark.parametrize('index', [0, 1])
 def test_who_dies_is_named_to_all(index, monkeypatch):
-  monkeypatch.setattr(peers_module, 'GRACE', 0.1)
+  monkeypatch.setattr(coordinator_module, 'EXIT_GRACE_S', 0.1)
   group = Group(3)
   rest = [x for x in range(3) if x != index]
   group.crash(index)
@@ -158,7 +161,7 @@ def test_who_dies_is_named_to_all(index, monkeypatch):
     assert str(error).startswith(f'process {index} of 3')
     assert 'is gone' in str(error) and error.status == LOST
   with pytest.raises(LostProcessError, match='is gone'):
-    group.peers[2].check()
+    group.coordinator[2].check()
   # One that stands in a collective is ended.
   until(lambda: len(group.ended) == 2)
   assert {x: group.ended[x] for x in rest} == dict.fromkeys(rest, LOST)
@@ -166,12 +169,12 @@ def test_who_dies_is_named_to_all(index, monkeypatch):
 
 def test_who_fails_says_why():
   group = Group(3)
-  group.peers[2].fail('no space', 2)
+  group.coordinator[2].fail('no space', 2)
   met = group.all(lambda p: p.gather('next'), [0, 1])
   for error in met.values():
     assert str(error).startswith('process 2 of 3')
     assert str(error).endswith('stopped: no space') and error.status == 2
-  assert group.peers[1].lost_within(0) is met[1]
+  assert group.coordinator[1].lost_within(0) is met[1]
 
 
 def test_who_does_not_come_to_a_barrier_is_named():
@@ -191,10 +194,10 @@ def test_different_places_are_told_apart():
 
 
 def test_silence_counts_as_loss(monkeypatch):
-  monkeypatch.setattr(peers_module, 'PULSE', 0.05)
-  monkeypatch.setattr(peers_module, 'SILENCE', 0.5)
+  monkeypatch.setattr(coordinator_module, 'HEARTBEAT_INTERVAL_S', 0.05)
+  monkeypatch.setattr(coordinator_module, 'HEARTBEAT_TIMEOUT_S', 0.5)
   group = Group(2)
-  mute = group.peers[1]
+  mute = group.coordinator[1]
   # A machine without power closes nothing.
   mute._send = lambda *message: None
   met = group.all(lambda p: p.gather('next'), [0])
@@ -203,11 +206,11 @@ def test_silence_counts_as_loss(monkeypatch):
 
 
 def test_who_lives_but_does_not_go_on_is_named(monkeypatch):
-  monkeypatch.setattr(peers_module, 'PULSE', 0.05)
-  monkeypatch.setattr(peers_module, 'STALL', 0.5)
+  monkeypatch.setattr(coordinator_module, 'HEARTBEAT_INTERVAL_S', 0.05)
+  monkeypatch.setattr(coordinator_module, 'STALL_TIMEOUT_S', 0.5)
   group = Group(3)
-  for index, peers in group.peers.items():
-    peers.at(41 if index == 2 else 42)
+  for index, coordinator in group.coordinator.items():
+    coordinator.heartbeat(41 if index == 2 else 42)
   met = group.all(lambda p: p.gather('next'), [0, 1])
   for error in met.values():
     assert str(error).startswith('process 2 of 3')
@@ -215,7 +218,7 @@ def test_who_lives_but_does_not_go_on_is_named(monkeypatch):
 
 
 def test_one_process_needs_nobody():
-  alone = Peers()
+  alone = Coordinator()
   assert alone.gather('here', 5) == [5]
   alone.check()
   alone.leave()

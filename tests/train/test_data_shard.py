@@ -1,11 +1,11 @@
 import pytest
 
 from qwenvl_jax.sharding import make_mesh
-from qwenvl_jax.train.readers import Reader, find_reader, reader_of
+from qwenvl_jax.train.data_shard import DataShard, find_data_shard, shard_of
 
 
 def all_readers(held):
-  found = [reader_of(process, held) for process in held]
+  found = [shard_of(process, held) for process in held]
   return [(r.index, r.count, r.first) for r in found]
 
 
@@ -29,8 +29,8 @@ def test_parts_need_not_be_contiguous():
 @pytest.mark.parametrize('held', [{0: {0, 4}, 1: {4, 8}}, {0: {0, 4}, 1: {8}}])
 def test_what_cannot_be_divided_is_refused(held):
   with pytest.raises(ValueError, match='share some of their rows'):
-    reader_of(0, held)
+    shard_of(0, held)
 
 
 def test_one_process_reads_everything():
-  assert find_reader(make_mesh(), 8) == Reader(0, 1, True)
+  assert find_data_shard(make_mesh(), 8) == DataShard(0, 1, True)

@@ -6,6 +6,7 @@ be split over them) must read the same ones, and no two others may share any.
 
 import dataclasses
 from collections.abc import Mapping, Set
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -14,8 +15,27 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.sharding import batch_sharding
 
 
+class Data(Protocol):
+  """Where batches come from.
+
+  Attributes:
+    batch_size: rows of the global batch.
+  """
+
+  batch_size: int
+
+  def iterator(self, process_index: int, process_count: int) -> Any:
+    """One part of every batch, in rows: dict name -> NumPy [b,...].
+
+    Which part a process reads, and of how many, `find_data_shard` says.
+
+    The iterator has `get_state` and `set_state` (a Grain `DatasetIterator`, or
+    one whose state is bytes).
+    """
+
+
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class DataShard:
   """The part of the data that a process reads.
 
   Attributes:
@@ -30,7 +50,7 @@ class Reader:
   first: bool = True
 
 
-def find_reader(mesh: Mesh, rows: int) -> Reader:
+def find_data_shard(mesh: Mesh, rows: int) -> DataShard:
   """What this process reads.
 
   Args:
@@ -45,7 +65,7 @@ def find_reader(mesh: Mesh, rows: int) -> Reader:
   for device, (part,) in places.items():
     held.setdefault(device.process_index, set()).add(part.start or 0)
   try:
-    return reader_of(jax.process_index(), held)
+    return shard_of(jax.process_index(), held)
   except ValueError as error:
     raise ConfigError(
       f'the mesh {dict(mesh.shape)} splits the batch so that {error}: let '
@@ -53,7 +73,7 @@ def find_reader(mesh: Mesh, rows: int) -> Reader:
     ) from None
 
 
-def reader_of(process: int, held: Mapping[int, Set[int]]) -> Reader:
+def shard_of(process: int, held: Mapping[int, Set[int]]) -> DataShard:
   """What a process reads.
 
   Args:
@@ -69,4 +89,4 @@ def reader_of(process: int, held: Mapping[int, Set[int]]) -> Reader:
     raise ValueError('processes share some of their rows and not others')
   mine = tuple(sorted(held[process]))
   same = [p for p, x in held.items() if tuple(sorted(x)) == mine]
-  return Reader(parts.index(mine), len(parts), process == min(same))
+  return DataShard(parts.index(mine), len(parts), process == min(same))

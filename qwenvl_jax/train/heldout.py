@@ -1,0 +1,78 @@
+"""The loss on data that is not trained on, while training."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.sharding import put_batch
+from qwenvl_jax.train.data_shard import Data, DataShard
+from qwenvl_jax.train.objective import Objective
+from qwenvl_jax.train.step import compile_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """A loss on data that is not trained on, while training.
+
+  Attributes:
+    data: read from its start every time, so that the numbers compare.
+    every: steps between two of them.
+    batches: how many.
+    patience: after how many in a row without a better state (by
+      `TrainConfig.best`) the run ends, saved. None never ends it early.
+  """
+
+  data: Data
+  every: int = 1000
+  batches: int = 8
+  patience: int | None = None
+
+  def __post_init__(self):
+    for name in ('every', 'batches'):
+      if getattr(self, name) < 1:
+        raise ConfigError(
+          f'HeldOut.{name}={getattr(self, name)} must be at least 1'
+        )
+    if self.patience is not None and self.patience < 1:
+      raise ConfigError(f'HeldOut.patience={self.patience} must be at least 1')
+
+
+class HeldOutLoss:
+  """Computes the mean loss of a label on the held-out data."""
+
+  def __init__(
+    self,
+    config: HeldOut,
+    objective: Objective,
+    mesh: Mesh,
+    shard: DataShard,
+    params: Any,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: see `HeldOut`.
+      objective: model and loss.
+      mesh: see `make_mesh`.
+      shard: the part of the data that this process reads.
+      params: nested dict of what has shardings.
+    """
+    self._config, self._objective = config, objective
+    self._mesh, self._shard = mesh, shard
+    self._sums = compile_loss(objective, mesh, params)
+
+  def __call__(self, params: Any) -> float:
+    """Returns the loss of parameters; NaN if no label has a weight."""
+    iterator = self._config.data.iterator(self._shard.index, self._shard.count)
+    total = weight = 0.0
+    for _ in range(self._config.batches):
+      batch = next(iterator, None)
+      if batch is None:
+        break
+      self._objective.check(batch)
+      sums = jax.device_get(self._sums(params, put_batch(batch, self._mesh)))
+      total, weight = total + float(sums[0]), weight + float(sums[1])
+    return total / weight if weight else float('nan')

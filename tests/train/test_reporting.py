@@ -1,0 +1,28 @@
+"""What the bar of a run says."""
+
+import io
+
+from rich.console import Console
+
+from qwenvl_jax.train import reporting
+
+
+def test_the_bar_says_compiling_until_there_is_a_step(tmp_path, monkeypatch):
+  shown = io.StringIO()
+  monkeypatch.setattr(
+    reporting,
+    'Console',
+    lambda **_: Console(file=shown, force_terminal=True, width=200),
+  )
+  run = tmp_path / 'run'
+  run.mkdir()
+  reporter = reporting.Reporter(run, 0, 30)
+  reporter._bar.refresh()
+  assert 'compiling the training step, 0:00:0' in shown.getvalue()
+  assert '0/30' not in shown.getvalue()
+  reporter.compiled(81.0)
+  reporter.step(1)
+  reporter.close()
+  assert 'compiled the training step in 81.0 s' in shown.getvalue()
+  last = shown.getvalue().rsplit('\x1b[2K', 1)[1]
+  assert '1/30' in last and 'compiling' not in last
