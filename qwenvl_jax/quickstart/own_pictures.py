@@ -78,6 +78,7 @@ def write_known(
   data_dir: str | os.PathLike,
   count: int = 500,
   seed: int = 0,
+  config: str = 'default',
 ) -> None:
   """Writes pictures that were trained on, and a conversation about each.
 
@@ -88,6 +89,7 @@ def write_known(
     data_dir: of the quickstart.
     count: how many.
     seed: of the questions.
+    config: which set of scenes.
 
   Raises:
     DataError: the scenes are not there.
@@ -95,7 +97,7 @@ def write_known(
   folder.mkdir(parents=True, exist_ok=True)
   rng = random.Random(f'known pictures {seed}')
   entries = []
-  scenes = sources.Scenes(data_dir, limit=count).open()
+  scenes = sources.Scenes(data_dir, config=config, limit=count).open()
   for number, scene in enumerate(scenes):
     asked = questions.sample(
       *(scene, rng, _KNOWN, _TURNS),
