@@ -159,20 +159,30 @@ def make_plan(job: Job, topology: Topology, effort: float = 0.0) -> Plan:
   return Plan(**figures)
 
 
-def _setting(job: Job, topology: Topology) -> dict[str, Any]:
-  # Of packed kernels, the words hold the parameters.
-  leaves = {
-    path: leaf
+def needed_flops(job: Job) -> float:
+  """FLOPs of a step by the model's own arithmetic, all chips together."""
+  shapes = {
+    path.removesuffix('/words'): (*leaf.shape, count)
+    for path, (leaf, count) in _held(job).items()
+  }
+  return model_flops(job.config, shapes, job.trained, job.work)
+
+
+def _held(job: Job) -> dict[str, tuple[Any, int]]:
+  """By path, an array of parameters, and how many each of its numbers holds.
+
+  Of packed kernels, the words hold the parameters.
+  """
+  return {
+    path: (leaf, PER_WORD if path.endswith('/words') else 1)
     for path, leaf in flatten(job.params).items()
     if not path.endswith(('/zeros', '/scales'))
   }
-  held = {p: PER_WORD if p.endswith('/words') else 1 for p in leaves}
-  shapes = {
-    path.removesuffix('/words'): (*leaf.shape, held[path])
-    for path, leaf in leaves.items()
-  }
+
+
+def _setting(job: Job, topology: Topology) -> dict[str, Any]:
+  held = _held(job)
   shards = data_shards(job.mesh)
-  parameters = sum(leaf.size * held[path] for path, leaf in leaves.items())
   return {
     'topology': topology.name,
     'what': job.what,
@@ -183,15 +193,13 @@ def _setting(job: Job, topology: Topology) -> dict[str, Any]:
     'rows_per_chip': job.work.rows / job.accumulation / shards,
     'ideal_argument_bytes': job.ideal_argument_bytes,
     'kept_bytes': dict(job.kept_bytes),
-    'parameters': parameters,
-    'trained_parameters': sum(leaves[path].size for path in job.trained),
+    'parameters': sum(leaf.size * count for leaf, count in held.values()),
+    'trained_parameters': sum(held[path][0].size for path in job.trained),
     'parameters_per_chip': sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * held[path]
-      for path, leaf in leaves.items()
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * count
+      for leaf, count in held.values()
     ),
-    'model_flops': (
-      model_flops(job.config, shapes, job.trained, job.work) / topology.chips
-    ),
+    'model_flops': needed_flops(job) / topology.chips,
     'steps': job.steps,
   }
 

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import golden
+import grain
 import jax
 import lora_golden
 import numpy as np
@@ -12,7 +13,13 @@ import pytest
 import standin
 
 import qwenvl_jax
-from qwenvl_jax.conversion import adapters, low_rank, peft
+from qwenvl_jax.conversion import (
+  adapters,
+  checkpoint_io,
+  convert,
+  low_rank,
+  peft,
+)
 from qwenvl_jax.conversion.families.qwen_vl.assets import write_assets
 from qwenvl_jax.conversion.low_rank import LowRank
 from qwenvl_jax.errors import CheckpointError, ConfigError
@@ -218,6 +225,62 @@ def test_factors_must_be_trained(base):
 def test_a_base_is_needed(tmp_path):
   with pytest.raises(ConfigError, match='InitFrom.params'):
     train(configuration(None), tmp_path / 'run')
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenRows:
+  """The golden batch; one row after the other is not learned."""
+
+  batch_size: int = 2
+
+  def iterator(self, process_index=0, process_count=1):
+    made = golden.train_batch()
+    fields = [field.name for field in dataclasses.fields(made)]
+    rows = {x: getattr(made, x)[: self.batch_size] for x in fields}
+
+    def batch(index):
+      weights = np.array(rows['loss_weights'])
+      weights[index % self.batch_size] = 0
+      return rows | {'loss_weights': weights}
+
+    dataset = grain.MapDataset.range(1_000_000).map(batch)
+    return iter(dataset.to_iter_dataset())
+
+
+@pytest.mark.slow
+def test_from_the_int4_release_to_a_release_of_ones_own(tmp_path):
+  """Q-LoRA: trained, gone on with, opened, merged, in the released layout."""
+  kept = tmp_path / 'kept'
+  convert.from_hf(golden.FOLDER.parent / 'int4', kept, keep_int4=True)
+  model = checkpoint_io.read_config(kept, keep_int4=True)
+  assert model.decoder.int4_group == 128
+  model = model.replace(dtype='float32', remat='none', lora=LORA)
+  config = configuration(
+    kept,
+    objective=NextToken(model),
+    data=GoldenRows(),
+    optimizer=OptimizerConfig(
+      peak=0.02, end=0.01, warmup=1, steps=4, trainable=('.*/lora_.',)
+    ),
+  )
+  run = tmp_path / 'run'
+  whole = flatten(train(config, run).trained)
+  train(config, tmp_path / 'again', stop_at=2)
+  again = flatten(train(config, tmp_path / 'again').trained)
+  for path, x in whole.items():
+    np.testing.assert_array_equal(again[path], x, err_msg=path)
+
+  ids = golden.expected()['eval/text/ids']
+  adapted = qwenvl_jax.load(kept, adapter=run, dtype='float32')
+  assert adapted.config.decoder.int4_group == 128
+  wanted = np.asarray(adapted.logits(ids))
+  plain = qwenvl_jax.load(kept, dtype='float32').logits(ids)
+  assert np.abs(wanted - plain).max() > 0.1
+  adapters.merge(kept, run, tmp_path / 'merged', 'float32')
+  convert.to_hf(tmp_path / 'merged', tmp_path / 'released')
+  released = qwenvl_jax.load(tmp_path / 'released', dtype='float32')
+  assert released.config.decoder.int4_group is None
+  np.testing.assert_allclose(released.logits(ids), wanted, atol=golden.ATOL)
 
 
 MESHES = """
