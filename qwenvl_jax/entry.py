@@ -6,6 +6,7 @@ A command that runs a configured job takes `--gin_file=FILE` (repeatable) and
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import inspect
@@ -13,8 +14,9 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.file_proxy import FileProxy
 
@@ -123,6 +125,37 @@ def parse(
       + f'; see {arguments.prog} --help'
     )
   return flags, bindings
+
+
+def add_fields(
+  arguments: argparse.ArgumentParser,
+  kind: type,
+  helps: Mapping[str, tuple[str, str]],
+) -> None:
+  """Adds an option for fields of a dataclass, of their type and default.
+
+  Args:
+    arguments: from `parser`.
+    kind: the dataclass; fields without a default, or with None, take text.
+    helps: name of a field to how its value is called, and what it means.
+  """
+  defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+  for name, (metavar, what) in helps.items():
+    default = defaults[name]
+    said = default not in (None, dataclasses.MISSING)
+    arguments.add_argument(
+      f'--{name}',
+      metavar=metavar,
+      type=type(default) if said else str,
+      default=default if said else None,
+      help=what + ' (default: %(default)s)' * said,
+    )
+
+
+def from_flags(kind: type, flags: argparse.Namespace) -> Any:
+  """Makes a dataclass of the flags that are called as its fields."""
+  names = {field.name for field in dataclasses.fields(kind)}
+  return kind(**{k: v for k, v in vars(flags).items() if k in names})
 
 
 def run(

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import inspect
 import sys
@@ -284,10 +283,7 @@ def _by_config(argv: Sequence[str]) -> int:
 
 
 def _by_flags(args) -> int:
-  fields = {field.name for field in dataclasses.fields(Conversion)}
-  return _convert(
-    Conversion(**{k: v for k, v in vars(args).items() if k in fields})
-  )
+  return _convert(entry.from_flags(Conversion, args))
 
 
 def _adapter_to_peft(args) -> int:

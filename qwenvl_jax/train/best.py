@@ -131,6 +131,14 @@ class BestState:
     self.step, self.value = step, value
     return f'the best so far, kept in {FOLDER}/'
 
+  def check_measured(self, scores: dict[str, float]) -> None:
+    """Raises ConfigError if a score decides that is not among these."""
+    if self.measure != HELDOUT_LOSS and self.measure not in scores:
+      raise ConfigError(
+        f'TrainConfig.best={self.measure!r} is not measured; scores are '
+        f'{", ".join(scores)}'
+      )
+
   def record(self) -> dict[str, float]:
     """The best state so far, for the log."""
     if not self.step:
@@ -160,12 +168,3 @@ class BestState:
 
   def close(self) -> None:
     self._steps.close()
-
-
-def check_measured(measure: str, scores: dict[str, float]) -> None:
-  """Raises ConfigError if the score that decides is not among those given."""
-  if measure != HELDOUT_LOSS and measure not in scores:
-    raise ConfigError(
-      f'TrainConfig.best={measure!r} is not measured; scores are '
-      f'{", ".join(scores)}'
-    )

@@ -17,7 +17,7 @@ from qwenvl_jax.data.survey import survey
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.sharding import make_mesh, put_batch
 from qwenvl_jax.train import run_folder
-from qwenvl_jax.train.best import BestState, check_measured
+from qwenvl_jax.train.best import BestState
 from qwenvl_jax.train.checkpoint import Checkpoints
 from qwenvl_jax.train.coordinator import Coordinator
 from qwenvl_jax.train.data_shard import find_data_shard
@@ -116,7 +116,7 @@ def train(
           )
         )
       )
-      if _is_patient_no_more(config, best, start):
+      if _out_of_patience(config, best, start):
         last = start
     _say_how_it_starts(config, workdir, start, last, changed, reporter)
     profiler = stack.enter_context(
@@ -150,7 +150,8 @@ def train(
         model = config.objective.config
         scores = config.evaluation(model, state.params, workdir)
         found = {PREFIX + name: score for name, score in scores.items()}
-        check_measured(config.measure, found)
+        if best:
+          best.check_measured(found)
         note(step, state, found)
 
     def save(step: int, state: TrainState) -> None:
@@ -231,7 +232,7 @@ def train(
         continue
       for hook in due:
         hook(step, state)
-      if _is_patient_no_more(config, best, step):
+      if _out_of_patience(config, best, step):
         reporter.say(
           f'ended at step {step}: no {best.measure} has been better than '
           f'{best.value:.4f} since step {best.step} (HeldOut.patience)'
@@ -303,7 +304,7 @@ def _say_how_it_starts(
       found.check()
 
 
-def _is_patient_no_more(
+def _out_of_patience(
   config: TrainConfig, best: BestState | None, step: int
 ) -> bool:
   """Whether no state has been better for long enough."""

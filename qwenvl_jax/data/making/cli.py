@@ -1,6 +1,5 @@
 """`qwenvl-data make-ocr`: pages with text, to learn reading."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -33,19 +32,18 @@ qwenvl-data make-ocr --kind html --n 5000 --documents site data/ocr_html
 """
 
 
-_DEFAULTS = {x.name: x.default for x in dataclasses.fields(make.Making)}
-# Of `make.Making`, which says of what type and by default.
-_OPTIONS = (
-  ('seed', 'N', 'other pages for another seed'),
-  ('chinese', 'SHARE', 'share of pages in Chinese'),
-  ('text', 'FILE', 'UTF-8 text to write, a sentence a line (default: words of '
+# Fields of `make.Making`.
+_OPTIONS = {
+  'seed': ('N', 'other pages for another seed'),
+  'chinese': ('SHARE', 'share of pages in Chinese'),
+  'text': ('FILE', 'UTF-8 text to write, a sentence a line (default: words of '
    'the vocabulary at random)'),
-  ('documents', 'DIR', 'the PDF or HTML files to take pages from'),
-  ('backgrounds', 'DIR', 'photographs to lay pages on (default: composed)'),
-  ('chromium', 'PROGRAM', 'the browser for html (default: $CHROMIUM, or where '
+  'documents': ('DIR', 'the PDF or HTML files to take pages from'),
+  'backgrounds': ('DIR', 'photographs to lay pages on (default: composed)'),
+  'chromium': ('PROGRAM', 'the browser for html (default: $CHROMIUM, or where '
    'it usually is)'),
-  ('per_shard', 'N', 'pages in a shard'),
-)  # fmt: skip
+  'per_shard': ('N', 'pages in a shard'),
+}  # fmt: skip
 
 
 def command(argv: Sequence[str], console: rich.console.Console) -> None:
@@ -59,15 +57,7 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
     '--n', dest='count', type=int, default=1000,
     help='pages (default: %(default)s)',
   )  # fmt: skip
-  for name, metavar, what in _OPTIONS:
-    default = _DEFAULTS[name]
-    parser.add_argument(
-      f'--{name}',
-      metavar=metavar,
-      type=str if default is None else type(default),
-      default=default,
-      help=what if default is None else f'{what} (default: %(default)s)',
-    )
+  entry.add_fields(parser, make.Making, _OPTIONS)
   parser.add_argument(
     '--fonts', action='append', default=[], metavar='DIR',
     help='a folder of further fonts; may be repeated',
@@ -80,9 +70,7 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   )
   flags, _ = entry.parse(parser, argv)
   flags.fonts = tuple(flags.fonts)
-  making = make.Making(
-    **{name: x for name, x in vars(flags).items() if name in _DEFAULTS}
-  )
+  making = entry.from_flags(make.Making, flags)
   with bars(console) as progress:
     made = make.make(
       making,
