@@ -143,11 +143,11 @@ def count(params: Mapping) -> int:
 
 
 def rounded(number: int) -> str:
-  """Writes a number to three figures: 1.23M, 9.66B."""
-  for unit, name in ((1e9, 'B'), (1e6, 'M')):
+  """Writes a number to three figures: 873K, 1.23M, 9.66B."""
+  for unit, name in ((1e9, 'B'), (1e6, 'M'), (1e3, 'K')):
     if number >= unit:
       return f'{number / unit:.3g}{name}'
-  return f'{number:,}'
+  return str(number)
 
 
 def _printable(name: str) -> str:

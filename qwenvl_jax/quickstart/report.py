@@ -21,6 +21,7 @@ _STYLE = """
 .short { background: #fdecea; } .good { background: #eaf6ec; }
 .blind td { color: #99a; background: #f4f5f7; }
 .abilities :is(td, th):is(:nth-child(2), :last-child) { text-align: left; }
+.facts td { text-align: left; }
 .gallery { display: grid; gap: 1.2rem;
            grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
 figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; }
@@ -164,7 +165,9 @@ def write(
     _below(tables, floors),
     *(_table(table, floors) for table in tables),
     '<h2>This run</h2>',
+    '<div class="facts">',
     html_page.table((), ([escape(k), escape(v)] for k, v in facts.items())),
+    '</div>',
   ]
   buckets.write(path, html_page.page(title, ''.join(body), _STYLE))
 
