@@ -205,7 +205,7 @@ def test_boxes_are_drawn_where_it_is_told(session, capsys):
   shown = capsys.readouterr()
   assert shown.out == f'{WORDS}\n'
   path = pathlib.Path(shown.err.split('saved as ')[1].strip())
-  assert path.name == 'answer-1.png'
+  assert path.name == 'answer.png'
   with Image.open(path) as drawn:
     assert drawn.convert('RGB').getpixel((150, 225)) != (255, 255, 255)
   assert not list(pathlib.Path().glob('answer*'))
