@@ -198,7 +198,10 @@ def test_commands(session, capsys):
   assert len(session._chat.history) == 1
 
 
-def test_boxes_are_drawn_where_it_is_told(session, capsys):
+def test_boxes_are_drawn_where_it_is_told(
+  session, capsys, tmp_path, monkeypatch
+):
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
   session._interactive = True
   session.obey('/image white.png')
   session.obey('Where?')
