@@ -174,9 +174,7 @@ def _converse(args, settings, pictures) -> int:
   session = Session(Chat(model, settings, seed), pictures, args.raw)
   if args.prompt is None:
     return session.converse()
-  session.ask(args.prompt)
-  if args.save:
-    session.save(args.save)
+  session.ask(args.prompt, args.save)
   return 0
 
 

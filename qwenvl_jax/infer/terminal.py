@@ -140,8 +140,13 @@ class Session:
         raise DataError(f'there is no command {name}; {hint}')
     return None
 
-  def ask(self, question: str) -> None:
-    """Asks, and prints the answer as it comes."""
+  def ask(self, question: str, save: str | None = None) -> None:
+    """Asks, and prints the answer as it comes.
+
+    Args:
+      question: what to ask.
+      save: where to write the latest picture with the answer's boxes.
+    """
     known = len(self._chat.history)
     forgotten = self._chat.dropped_turns
     pieces = self._chat.ask(question, self._next_pictures)
@@ -167,7 +172,10 @@ class Session:
       )
     if len(self._chat.history) > known:
       self._next_pictures = []
-      self._show_boxes()
+      if save:
+        self.save(save)
+      else:
+        self._show_boxes()
 
   def _show_boxes(self) -> None:
     """Draws the last answer's boxes, or says how to see them."""
@@ -177,8 +185,7 @@ class Session:
     if self._interactive:
       # Not here: a file of every answer would be in the way.
       self._drawings = self._drawings or tempfile.mkdtemp(prefix='qwenvl-chat-')
-      number = len(self._chat.history)
-      self.save(os.path.join(self._drawings, f'answer-{number}.png'))
+      self.save(_free_name(os.path.join(self._drawings, 'answer.png')))
     elif not self._raw:
       write_note(f'({shapes}: --save or /save draws, --raw or /raw tells)')
 

@@ -16,7 +16,6 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.eval import registry
 from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.run import Run
-from qwenvl_jax.eval.task import Item
 from qwenvl_jax.eval.tasks import scenes
 from qwenvl_jax.infer.engine import EngineConfig
 from qwenvl_jax.quickstart import origin, report, showing
@@ -93,9 +92,9 @@ def evaluate(
     }
     _prepare(run, list(tasks.values()))
     for title, task in tasks.items():
-      items[title] = run(task).items
+      found = items[task.name] = run(task).items
       told = task.name not in _ELSEWHERE
-      table = report.Table(title, scenes.tabulate(items[title]), told)
+      table = report.Table(title, scenes.tabulate(found), told)
       _print(table)
       tables.append(table)
     run.write_tables()
@@ -119,7 +118,11 @@ def evaluate(
   facts = origin.facts(handle.config, handle.params)
   evaluation = time.monotonic() - began
   facts |= _facts(out, stages, seconds, evaluation, tables)
-  judged = _judged(items)
+  judged = [
+    scenes.judge(scenes.question_of(item), item.text)
+    for item in (*items['scenes_test'], *items['scenes_others'])
+    if item.example.meta
+  ]
   report.write(
     out / 'report.html',
     title='Qwen-VL in small: a quickstart',
@@ -185,16 +188,6 @@ def _print(table: report.Table):
       f'{score.majority:.3f}',
     )
   Console().print(shown)
-
-
-def _judged(items: dict[str, Sequence[Item]]) -> list[scenes.Answered]:
-  """Answers about pictures of the layouts that were held out."""
-  return [
-    scenes.judge(scenes.question_of(item), item.text)
-    for title in (*_TASKS['stage2'].values(),)[:2]
-    for item in items[title]
-    if item.example.meta
-  ]
 
 
 def _facts(out, stages, seconds, evaluation, tables) -> dict[str, str]:

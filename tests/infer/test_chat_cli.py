@@ -204,14 +204,17 @@ def test_commands(session, capsys):
   assert len(session._chat.history) == 1
 
 
-def test_boxes_are_drawn_where_it_is_told(session, capsys):
+def test_boxes_are_drawn_where_it_is_told(
+  session, capsys, tmp_path, monkeypatch
+):
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
   session._interactive = True
   session.obey('/image white.png')
   session.obey('Where?')
   shown = capsys.readouterr()
   assert shown.out == f'{WORDS}\n'
   path = pathlib.Path(shown.err.split('saved as ')[1].strip())
-  assert path.name == 'answer-1.png'
+  assert path.name == 'answer.png'
   with Image.open(path) as drawn:
     assert drawn.convert('RGB').getpixel((150, 225)) != (255, 255, 255)
   assert not list(pathlib.Path().glob('answer*'))
