@@ -99,7 +99,8 @@ class Run:
       The tasks' summaries.
     """
     summaries = results.load_summaries(self.out)
-    facts = {name: str(value) for name, value in self.identity.items()}
+    # What is not set is as the checkpoint has it.
+    facts = {name: str(value) for name, value in self.identity.items() if value}
     buckets.write(self.out / 'results.md', tables.markdown(summaries))
     buckets.write(self.out / 'results.html', tables.page(summaries, facts))
     figures = {
