@@ -19,6 +19,7 @@ from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.vision import VisionTransformer
 from qwenvl_jax.quickstart import __main__ as quickstart
 from qwenvl_jax.quickstart import ablation, text_exams
+from qwenvl_jax.quickstart.phases import Phases
 
 _VARIANTS = [
   variant for x in ablation.TRAININGS.values() for variant in x.variants
@@ -82,9 +83,10 @@ def test_runs_of_other_steps_are_not_mixed_in(tmp_path):
   folder = _run(tmp_path / '64_queries', [3, 2, 1])
   quickstart.mark_finished(folder, 1.0)
   settings = quickstart.Settings(tmp_path, smoke=True, platform='cpu')
-  ablation._train(settings, training, variant, tmp_path, 3)
+  phases = Phases([variant.name], estimated=False)
+  ablation._train(settings, training, variant, tmp_path, 3, phases)
   with pytest.raises(ConfigError, match='run of 3 steps, not of 4: name anoth'):
-    ablation._train(settings, training, variant, tmp_path, 4)
+    ablation._train(settings, training, variant, tmp_path, 4, phases)
 
 
 def _scenes():
