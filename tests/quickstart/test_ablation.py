@@ -83,7 +83,7 @@ def test_runs_of_other_steps_are_not_mixed_in(tmp_path):
   folder = _run(tmp_path / '64_queries', [3, 2, 1])
   quickstart.mark_finished(folder, 1.0)
   settings = quickstart.Settings(tmp_path, smoke=True, platform='cpu')
-  phases = Phases([variant.name])
+  phases = Phases([variant.name], estimated=False)
   ablation._train(settings, training, variant, tmp_path, 3, phases)
   with pytest.raises(ConfigError, match='run of 3 steps, not of 4: name anoth'):
     ablation._train(settings, training, variant, tmp_path, 4, phases)
