@@ -21,6 +21,7 @@ import json
 import pathlib
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -75,6 +76,17 @@ def run(module: str, *arguments: str) -> None:
   subprocess.run([sys.executable, '-m', module, *arguments], check=True)
 
 
+def claim(args: argparse.Namespace) -> None:
+  """Ends the program if the folder holds what other arguments made."""
+  args.folder.mkdir(parents=True, exist_ok=True)
+  file, made_with = args.folder / 'arguments.json', str(vars(args))
+  if file.exists() and json.loads(file.read_text()) != made_with:
+    raise SystemExit(
+      f'{args.folder} was made with other arguments: name another --folder'
+    )
+  file.write_text(json.dumps(made_with))
+
+
 def prepare(folder: pathlib.Path, quickstart: pathlib.Path, count: int) -> None:
   """Writes and prepares the pictures and the old conversations."""
   if not (folder / 'pictures').exists():
@@ -100,6 +112,7 @@ def pack(base: pathlib.Path, out: pathlib.Path, group: int = 8) -> None:
     group: inputs that share a scale; the release's 128 do not divide all of the
       quickstart's sizes.
   """
+  shutil.rmtree(out, ignore_errors=True)
   run('qwenvl_jax.conversion.cli', 'to-hf', str(base), str(out))
   tensors = {}
   for file in out.glob('*.safetensors'):
@@ -263,6 +276,7 @@ def main() -> None:
   args = parser.parse_args()
   args.folder = args.folder.absolute()
   args.quickstart = args.quickstart.absolute()
+  claim(args)
   prepare(args.folder, args.quickstart, args.pictures)
   task = dataclasses.replace(
     registry.get('scenes_chat'),
