@@ -37,6 +37,8 @@ def stage(name, *more):
   given = ['INIT="i"']
   if name.startswith('stage1'):
     given = ['VISION="v"', 'DECODER="d"']
+  elif name.startswith('finetune/'):
+    given = ['BASE="b"', 'RECORDS=100']
   configuration.load([f'{name}.gin', *more], ['STREAMS=[]', *given])
   return configuration.build(TrainConfig)
 
@@ -91,7 +93,9 @@ def test_packing_changes_rows_only(packed, unpacked, samples_a_row):
 def test_batches_split_over_their_pods(file):
   """configs/topology/GENERATION_CHIPS/STAGE.gin, after STAGE.gin."""
   folder, name = file.parts[-2:]
-  c = stage(file.stem, f'topology/{folder}/{name}')
+  of_stage = (configuration.CONFIGS / name).is_file()
+  prefix = '' if of_stage else 'finetune/'
+  c = stage(prefix + file.stem, f'topology/{folder}/{name}')
   data, fsdp, tensor = c.mesh.sizes(int(folder.split('_')[1]))
   inner = c.mesh.inner
   sizes = (data, fsdp // inner, inner, tensor)
