@@ -132,10 +132,17 @@ def train(
       config, last, iterator, coordinator, shard, detector, reporter
     )
 
+    def finish() -> None:
+      """Waits for what is being saved: Orbax saves one thing at a time."""
+      checkpoints.finish()
+      if best:
+        best.finish()
+
     def note(step: int, state: TrainState, found: dict[str, float]) -> None:
       """Reports measures of a state, which may be the best so far."""
       said = ''
       if best:
+        finish()
         params = checkpoints.held(state).params
         said = best.offer(step, found, params)
         found = found | best.record()
@@ -158,12 +165,8 @@ def train(
       check_lock()
       # Whoever goes on from this step finds the records up to it.
       reporter.flush()
+      finish()
       checkpoints.save(step, state, iterator, detector)
-
-    def finish() -> None:
-      checkpoints.finish()
-      if best:
-        best.finish()
 
     hooks: list[tuple[int, Callable[[int, TrainState], None]]] = []
     if config.heldout:

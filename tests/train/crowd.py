@@ -29,7 +29,7 @@ import standin
 from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.checkpoint import CheckpointConfig, checksums
 from qwenvl_jax.train.guard import Guard
-from qwenvl_jax.train.loop import train
+from qwenvl_jax.train.loop import HeldOut, train
 from qwenvl_jax.train.processes import find_place, joined
 from qwenvl_jax.train.signals import Interrupted
 
@@ -54,6 +54,8 @@ class Run:
       and take away its manifest.
     every: steps between checkpoints.
     bad: what the rows of batches 14 to 18 are multiplied by; with a guard.
+    overshoots: takes steps that are too long, with a held-out loss that ends
+      the run.
     bucket: where the run's folder is instead of `workdir`, which then has the
       notes alone.
   """
@@ -71,6 +73,7 @@ class Run:
   flip: str = ''
   every: int = 4
   bad: float | None = None
+  overshoots: bool = False
   bucket: str = ''
 
 
@@ -88,6 +91,11 @@ def work(run: Run, attempt: int) -> int:
       'guard': Guard(window=6, sigmas=6.0, rise=2.0, steps=4, limit=2),
       'max_skipped': 4,
       'optimizer': {'peak': 0.02, 'end': 0.02},
+    }
+  if run.overshoots:
+    changes = {
+      'heldout': HeldOut(standin.Points(16), every=2, batches=2, patience=3),
+      'optimizer': {'peak': 2.0, 'end': 2.0, 'warmup': 0},
     }
   config = standin.line_run(
     steps=run.steps,

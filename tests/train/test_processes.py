@@ -181,6 +181,26 @@ def test_all_go_back_to_one_step_and_leave_out_the_same_data(tmp_path):
 
 
 @pytest.mark.slow
+def test_all_end_when_the_best_state_stands_and_it_is_kept(tmp_path):
+  two = {'processes': 2, 'steps': 100, 'overshoots': True}
+  result, again = run(tmp_path / 'run', two, two)
+  for each in (result, again):
+    assert each['statuses'] == [0, 0]
+  log = (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()
+  losses = {
+    r['step']: r['heldout_loss']
+    for r in map(json.loads, log)
+    if 'heldout_loss' in r
+  }
+  best = min(losses, key=losses.get)
+  assert max(losses) == best + 6 < 100
+  folder = tmp_path / 'run' / 'best'
+  assert json.loads((folder / 'best.json').read_text())['step'] == best
+  assert [x.name for x in (folder / 'checkpoints').iterdir()] == [str(best)]
+  assert 'nothing left to do' in again['said'][0]
+
+
+@pytest.mark.slow
 def test_in_a_bucket_with_other_numbers_of_processes(
   tmp_path, undisturbed, bucket
 ):
