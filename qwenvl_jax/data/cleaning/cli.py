@@ -28,11 +28,14 @@ packages than training: launch/in_env.sh beam makes an environment for it.
 """
 
 EXAMPLES = """
-launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin --output data/pairs \\
+launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin \\
+  --output data/pairs \\
   --input laion_en='laion/*.tar' --input coyo='coyo/*.parquet'
-launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin --output data/pairs \\
+launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin \\
+  --output data/pairs \\
   --input laion_en='laion/*.tar' --gin.Size.minimum=200 --workers 8
-launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin --output gs://B/pairs \\
+launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin \\
+  --output gs://B/pairs \\
   --input laion_en='gs://B/laion/*.tar' -- --runner=FlinkRunner
 """
 

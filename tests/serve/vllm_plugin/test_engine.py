@@ -1,6 +1,6 @@
 """vLLM's engine with the plugin beside ours, on a CPU.
 
-In vLLM's environment: launch/in_env.sh vllm python -m pytest tests/serve/vllm_plugin
+Run by: launch/in_env.sh vllm python -m pytest tests/serve/vllm_plugin
 """
 
 import base64
