@@ -5,7 +5,7 @@ defect that the rules of configs/clean.gin are there for; the pipeline runs as
 `qwenvl-data clean` runs it; then every record's fate is held against what was
 done to it. Prints a table and pairs per second.
 
-  launch/beam.sh python benchmarks/cleaning_report.py --n 6000
+  launch/in_env.sh beam python benchmarks/cleaning_report.py --n 6000
 """
 
 import argparse

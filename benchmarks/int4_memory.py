@@ -66,7 +66,7 @@ def compiled(what, wanted, devices, length: int, group: int | None) -> Plan:
   configuration.load(['stage3.gin'], bindings)
   config = configuration.build(TrainConfig, whole=False)
   job = jobs.make(what, config, devices, rows=1, length=length)
-  return make_plan(job, wanted, effort=-1.0)
+  return make_plan(job, wanted, quick=True)
 
 
 if __name__ == '__main__':

@@ -17,6 +17,11 @@ _NEEDED = (
   re.compile(r'[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm'),
   re.compile(r'required for [\w ]+\(([\d.]+)([KMGT]?)\) exceeds available HBM'),
 )
+# The first that JAX has: the effort is several times faster, and gone in 0.12.
+_LITTLE_EFFORT = {
+  'jax_exec_time_optimization_effort': -1.0,
+  'jax_optimization_level': 'O1',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +41,18 @@ class Compiled:
   argument_bytes: int
 
 
-def compile_program(lowered: Any, effort: float = 0.0) -> Compiled:
+def compile_program(lowered: Any, quick: bool = False) -> Compiled:
   """Compiles; a program that does not fit is no error.
 
   Args:
     lowered: a `jax.stages.Lowered` for devices of a topology.
-    effort: -1 compiles several times faster, with a schedule that nobody
-      would run: for memory and FLOPs only. 0 is the default.
+    quick: compile faster, to a schedule that nobody would run: for memory and
+      FLOPs only.
 
   Raises:
     ConfigError: the compiler gave up for another reason.
   """
-  with _effort(effort):
+  with _little_effort() if quick else contextlib.nullcontext():
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -68,10 +73,10 @@ def compile_program(lowered: Any, effort: float = 0.0) -> Compiled:
 
 
 @contextlib.contextmanager
-def _effort(effort: float) -> Iterator[None]:
-  name = 'jax_exec_time_optimization_effort'
+def _little_effort() -> Iterator[None]:
+  name = next(name for name in _LITTLE_EFFORT if name in jax.config.values)
   before = jax.config.values[name]
-  jax.config.update(name, effort)
+  jax.config.update(name, _LITTLE_EFFORT[name])
   try:
     yield
   finally:

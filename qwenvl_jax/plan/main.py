@@ -146,7 +146,7 @@ def command(argv: Sequence[str]) -> int:
     flags.what, config, devices, flags.rows, flags.length, flags.cache_dtype
   )
   with _working(f'compiling {flags.what} for {wanted.name}', flags.json):
-    plan = make_plan(job, wanted, effort=-1.0 if flags.quick else 0.0)
+    plan = make_plan(job, wanted, quick=flags.quick)
   if flags.json:
     print(json.dumps(dataclasses.asdict(plan), indent=2))
   else:

@@ -126,17 +126,16 @@ class Plan:
   advice: list[str]
 
 
-def make_plan(job: Job, topology: Topology, effort: float = 0.0) -> Plan:
+def make_plan(job: Job, topology: Topology, quick: bool = False) -> Plan:
   """Compiles a job and reads what it will cost.
 
   Args:
     job: from `jobs.make`.
     topology: whose devices the job was made for.
-    effort: see `compiling.compile_program`; with less than the default, times
-      are left out.
+    quick: as `compiling.compile_program`; times are left out.
   """
   began = time.perf_counter()
-  compiled = compiling.compile_program(job.lower(), effort)
+  compiled = compiling.compile_program(job.lower(), quick)
   seconds = time.perf_counter() - began
   figures = {field.name: None for field in dataclasses.fields(Plan)}
   figures |= _setting(job, topology)
@@ -155,7 +154,7 @@ def make_plan(job: Job, topology: Topology, effort: float = 0.0) -> Plan:
     'advice': [] if compiled.fits else advice(job, topology),
   }
   if compiled.fits:
-    figures |= _reading(compiled.text, job, topology, timed=effort >= 0)
+    figures |= _reading(compiled.text, job, topology, timed=not quick)
   return Plan(**figures)
 
 

@@ -33,7 +33,7 @@ def test_a_stage_fits_its_pod(configured, pod, pod_name):
   config = configured(
     path.name, files=(str(path.relative_to(CONFIGS)),), small=False
   )
-  plan = make_plan(jobs.make('train', config, devices), wanted, effort=-1)
+  plan = make_plan(jobs.make('train', config, devices), wanted, quick=True)
   assert plan.fits, plan.advice
   assert plan.peak_hbm_bytes <= wanted.chip.hbm_bytes
   # A forward pass computed twice would be 4/3 of what the model needs.

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
   raise ConfigError(
     'cleaning needs Apache Beam, which asks for other versions of some '
-    'packages than the rest: run launch/beam.sh in place of qwenvl-data (it '
+    'packages than the rest: put launch/in_env.sh beam before qwenvl-data (it '
     "makes an environment of its own), or `pip install 'qwenvl_jax[clean]'` in "
     'one that you made'
   ) from error

@@ -24,15 +24,18 @@ for those whose files have changed.
 
 It runs on Apache Beam: here by default, on Flink, Spark or Dataflow by Beam's
 own options, which follow after `--`. Beam asks for other versions of some
-packages than training: launch/beam.sh makes an environment for it.
+packages than training: launch/in_env.sh beam makes an environment for it.
 """
 
 EXAMPLES = """
-launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output data/pairs \\
+launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin \\
+  --output data/pairs \\
   --input laion_en='laion/*.tar' --input coyo='coyo/*.parquet'
-launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output data/pairs \\
+launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin \\
+  --output data/pairs \\
   --input laion_en='laion/*.tar' --gin.Size.minimum=200 --workers 8
-launch/beam.sh qwenvl-data clean --gin_file=clean.gin --output gs://B/pairs \\
+launch/in_env.sh beam qwenvl-data clean --gin_file=clean.gin \\
+  --output gs://B/pairs \\
   --input laion_en='gs://B/laion/*.tar' -- --runner=FlinkRunner
 """
 

@@ -2,7 +2,7 @@
 
 vLLM finds it by the entry point `vllm.general_plugins` of this package and
 calls `register` in each of its processes, in an environment of its own
-(`launch/vllm.sh`). Importing this module imports nothing of vLLM.
+(`launch/in_env.sh vllm`). Importing this module imports nothing of vLLM.
 """
 
 import importlib.util

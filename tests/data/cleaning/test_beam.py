@@ -67,7 +67,7 @@ def test_without_beam_it_says_what_to_do(tmp_path, capsys, monkeypatch):
   monkeypatch.delitem(sys.modules, BEAM, raising=False)
   monkeypatch.delattr(cleaning, 'beam', raising=False)
   assert clean(tmp_path / 'corpus', tmp_path / 'pairs') == 2
-  assert 'launch/beam.sh' in capsys.readouterr().err
+  assert 'launch/in_env.sh beam' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """vLLM's engine with the plugin beside ours, on a CPU.
 
-In vLLM's environment: launch/vllm.sh python -m pytest tests/serve/vllm_plugin
+Run by: launch/in_env.sh vllm python -m pytest tests/serve/vllm_plugin
 """
 
 import base64
@@ -20,7 +20,7 @@ from qwenvl_jax.serve.conversation import build_prompt
 from qwenvl_jax.serve.schemas import Message
 
 if not vllm_standins.prepare():
-  pytest.skip('run by launch/vllm.sh', allow_module_level=True)
+  pytest.skip('run by launch/in_env.sh vllm', allow_module_level=True)
 
 import vllm
 

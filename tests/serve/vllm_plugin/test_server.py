@@ -1,6 +1,6 @@
 """`vllm serve` with the plugin, asked by the openai client, on a CPU.
 
-In vLLM's environment: launch/vllm.sh python -m pytest tests/serve/vllm_plugin
+Run by: launch/in_env.sh vllm python -m pytest tests/serve/vllm_plugin
 """
 
 import base64
@@ -20,7 +20,7 @@ import vllm_standins
 from PIL import Image
 
 if not vllm_standins.available():
-  pytest.skip('run by launch/vllm.sh', allow_module_level=True)
+  pytest.skip('run by launch/in_env.sh vllm', allow_module_level=True)
 
 import openai
 
