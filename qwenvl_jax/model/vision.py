@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core.scope import LazyRng, Scope
 
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.fsdp import gathered
@@ -271,9 +272,13 @@ class VisionTransformer(nn.Module):
     )
     everywhere = dataclasses.replace(c, window=None)
     if c.window is not None and not self.is_initializing():
-      params = nn.meta.unbox(self.variables['params']['blocks'])
-      within, over = make(c, parent=None), make(everywhere, parent=None)
-      return _alternate(within, over, params, x, c)
+      stacked = nn.meta.unbox(self.variables['params']['blocks'])
+      keys = None
+      if self.has_rng('dropout'):
+        keys = jax.random.split(self.make_rng('dropout'), c.layers)
+      # Where a block is says whether it is adapted (`lora`).
+      path = *self.path, 'blocks'
+      return _alternate(make, (stacked, keys), x, c, path)
     blocks = nn.scan(
       make.func,
       variable_axes={'params': 0},
@@ -286,41 +291,49 @@ class VisionTransformer(nn.Module):
     return x
 
 
-def _alternate(within: Block, over: Block, params, x, config: VisionConfig):
+def _alternate(
+  make: Callable, stacked, x, config: VisionConfig, path: tuple[str, ...]
+):
   """Applies stacked blocks: every `global_every`-th one is global.
 
   Which block attends how is part of the program, so that a backward pass keeps
   nothing of the attention that a block does not use.
 
   Args:
-    within: a block that attends within windows.
-    over: one that attends to all patches.
-    params: of `config.layers` such blocks, stacked as the scan's are.
+    make: of a config and a scope, a block.
+    stacked: (parameters, keys of dropout or None) of `config.layers` blocks,
+      as the scan's are.
     x: [B,P,D].
-    config: how many there are of either.
+    config: with a window.
+    path: of the blocks in the tree of modules.
 
   Returns:
     [B,P,D].
   """
   size = config.global_every
   whole = config.layers // size * size
+  within, over = config, dataclasses.replace(config, window=None)
 
-  def apply(block, x, params):
-    return block.apply({'params': params}, x)[0]
+  def apply(config, x, one):
+    params, key = one
+    rngs = {} if key is None else {'dropout': LazyRng.create(key)}
+    scope = Scope({'params': params}, rngs, path=path)
+    return make(config, parent=scope)(x)
 
-  def group(x, params):
+  def group(x, several):
     for i in range(size):
       block = over if i == size - 1 else within
-      x = apply(block, x, jax.tree.map(lambda leaf, i=i: leaf[i], params))
+      one = jax.tree.map(lambda leaf, i=i: leaf[i], several)
+      x, _ = apply(block, x, one)
     return x, None
 
   if whole:
     shape = whole // size, size
     grouped = jax.tree.map(
-      lambda leaf: leaf[:whole].reshape(*shape, *leaf.shape[1:]), params
+      lambda leaf: leaf[:whole].reshape(*shape, *leaf.shape[1:]), stacked
     )
     x, _ = jax.lax.scan(group, x, grouped)
   if whole < config.layers:
-    rest = jax.tree.map(lambda leaf: leaf[whole:], params)
-    x, _ = jax.lax.scan(lambda x, p: (apply(within, x, p), None), x, rest)
+    rest = jax.tree.map(lambda leaf: leaf[whole:], stacked)
+    x, _ = jax.lax.scan(functools.partial(apply, within), x, rest)
   return x

@@ -14,6 +14,7 @@ import pytest
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.model.adapter import Adapter
 from qwenvl_jax.model.config import AdapterConfig, VisionConfig
+from qwenvl_jax.model.lora import LoraConfig
 from qwenvl_jax.model.positions import resize_positions, sincos_positions
 from qwenvl_jax.model.vision import (
   CLIP_MEAN,
@@ -202,6 +203,40 @@ def test_gradients_of_windows():
   pairs = zip(gradient(4, 'full'), gradient(None, 'none'), strict=True)
   for found, wanted in pairs:
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+class _Tower(nn.Module):
+  """A vision transformer under its name in Qwen-VL."""
+
+  config: VisionConfig
+  lora: LoraConfig
+
+  @nn.compact
+  def __call__(self, pixels):
+    return VisionTransformer(self.config, lora=self.lora, name='vision')(pixels)
+
+
+def test_windows_are_adapted_like_global_attention():
+  """By low-rank factors, whose dropout follows from the key."""
+  lora = LoraConfig(rank=2, targets='vision/blocks/.*', dropout=0.5)
+  pixels = _windows()[1]
+  params = nn.meta.unbox(
+    jax.jit(_Tower(_WINDOWS, lora).init)(jax.random.key(0), pixels)
+  )
+  params = jax.tree.map(lambda x: x + 0.1, params)
+
+  def encode(window, **how):
+    config = dataclasses.replace(_WINDOWS, window=window)
+    return jax.jit(_Tower(config, lora).apply)(params, pixels, **how)
+
+  # A window that is the whole grid.
+  np.testing.assert_allclose(encode(4), encode(None), atol=1e-4)
+  found = [
+    encode(2, rngs={'dropout': jax.random.key(seed)}) for seed in (0, 0, 1)
+  ]
+  np.testing.assert_array_equal(found[0], found[1])
+  for other in (found[2], encode(2)):
+    assert np.abs(found[0] - other).max() > 1e-4
 
 
 def test_backward_pass_of_windows_keeps_no_scores_of_all_patches():
