@@ -47,7 +47,6 @@ from qwenvl_jax.plan.main import UNREAD
 from qwenvl_jax.plan.plan import needed_flops
 from qwenvl_jax.plan.topology import GIB
 from qwenvl_jax.sharding import make_mesh, put_batch, use_mesh
-from qwenvl_jax.train.compiler import compiler_options
 from qwenvl_jax.train.loop import TrainConfig
 from qwenvl_jax.train.state import abstract_params, create_state
 from qwenvl_jax.train.step import compile_step
@@ -286,9 +285,7 @@ def measure_training(name: str, device, args) -> None:
   )
   began = time.perf_counter()
   with use_mesh(mesh):
-    compiled = step.jitted.lower(state, batch).compile(
-      compiler_options=compiler_options(mesh)
-    )
+    compiled = step.jitted.lower(state, batch).compile()
   print(f'{name}: compiled in {time.perf_counter() - began:.0f} s')
   seconds = []
   for _ in range(4):

@@ -134,7 +134,8 @@ def read_config(
     return _with_int4(config, group, gptq.zero_offset(folder, tensors))
   if keep_int4 and config.decoder.int4_group is None:
     raise CheckpointError(
-      f'{folder} holds no int4 weights: leave out keep_int4'
+      f'{folder} holds no int4 weights: leave out keep_int4; in training, take '
+      'finetune/lora.gin instead of qlora.gin'
     )
   return config
 

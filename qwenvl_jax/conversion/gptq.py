@@ -156,7 +156,8 @@ def group_size(folder: Path, tensors: Mapping[str, Tensor]) -> int:
   roots = _packed_roots(tensors)
   if not roots:
     raise CheckpointError(
-      f'{folder} holds no int4 weights (GPTQ): leave out keep_int4'
+      f'{folder} holds no int4 weights (GPTQ): leave out keep_int4; in '
+      'training, take finetune/lora.gin instead of qlora.gin'
     )
   sizes = {}
   for root in roots:

@@ -113,12 +113,6 @@ def read_parts(folder: Path, target: Any, model: QwenVLConfig) -> Any:
   wanted, config = flatten(target), read_config(folder)
   if any(map(is_packed, wanted)):
     config = read_config(folder, keep_int4=True)
-    if config.decoder.int4_group is None:
-      raise CheckpointError(
-        f'{folder} holds no weights of 4 bits (DecoderConfig.int4_group='
-        f'{model.decoder.int4_group}): name Qwen-VL-Chat-Int4, or train on '
-        'this one by finetune/lora.gin'
-      )
     for name in ('int4_group', 'int4_zero_offset'):
       stored = getattr(config.decoder, name)
       if stored != getattr(model.decoder, name):

@@ -77,6 +77,8 @@ def test_packed_kernels_are_not_trained(tmp_path):
     initial_params(
       plain, abstract_params(plain, everything, mesh), init, seed=0
     )
+  with pytest.raises(CheckpointError, match='tiny holds no int4 .*lora.gin'):
+    initial_params(model, wanted, InitFrom(params=golden.FOLDER), seed=0)
   # Low-rank factors are trained beside them, as they are stored.
   kept = flatten(initial_params(model, wanted, init, seed=0))
   stored = read_params(tmp_path / 'kept', model.config)
