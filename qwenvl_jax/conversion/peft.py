@@ -299,6 +299,7 @@ def write(
 ) -> None:
   """Writes both files to a new folder on a disk."""
   buckets.write(folder / CONFIG, json.dumps(settings, indent=2) + '\n')
-  safetensors.numpy.save_file(
-    dict(tensors), folder / _WEIGHTS[0], metadata={'format': 'pt'}
+  # `save_file` would let nobody else read it.
+  (folder / _WEIGHTS[0]).write_bytes(
+    safetensors.numpy.save(dict(tensors), metadata={'format': 'pt'})
   )
