@@ -81,10 +81,12 @@ def as_path(text: str | os.PathLike) -> Path:
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
+  """Returns whether a path is of a bucket (gs://)."""
   return os.fspath(path).startswith(_SCHEME)
 
 
 def absolute(path: Path) -> Path:
+  """Returns a path that holds whatever the working directory becomes."""
   return path if in_bucket(path) else path.absolute()
 
 

@@ -251,6 +251,7 @@ def data_shards(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that every device has whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -404,7 +405,15 @@ def spec(
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Places an activation by its logical axes, under the mesh in use."""
+  """Places an activation by its logical axes, under the mesh in use.
+
+  Args:
+    x: an array of any shape and dtype.
+    *names: a logical axis, or None, for each of its axes.
+
+  Returns:
+    The same values.
+  """
   mesh = mesh_in_use()
   if mesh is None or mesh.size == 1:
     return x

@@ -7,6 +7,8 @@ import pathlib
 import re
 import subprocess
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'qwenvl_jax'
 
@@ -149,6 +151,58 @@ def test_modules_say_what_they_are():
     if not is_package and path.parent.name != 'assets':
       wrong.append(f'{path.parent}: no __init__.py')
   assert not wrong, '\n'.join(sorted(set(wrong)))
+
+
+def missing_of_docstring(function: ast.FunctionDef) -> list[str]:
+  """What the docstring of a public function should say, and does not."""
+  text = ast.get_docstring(function)
+  if not text:
+    return ['a docstring']
+  missing = []
+  arguments = (*function.args.args, *function.args.kwonlyargs)
+  types = [ast.unparse(x.annotation) for x in arguments if x.annotation]
+  takes_arrays = any(re.search(r'\bndarray\b|jax\.Array\b', x) for x in types)
+  if takes_arrays and 'Args:' not in text:
+    missing.append('Args: with shapes')
+  raised = {
+    ast.unparse(getattr(node.exc, 'func', node.exc))
+    for node in ast.walk(function)
+    if isinstance(node, ast.Raise) and node.exc
+  }
+  if any(x.endswith('Error') for x in raised) and 'Error' not in text:
+    missing.append(f'Raises: {", ".join(sorted(raised))}')
+  return missing
+
+
+@pytest.mark.parametrize(
+  ('source', 'missing'),
+  [
+    ('def f(): pass', ['a docstring']),
+    ('def f(x: jax.Array): "Does."', ['Args: with shapes']),
+    ('def f():\n  "Does."\n  raise DataError("no")', ['Raises: DataError']),
+    ('def f(x: int):\n  "Does."\n  raise SystemExit(1)', []),
+  ],
+)
+def test_what_docstrings_lack_is_found(source, missing):
+  (function,) = ast.parse(source).body
+  assert missing_of_docstring(function) == missing
+
+
+def test_public_functions_say_what_they_do_take_and_raise():
+  wrong = [
+    f'{path.relative_to(ROOT)}:{node.lineno} {node.name} lacks {missing}'
+    for _, path in modules()
+    for node in syntax(path).body
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    and not node.name.startswith('_')
+    for missing in missing_of_docstring(node)
+  ]
+  assert not wrong, '\n'.join(wrong)
+
+
+def test_modules_are_no_longer_than_one_idea():
+  lines = {path: path.read_text().count('\n') for _, path in modules()}
+  assert not {str(path): n for path, n in lines.items() if n > 450}
 
 
 def text_files():

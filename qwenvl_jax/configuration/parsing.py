@@ -104,6 +104,11 @@ def find_config(name: str, including: Path | None = None) -> Path:
 
 
 def read_text(path: Path) -> str:
+  """Returns the text of a config file, its lines ended by line feeds alone.
+
+  Raises:
+    ConfigError: it is no regular file, too large, not UTF-8, or cannot be read.
+  """
   try:
     with buckets.refusals_told():
       if not buckets.in_bucket(path) and not stat.S_ISREG(path.stat().st_mode):
@@ -117,7 +122,11 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, where: str) -> list:
-  """The statements of a config text; nothing is imported or called."""
+  """Returns the statements of a config text; imports and calls nothing.
+
+  Raises:
+    ConfigError: the text is no config; names the line.
+  """
   try:
     return list(config_parser.ConfigParser(text, _Delegate()))
   except Exception as error:  # Whatever its tokenizer stumbles over.
@@ -130,6 +139,7 @@ def parse(text: str, where: str) -> list:
 
 
 def one_line(error: Exception) -> str:
+  """Returns what an error of gin says, in a line of at most 500 characters."""
   # Gin adds, on a line of its own, in which call it happened.
   text, _, call = str(error).partition('\n  In call to configurable ')
   name = call.split(' ')[0].strip("'")
@@ -150,12 +160,17 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def packages() -> list[str]:
+  """Returns the packages that config files may import from."""
   more = os.environ.get(PACKAGES, '').split(',')
   return ['qwenvl_jax', *filter(None, more)]
 
 
 def check_import(statement: config_parser.ImportStatement, where: str) -> None:
-  """Imports a module that config files may name."""
+  """Imports a module that config files may name.
+
+  Raises:
+    ConfigError: it is of another package, or cannot be imported.
+  """
   where = f'{where} line {statement.location.line_num}'
   # The second is in what gin writes where a value is %gin.REQUIRED.
   if statement.module in ('__gin__.dynamic_registration', 'gin.config'):

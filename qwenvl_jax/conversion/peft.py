@@ -297,7 +297,13 @@ def config_of(adapter: LowRank, base: str) -> dict:
 def write(
   folder: Path, tensors: Mapping[str, np.ndarray], settings: dict
 ) -> None:
-  """Writes both files to a new folder on a disk."""
+  """Writes both files to a new folder on a disk.
+
+  Args:
+    folder: exists.
+    tensors: PEFT's name to array, in their released dtype.
+    settings: adapter_config.json.
+  """
   buckets.write(folder / CONFIG, json.dumps(settings, indent=2) + '\n')
   # `save_file` would let nobody else read it.
   (folder / _WEIGHTS[0]).write_bytes(

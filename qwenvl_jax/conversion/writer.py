@@ -139,6 +139,11 @@ def _split(tensors, shard_bytes):
 def narrow(name: str, array: np.ndarray, dtype) -> np.ndarray:
   """Casts to a released dtype, refusing values that do not fit.
 
+  Args:
+    name: of the tensor, for the error.
+    array: of any shape.
+    dtype: to cast to.
+
   Raises:
     OverflowError: a finite value became infinite (float16).
   """

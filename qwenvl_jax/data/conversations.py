@@ -55,7 +55,16 @@ def _continuation(turns: Sequence[Question]) -> tuple[TextSpan, ...]:
 def pair_subjects(
   kind: str, first: Scene, second: Scene
 ) -> list[tuple[int, ...]]:
-  """Everything a kind of `PAIR_KINDS` can ask about two scenes."""
+  """Returns everything a kind can ask about two scenes.
+
+  Args:
+    kind: one of `PAIR_KINDS`.
+    first: the first scene.
+    second: the second one.
+
+  Raises:
+    KeyError: there is no such kind.
+  """
   here, there = set(first.classes), set(second.classes)
   if kind == 'which':
     return [(x,) for x in sorted(here ^ there)]

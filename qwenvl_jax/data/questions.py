@@ -79,13 +79,16 @@ def ask(
 
 
 def subjects(kind: str, scene: Scene, classes: int) -> list:
-  """Everything a kind can ask about a scene; empty if it cannot.
+  """Returns everything a kind can ask about a scene; empty if it cannot.
 
   Args:
     kind: a key of `KINDS`.
     scene: what is asked about.
     classes: how many of `things.THINGS` the data has (absent ones are asked
       for, too).
+
+  Raises:
+    KeyError: there is no such kind.
   """
   present = scene.classes
   single = [x for x in present if len(scene.of(x)) == 1]

@@ -185,7 +185,13 @@ def _choose(name, data_dir, config, split, kind):
 def section(
   record: str, arrays: dict[str, np.ndarray], tokenizer: Tokenizer
 ) -> str:
-  """One row as HTML."""
+  """Returns a row as HTML.
+
+  Args:
+    record: what to call the row.
+    arrays: of one row of `Batch`, by name.
+    tokenizer: that made it.
+  """
   used = arrays['segment_ids'] > 0
   count = int(used.sum())
   pictures, drawn = [], set()

@@ -27,6 +27,7 @@ def default_data_dir() -> pathlib.Path:
 
 
 def data_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
+  """Returns the folder of prepared data; None is the default one."""
   if data_dir is None:
     return default_data_dir()
   return buckets.as_path(data_dir)
@@ -184,7 +185,11 @@ class Scenes:
 
 
 def scenes_folder(data_dir, config: str = 'default') -> pathlib.Path:
-  """Where a set of scenes was prepared."""
+  """Returns the folder where a set of scenes was prepared.
+
+  Raises:
+    DataError: it was not; says the command.
+  """
   base = data_path(data_dir) / 'scenes'
   folder = storage.folder(base, config)
   if not (folder / storage.INFO).exists():

@@ -184,6 +184,7 @@ def folder(base: str | os.PathLike, name: str) -> pathlib.Path:
 
 
 def shard_name(name: str, split: str, index: int, count: int) -> str:
+  """Returns the file name of a shard, as TFDS has it."""
   return f'{name}-{split}.array_record-{index:05d}-of-{count:05d}'
 
 

@@ -124,6 +124,7 @@ def _thousandths(side, points):
 
 
 def box_text(scene: Scene, objects) -> str:
+  """Returns the boxes of objects as the model writes them, in thousandths."""
   return ''.join(
     grounding.format_box(thousandths(scene, x.box)) for x in objects
   )
@@ -147,6 +148,7 @@ def true(value: bool, language: str) -> str:
 
 
 def side(right: bool, language: str) -> str:
+  """Returns the word for a side of the picture."""
   return _SIDE[language][right]
 
 

@@ -78,7 +78,12 @@ class ImageBank:
 
 
 def image_key(pixels: np.ndarray, salt: bytes = b'') -> bytes:
-  """Hashes an image: sha256 of salt, shape, dtype and pixels."""
+  """Hashes an image: sha256 of salt, shape, dtype and pixels.
+
+  Args:
+    pixels: [H, W, 3] of any dtype, normalized.
+    salt: what separates those who must not share features.
+  """
   head = f'{len(salt)} {pixels.shape} {pixels.dtype} '.encode()
   digest = hashlib.sha256(head + salt)
   # As bytes, for bfloat16 has no buffer that other programs know.

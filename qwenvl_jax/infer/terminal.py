@@ -276,6 +276,7 @@ class Session:
 
 
 def open_picture(path: str) -> Image.Image:
+  """Opens a picture; `~` in its path is the home folder."""
   return pictures_lib.load(os.path.expanduser(path))
 
 

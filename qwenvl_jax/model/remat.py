@@ -58,5 +58,13 @@ def remat(module: Callable, policy: str) -> Callable:
 
 
 def keep(x: jax.Array, name: str) -> jax.Array:
-  """Names a value for the policies."""
+  """Names a value for the policies.
+
+  Args:
+    x: an activation of any shape and dtype.
+    name: as policies have it.
+
+  Returns:
+    The same values.
+  """
   return checkpoint_name(x, name)

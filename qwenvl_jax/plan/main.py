@@ -49,6 +49,11 @@ UNREAD = ('TrainConfig.init=None', 'Pipeline.streams=()')
 
 
 def command(argv: Sequence[str]) -> int:
+  """Runs `qwenvl-plan`; returns the exit status.
+
+  Raises:
+    QwenVLError: bad input.
+  """
   arguments = entry.parser('qwenvl-plan', DESCRIPTION, EXAMPLES)
   arguments.add_argument(
     '--topology',
@@ -247,6 +252,7 @@ def _working(what: str, quiet: bool):
 
 
 def main() -> int:
+  """Runs `qwenvl-plan` with the arguments of this process."""
   return entry.run(command)
 
 

@@ -23,7 +23,11 @@ PICTURE = '<img></img>'
 async def complete(
   server: Server, body: CompletionRequest, salt: bytes, wait: Any
 ):
-  """Continues prompts; see `chats.chat`."""
+  """Continues prompts; see `chats.chat`.
+
+  Raises:
+    ApiError: the request cannot be answered.
+  """
   limits, config, tokenizer = server.limits, server.config, server.tokenizer
   model = server.find_model(body.model)['id']
   prompts = await asyncio.to_thread(_prompts, server, body)

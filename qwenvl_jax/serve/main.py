@@ -23,6 +23,7 @@ _KEY_CHARS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+  """Runs `qwenvl-serve`; returns the exit status."""
   return entry.run(_run, argv)
 
 

@@ -63,6 +63,7 @@ def explained(doing: str, folder: Path):
 
 
 def refusal(doing: str, reason: str) -> str:
+  """Returns what to say of a bucket that refused something, with remedies."""
   return (
     f'{doing} failed: {reason}. Does the bucket exist, may this account read '
     'and write its objects and see the bucket itself (roles '
@@ -88,6 +89,7 @@ def _file_system_reason(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
+  """Returns the first line of an error, at most 200 characters of it."""
   lines = str(error).split('See full TensorStore')[0].strip().splitlines()
   text = lines[0] if lines else type(error).__name__
   return text if len(text) <= 200 else text[:200] + '...'

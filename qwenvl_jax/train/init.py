@@ -109,7 +109,11 @@ def _adapted(init: InitFrom, config: QwenVLConfig, target: dict) -> dict:
 
 
 def read_parts(folder: Path, target: Any, model: QwenVLConfig) -> Any:
-  """Reads the parts of the tree that `target` names from one folder."""
+  """Reads the parts of the tree that `target` names from one folder.
+
+  Raises:
+    CheckpointError: they are not there, or of other shapes or bits.
+  """
   wanted, config = flatten(target), read_config(folder)
   if any(map(is_packed, wanted)):
     config = read_config(folder, keep_int4=True)

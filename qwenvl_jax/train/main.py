@@ -39,6 +39,11 @@ qwenvl-train --gin_file=runs/again/config.gin --workdir=runs/third --steps=20
 
 
 def command(argv: Sequence[str]) -> int:
+  """Runs `qwenvl-train`; returns the exit status.
+
+  Raises:
+    QwenVLError: bad input.
+  """
   arguments = entry.parser('qwenvl-train', DESCRIPTION, EXAMPLES)
   arguments.add_argument(
     '--workdir',
@@ -99,6 +104,7 @@ def command(argv: Sequence[str]) -> int:
 
 
 def main() -> int:
+  """Runs `qwenvl-train` with the arguments of this process."""
   return entry.run(command)
 
 

@@ -111,10 +111,12 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> Any:
+  """Returns the tree of a dict from paths to leaves."""
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 
 def is_trained(path: str, config: OptimizerConfig) -> bool:
+  """Returns whether a parameter is trained: by pattern, and no constant."""
   return path not in CONSTANTS and any(
     re.fullmatch(pattern, path) for pattern in config.trainable
   )
@@ -171,6 +173,9 @@ def rate_factor(
     A float, or float32 [L,1,...] for a leaf of the stacked vision blocks:
     layer `id` has decay**(blocks+1-id), where id is 0 for the patch embedding,
     the position table and `ln_pre`, and i+1 for block i.
+
+  Raises:
+    ConfigError: a vision parameter that the decay does not know.
   """
   factor = next(
     (f for pattern, f in config.rates.items() if re.fullmatch(pattern, path)),

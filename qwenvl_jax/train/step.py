@@ -104,10 +104,19 @@ def accumulate(
   mesh: Mesh,
   key: jax.Array | None = None,
 ) -> tuple[Any, jax.Array, jax.Array, dict[str, jax.Array]]:
-  """Sums of loss, gradient and counts over the microbatches of a batch.
+  """Sums loss, gradient and counts over the microbatches of a batch.
 
   The gradient of a microbatch has the dtype of the computation, the sum that of
-  the parameters. What is drawn at random follows from `key`, None for nothing.
+  the parameters.
+
+  Args:
+    objective: what the loss is.
+    trained: parameters to differentiate by; others are in `frozen`.
+    frozen: of the same tree.
+    batch: arrays [B, ...] of `Batch`, by name.
+    accumulation: microbatches; divides the rows of a data shard.
+    mesh: that the rows are split over.
+    key: what is drawn at random follows from it; None for nothing.
 
   Returns:
     (gradient of the summed loss, summed loss, summed weight, other sums).

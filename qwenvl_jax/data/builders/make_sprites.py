@@ -40,6 +40,7 @@ def cut(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def main(font_file: str = FONT) -> None:
+  """Writes `assets/sprites.png`, a cell for each of `THINGS`, from a font."""
   font = ImageFont.truetype(font_file, FONT_SIZE)
   sheet = Image.new('RGBA', (CELL * len(THINGS), CELL))
   for index, thing in enumerate(THINGS):

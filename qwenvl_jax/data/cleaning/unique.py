@@ -191,4 +191,5 @@ def best(rule, entries) -> list[Entry]:
 
 @functools.lru_cache(maxsize=1)
 def default_rules() -> tuple:
+  """Returns the comparisons of pairs with each other, in order (Appendix A)."""
   return DuplicatePairs(), LongestText(), DuplicateTexts(keep=8)

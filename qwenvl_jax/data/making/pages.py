@@ -136,7 +136,12 @@ def homography(source: Quad, target: Quad) -> np.ndarray:
 
 
 def transform(matrix: np.ndarray, points: Quad) -> Quad:
-  """Points through a perspective map."""
+  """Moves points through a perspective map.
+
+  Args:
+    matrix: [3, 3] float, from pixels to pixels, of homogeneous coordinates.
+    points: four points (x, y), in pixels.
+  """
   moved = matrix @ np.array([(x, y, 1.0) for x, y in points]).T
   return tuple(
     (float(x), float(y)) for x, y in zip(*(moved[:2] / moved[2:]).tolist())

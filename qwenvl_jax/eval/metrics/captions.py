@@ -97,6 +97,9 @@ def tokenized(captions: Sequence[Sequence[str]]) -> dict[int, list[str]]:
 
   Tokens of the Penn Treebank in lower case, without punctuation.
 
+  Raises:
+    DataError: the tokenizer of pycocoevalcap failed.
+
   >>> tokenized([['A dog, running.', 'Dogs']])  # doctest: +SKIP
   {0: ['a dog running', 'dogs']}
   """
