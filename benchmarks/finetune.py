@@ -250,9 +250,9 @@ def column(
       (x for x in log if 'heldout_loss' in x), key=lambda x: x['heldout_loss']
     )
     facts = {
-      'best held-out loss': f'{best["heldout_loss"]:.3f}',
-      'at step': str(best['step']),
-      'best state, MB': f'{size(folder) / 1e6:.1f}',
+      'lowest held-out loss': f'{best["heldout_loss"]:.3f}',
+      'of step': str(best['step']),
+      'saved, MB': f'{size(folder) / 1e6:.1f}',
       'training, minutes': f'{minutes:.1f}',
     }
   file = args.folder / 'scores' / f'{name}.json'

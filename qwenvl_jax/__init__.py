@@ -7,7 +7,6 @@ if TYPE_CHECKING:
   from qwenvl_jax.api import Handle, digest, load
 
 __all__ = ['Handle', 'digest', 'load']
-__version__ = importlib.metadata.version('qwenvl_jax')
 
 
 def __getattr__(name):
@@ -16,8 +15,11 @@ def __getattr__(name):
     from qwenvl_jax import api
 
     return getattr(api, name)
+  # Neither does it ask for an installation.
+  if name == '__version__':
+    return importlib.metadata.version('qwenvl_jax')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
-  return sorted({*globals(), *__all__})
+  return sorted({*globals(), *__all__, '__version__'})

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     action='store_true',
     help='of an int4 (GPTQ) checkpoint: keep its packed weights, for chat and '
     'evaluation in half the memory; --dtype is then of all others. '
-    'Without this they are dequantized (to bfloat16), which training needs',
+    'Without this they are dequantized (to bfloat16), which the stages need',
   )
   sub = command(
     'to-hf',

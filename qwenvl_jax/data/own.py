@@ -58,11 +58,14 @@ class Part:
     count = len(records)
     groups = _groups(prepared, _version(prepared), bool(self.heldout))
     indices = self.indices(groups)
+    none = 'set HELDOUT=0 and TrainConfig.heldout=None to hold none out'
+    if not self.heldout and self.part == 'heldout':
+      raise DataError(f'{self.name}: own.Part.heldout=0 leaves nothing: {none}')
     if not len(indices):
       alike = ' that share pictures' if count > 1 else ''
       raise DataError(
         f'{self.name} has {count} record(s){alike}, so that {self.part} is '
-        'empty: add some, or set HELDOUT=0 to hold none out'
+        f'empty: add some, or {none}'
       )
     return Chosen(records, indices)
 

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -144,7 +144,7 @@ def use_platform(name: str) -> None:
 
 
 def make(
-  settings: Settings, stages: Iterable[str], phases: Phases
+  settings: Settings, stages: Collection[str], phases: Phases
 ) -> dict[str, float]:
   """Prepares the data and trains stages that are not there yet, in order.
 

@@ -249,13 +249,8 @@ def _train(
   """
   folder = _folder(out, variant)
   if quickstart.finished(folder):
-    there = len(_losses(folder))
-    if there != steps:
-      raise ConfigError(
-        f'{folder} has a run of {there} steps, not of {steps}: name another '
-        f'--out, or --steps {there}'
-      )
     print(f'{variant.name}: finished before, in {folder}')
+    _check_steps(folder, steps)
     return
   names = ('quickstart/stage1', 'ablation/small')
   names += tuple(f'ablation/{name}' for name in variant.files)
@@ -274,7 +269,18 @@ def _train(
   environment = quickstart.training_environment()
   phases.begin(variant.name)
   quickstart.command('qwenvl_jax.train.main', *options, **environment)
+  # Of a run that was stopped, more steps may be there than are asked for now.
+  _check_steps(folder, steps)
   quickstart.mark_finished(folder, phases.end(variant.name))
+
+
+def _check_steps(folder: Path, steps: int) -> None:
+  there = len(_losses(folder))
+  if there != steps:
+    raise ConfigError(
+      f'{folder} has a run of {there} steps, not of {steps}: name another '
+      f'--out, or --steps {there}'
+    )
 
 
 def _losses(folder: Path) -> np.ndarray:

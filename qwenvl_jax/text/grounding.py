@@ -273,7 +273,9 @@ def stream_words(pieces: Iterable[str]) -> Iterator[str]:
       elif tag and (tag[1] or tag[2] == 'ref'):
         owned = owned or tag[0] == '</ref>'
         held = held[tag.end() :]
-      elif (tag or held in _BEGUN) and piece and len(held) < _LONGEST:
+      elif (
+        (tag or held in _BEGUN) and piece is not None and len(held) < _LONGEST
+      ):
         break  # The rest of it is to come.
       elif held:
         yield held[0]

@@ -21,8 +21,9 @@ class HeldOut:
     data: read from its start every time, so that the numbers compare.
     every: steps between two of them.
     batches: how many.
-    patience: after how many in a row without a better state (by
-      `TrainConfig.best`) the run ends, saved. None never ends it early.
+    patience: after how many measures of the state (`TrainConfig.best` says of
+      which) in a row without a better one the run ends, saved. None never ends
+      it early.
   """
 
   data: Data

@@ -315,7 +315,7 @@ def _out_of_patience(
   return bool(
     best
     and patience
-    and best.stands_since(patience * config.heldout.every, step)
+    and best.stands_since(patience * config.measured_every, step)
   )
 
 

@@ -122,6 +122,12 @@ class TrainConfig:
       return HELDOUT_LOSS
     return None
 
+  @property
+  def measured_every(self) -> int:
+    """Steps between two values of `measure`, of a run that has one."""
+    by_loss = self.measure == HELDOUT_LOSS
+    return (self.heldout if by_loss else self.evaluation).every
+
 
 def check_run(
   config: TrainConfig, mesh: Mesh, coordinator: Coordinator

@@ -8,7 +8,6 @@ from pathlib import Path
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion import low_rank
 from qwenvl_jax.conversion.adapters import base_of, check_base
-from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS
 from qwenvl_jax.conversion.families.qwen_vl.assets import (
   VOCABULARY,
   write_assets,
@@ -41,8 +40,6 @@ def opened(workdir: Path, first: bool) -> Iterator[Callable[[], None]]:
     with _writing(workdir):
       buckets.make_folder(workdir)
       check = held.enter_context(locked(workdir, _warn)) if first else _nothing
-      # Orbax clears away in one thread what it lists in another.
-      buckets.hold(workdir / CHECKPOINTS)
     yield check
 
 

@@ -57,6 +57,8 @@ class SavedSteps:
     self._coordinator = coordinator
     self._quiet = NoLateCallbacks()
     with self.explained(f'opening {folder}'):
+      # Orbax clears away in one thread what it lists in another.
+      buckets.hold(folder)
       self.manager = ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(

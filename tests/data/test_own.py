@@ -131,6 +131,9 @@ def test_nothing_can_be_held_out_of_one_picture(tmp_path):
   with pytest.raises(DataError, match='3 record.*share pictures.*HELDOUT=0'):
     own.Part('mine', data_dir=tmp_path).open()
   assert len(own.Part('mine', heldout=0, data_dir=tmp_path).open()) == 3
+  nothing = own.Part('mine', 'heldout', heldout=0, data_dir=tmp_path)
+  with pytest.raises(DataError, match='and TrainConfig.heldout=None to hold'):
+    nothing.open()
 
 
 def test_steps_of_epochs():

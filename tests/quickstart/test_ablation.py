@@ -77,7 +77,7 @@ def test_table_compares_step_by_step(tmp_path):
   assert rows[3][3] == '+1.000 ± 0.000'
 
 
-def test_runs_of_other_steps_are_not_mixed_in(tmp_path):
+def test_runs_of_other_steps_are_not_mixed_in(tmp_path, monkeypatch):
   training = ablation.TRAININGS['queries']
   variant = training.variants[0]
   folder = _run(tmp_path / '64_queries', [3, 2, 1])
@@ -87,6 +87,13 @@ def test_runs_of_other_steps_are_not_mixed_in(tmp_path):
   ablation._train(settings, training, variant, tmp_path, 3, phases)
   with pytest.raises(ConfigError, match='run of 3 steps, not of 4: name anoth'):
     ablation._train(settings, training, variant, tmp_path, 4, phases)
+  # Of a run that was stopped at step 3, and goes on with 2: there is nothing to
+  # do, and nothing to compare with runs of 2.
+  monkeypatch.setattr(quickstart, 'command', lambda *_, **__: None)
+  (folder / 'finished').unlink()
+  with pytest.raises(ConfigError, match='run of 3 steps, not of 2: name anoth'):
+    ablation._train(settings, training, variant, tmp_path, 2, phases)
+  assert not quickstart.finished(folder)
 
 
 def _scenes():

@@ -18,6 +18,7 @@ from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import log_upload
 from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.guard import Guard
+from qwenvl_jax.train.heldout import HeldOut
 from qwenvl_jax.train.loop import train
 
 RUNNER = pathlib.Path(__file__).with_name('bucket_runner.py')
@@ -170,6 +171,19 @@ def test_a_bucket_that_cannot_be_written_is_said_before_the_first_step(bucket):
 def test_a_bucket_that_is_not_there_is_named(cloud):
   with pytest.raises(ConfigError, match='there is no bucket nowhere.*create'):
     train(configuration(), 'gs://nowhere/run')
+
+
+def test_the_best_state_is_kept_in_a_bucket(bucket):
+  data = standin.Points(batch_size=16)
+  heldout = HeldOut(data, every=2, batches=1, patience=9)
+  for stop in 4, 8:
+    train(configuration(heldout=heldout), f'{bucket.url}/run', stop_at=stop)
+    best = json.loads(bucket.objects['run/best/best.json'])
+    done, there = steps(bucket, 'run/best/checkpoints')
+    assert done == there == [best['step']]
+    found = [x for x in log(bucket) if 'best/step' in x]
+    assert found[-1]['step'] == stop
+    assert found[-1]['best/step'] == best['step']
 
 
 def test_a_roll_back_deletes_what_came_after(bucket, capsys):

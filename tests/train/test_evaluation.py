@@ -7,6 +7,7 @@ import pytest
 import standin
 
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train.heldout import HeldOut
 from qwenvl_jax.train.loop import train
 
 
@@ -39,6 +40,17 @@ def test_the_best_state_is_named_and_there_whatever_is_kept(tmp_path):
     (15, 0.75, 10, 0.75),
     (20, 0.25, 10, 0.75),
   ]
+
+
+def test_patience_counts_what_decides(tmp_path, capsys):
+  scores = Scores([0.5, 0.4, 0.3])
+  heldout = HeldOut(standin.Points(16), every=1, batches=1, patience=2)
+  config = standin.line_run(steps=20, evaluation=scores, heldout=heldout)
+  # The loss is computed ten times before the second score.
+  assert int(train(config, tmp_path).step) == 15
+  assert 'better than 0.5000 since step 5' in capsys.readouterr().err
+  # The next start finds nothing to do.
+  assert int(train(config, tmp_path).step) == 15
 
 
 def test_a_score_that_is_not_measured_is_named(tmp_path):
