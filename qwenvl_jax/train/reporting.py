@@ -112,7 +112,7 @@ class Reporter:
         console=console,
       )
       self._task = self._bar.add_task(
-        '', total=stop, completed=start, record={}, compiled=False
+        '', total=stop, completed=start, record={}, compiling=None
       )
       self._bar.start()
 
@@ -135,12 +135,17 @@ class Reporter:
 
     self._sinks[TENSORBOARD] = write, events.close
 
+  def compiling(self) -> None:
+    """Says on the bar that, and since when, the step is compiled."""
+    if self._bar:
+      self._bar.update(self._task, compiling=time.perf_counter())
+
   def compiled(self, seconds: float) -> None:
     """Says how long compilation took, and leaves it out of the time left."""
     clock, start = self._began
     self._began = clock + seconds, start
     if self._bar:
-      self._bar.update(self._task, compiled=True)
+      self._bar.update(self._task, compiling=None)
     self.say(f'compiled the training step in {seconds:.1f} s')
 
   def step(self, step: int) -> None:
@@ -259,8 +264,9 @@ class _Columns(ProgressColumn):
   max_refresh = 0.5
 
   def render(self, task) -> Text:
-    if not task.fields['compiled']:
-      since = _duration(task.elapsed or 0)
+    began = task.fields['compiling']
+    if began is not None:
+      since = _duration(time.perf_counter() - began)
       return Text(f'compiling the training step, {since}')
     left = task.time_remaining
     eta = '-:--:--' if left is None else _duration(left)

@@ -86,6 +86,7 @@ class StepMetrics:
       yield
       return
     began = time.perf_counter()
+    self._reporter.compiling()
     with self.not_counted():
       yield
     self._compiled = True
