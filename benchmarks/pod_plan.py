@@ -59,7 +59,7 @@ class Row:
 # stage2_unpacked.gin: 4,096 sequences of 2,048 with an image each; stage2.gin
 # and stage1_packed.gin: rows of 2,048, packed, with seven.
 ROWS = (
-  Row('stage2.gin', 'v5e:16x16', None, 1.12, 0.58),
+  Row('stage2.gin', 'v5e:16x16', None, 1.17, 0.58),
   Row('stage2.gin', 'v5p:4x4x4', None, 1.12, 0.56),
   Row('stage2_unpacked.gin', 'v5e:16x16', 14.0, 1.12, 0.54, 0.75),
   Row('stage2_unpacked.gin', 'v5p:4x4x4', 85.0, 1.05, 0.56),
