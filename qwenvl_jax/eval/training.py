@@ -36,7 +36,7 @@ class DuringTraining:
     tasks: names; the first one's metric decides which state is best, unless
       `TrainConfig.best` names another.
     data_dir: their files.
-    every: steps between two evaluations.
+    every: steps between two evaluations; the run's last step has one, too.
     limit: the first examples of each task.
     slots: answers at a time.
     max_len: tokens of a prompt and its answer; None for the decoder's rows.

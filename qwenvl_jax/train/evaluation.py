@@ -13,7 +13,7 @@ class Evaluation(Protocol):
   """What scores a model (`eval.training.DuringTraining`).
 
   Attributes:
-    every: steps between two evaluations.
+    every: steps between two evaluations; the run's last step has one, too.
     measure: name of the score that decides, unless `TrainConfig.best` does,
       which state is best; the highest is.
   """

@@ -19,7 +19,7 @@ class HeldOut:
 
   Attributes:
     data: read from its start every time, so that the numbers compare.
-    every: steps between two of them.
+    every: steps between two of them; the run's last step has one, too.
     batches: how many.
     patience: after how many measures of the state (`TrainConfig.best` says of
       which) in a row without a better one the run ends, saved. None never ends

@@ -218,7 +218,9 @@ def train(
       if best:
         best.check()
 
-      due = [hook for every, hook in hooks if step % every == 0]
+      # The end of the run is measured, too: it may be the best.
+      ended = step == config.optimizer.steps
+      due = [hook for every, hook in hooks if ended or step % every == 0]
       if due or step == last or metrics.long_steps:
         metrics.settle()
       if metrics.spike:

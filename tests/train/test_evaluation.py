@@ -42,6 +42,12 @@ def test_the_best_state_is_named_and_there_whatever_is_kept(tmp_path):
   ]
 
 
+def test_the_last_state_may_be_the_best(tmp_path):
+  train(standin.line_run(steps=7, evaluation=Scores([0.5, 0.75])), tmp_path)
+  best = json.loads((tmp_path / 'best/best.json').read_text())
+  assert best == {'step': 7, 'eval/task/accuracy': 0.75}
+
+
 def test_patience_counts_what_decides(tmp_path, capsys):
   scores = Scores([0.5, 0.4, 0.3])
   heldout = HeldOut(standin.Points(16), every=1, batches=1, patience=2)

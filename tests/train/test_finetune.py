@@ -104,8 +104,10 @@ def test_from_pictures_to_an_adapter(place, capsys):
   records = [
     json.loads(x) for x in (run / 'log.jsonl').read_text().split('\n') if x
   ]
-  held = [r['heldout_loss'] for r in records if 'heldout_loss' in r]
-  assert len(held) == 3 and held[-1] < held[0]
+  held = {r['step']: r['heldout_loss'] for r in records if 'heldout_loss' in r}
+  *half_epochs, end = held
+  assert len(half_epochs) == 3 and end == records[-1]['step']
+  assert held[end] < held[half_epochs[0]]
   tokens = standin.rows(0, 1)['tokens'][:, 6:]
   plain = qwenvl_jax.load(place / 'base').logits(tokens)
   for folder in (run, run / 'best'):
