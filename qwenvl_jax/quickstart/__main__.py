@@ -19,7 +19,7 @@ import jax
 
 from qwenvl_jax import entry
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.quickstart import evaluate
+from qwenvl_jax.quickstart import evaluate, origin
 from qwenvl_jax.quickstart.phases import Phases
 
 # Stage to (config, where its parameters come from: option to stage).
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _devices() -> int:
   """How many to split a batch over: a power of two, a core each, at most 8."""
-  cores = min(len(os.sched_getaffinity(0)), 8)
+  cores = min(origin.cores(), 8)
   return 1 << (cores.bit_length() - 1)
 
 

@@ -29,6 +29,13 @@ def facts(config: QwenVLConfig, params: Mapping) -> dict[str, str]:
   }
 
 
+def cores() -> int:
+  """Returns how many cores this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1  # macOS cannot keep a process to some of them.
+
+
 def _commit() -> str:
   """The commit of this checkout, and whether files differ from it."""
   root = Path(qwenvl_jax.__file__).resolve().parents[1]
@@ -50,9 +57,8 @@ def _commit() -> str:
 
 def _machine() -> str:
   """Processor, cores, memory, and the accelerators that JAX uses."""
-  cores = len(os.sched_getaffinity(0))
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
-  found = f'{_processor()}, {cores} cores, {memory:.0f} GiB'
+  found = f'{_processor()}, {cores()} cores, {memory:.0f} GiB'
   kinds = [device.device_kind for device in jax.devices()]
   if jax.default_backend() != 'cpu':
     found += f', {len(kinds)} x {kinds[0]}'
