@@ -212,12 +212,13 @@ def test_names_that_are_no_text_are_names_all_the_same(prepared):
   with pytest.raises(DataError) as caught:
     prepared()
   assert '\n' not in str(caught.value)
-  captions, said, folder = prepared(limit=Limit(share=0.3))
-  assert captions == ['caption 0', 'caption 1', 'caption 2'] and not said
+  captions, (dropped,), folder = prepared(limit=Limit(share=0.3))
+  assert captions == ['caption 0', 'caption 1', 'caption 2']
+  assert dropped.startswith('dropped: empty_text: caf') and '\n' not in dropped
   before = times(folder)
   prepared(limit=Limit(share=0.3))
   assert times(folder) == before
   archive(prepared.root, 0, 'corrected')
   downloads.tar(odd, {'b.jpg': b'no picture'})
-  _, (line,), _ = prepared(limit=Limit(share=0.3))
+  _, (line, *_), _ = prepared(limit=Limit(share=0.3))
   assert '2 of 4' in line and line.isprintable()
