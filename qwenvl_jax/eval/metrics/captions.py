@@ -141,6 +141,8 @@ def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> float:
       return float(scorer.compute_score(true, said)[0])
     except (OSError, ValueError) as error:
       scorer.meteor_p.kill()
+      with contextlib.suppress(OSError):  # What was not yet sent.
+        scorer.meteor_p.stdin.close()
       reason = scorer.meteor_p.stderr.read().decode(errors='replace').strip()
       raise DataError(
         f'METEOR failed: {(reason or str(error)).splitlines()[0][:300]}; does '
