@@ -123,7 +123,7 @@ def _groups(prepared: Prepared, version: tuple, by_picture: bool) -> np.ndarray:
     return index
 
   shown = {}
-  for index in first if by_picture else ():
+  for index in range(len(records) if by_picture else 0):
     try:
       images = records[index].images
     except BadRecordError:  # Told where it is trained on.
