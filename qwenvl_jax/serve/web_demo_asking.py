@@ -3,10 +3,11 @@
 The same limits hold for it, and the same text is control ids to it: none.
 """
 
+import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pydantic
@@ -53,14 +54,34 @@ async def ask(
         yield text
 
 
-async def grouped(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-  """The same text in fewer pieces."""
-  held, last = '', 0.0
+async def grouped(
+  pieces: AsyncIterator[str], wanted: Callable[[], bool]
+) -> AsyncIterator[str]:
+  """Yields the same text in fewer pieces, as long as it is wanted.
+
+  Args:
+    pieces: of the text; it is closed at the end.
+    wanted: whether somebody still waits for the text. It is asked every
+      `_PAUSE` seconds, also while no piece comes.
+  """
+  held, step, last = '', None, 0.0
   async with contextlib.aclosing(pieces):
-    async for piece in pieces:
-      held += piece
-      if time.monotonic() - last >= _PAUSE:
-        yield held
-        held, last = '', time.monotonic()
-  if held:
+    try:
+      while wanted():
+        step = step or asyncio.ensure_future(anext(pieces))
+        done, _ = await asyncio.wait({step}, timeout=_PAUSE)
+        if done:
+          step, ended = None, step
+          try:
+            held += ended.result()
+          except StopAsyncIteration:
+            break
+        if held and time.monotonic() - last >= _PAUSE:
+          yield held
+          held, last = '', time.monotonic()
+    finally:
+      if step:
+        step.cancel()
+        await asyncio.wait({step})
+  if held and wanted():
     yield held

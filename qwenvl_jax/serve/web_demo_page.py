@@ -45,6 +45,17 @@ CSS = (pathlib.Path(__file__).parent / 'assets/web_demo.css').read_text('utf-8')
 _SUFFIXES = ['.jpg', *(f'.{name.lower()}' for name in FORMATS)]
 # Clicks the hidden link to the file that was just written.
 _DOWNLOAD = "() => document.querySelector('#saved a, a#saved, #saved').click()"
+_EMPTY = {'text': '', 'files': []}
+
+
+def _in_box(turn: Turn) -> dict:
+  return {'text': turn.text, 'files': [*map(str, turn.pictures)]}
+
+
+def _replace(turns: list[Turn], others: Sequence[Turn]) -> None:
+  for turn in turns:
+    turn.asked += 1
+  turns[:] = others
 
 
 def show(turns: Sequence[Turn], language: str) -> list[dict]:
@@ -168,9 +179,11 @@ class Page:
         'api_visibility': 'private',
         'show_progress': 'hidden',
         'concurrency_limit': None,
+        # The last answer may not yet have noticed that nobody waits for it.
+        'trigger_mode': 'multiple',
       }
 
-      def on(event, function, inputs, outputs, **more):
+      def on(event, function, inputs, outputs):
         # The browser shows that something is being answered, not when.
         return event(
           function,
@@ -179,23 +192,22 @@ class Page:
           api_visibility='private',
           show_progress='hidden',
           concurrency_limit=None,
-          **more,
         )
 
-      runs = []
+      # Gradio's own way to cancel what runs can lose what the click that
+      # cancels it shows: an answer itself sees that it is no longer wanted.
       for event, function, inputs in (
         (box.submit, self.ask, [turns, box, language]),
         (chat.example_select, self.example, [turns, language]),
         (chat.retry, self.retry, [turns, language]),
         (chat.edit, self.edit, [turns, language]),
       ):
-        asked = on(event, function, inputs, view)
-        runs += [asked, asked.success(**answer)]
-      on(box.stop, self.stop, [turns, language], view, cancels=runs)
-      on(chat.undo, self.undo, [turns, language], view, cancels=runs)
+        on(event, function, inputs, view).success(**answer)
+      on(box.stop, self.stop, [turns, language], view)
+      on(chat.undo, self.undo, [turns, language], view)
       for event in (chat.clear, new.click):
-        on(event, self.clear, [], view, cancels=runs)
-      on(load.upload, self.open, [load, language], view, cancels=runs)
+        on(event, self.clear, [turns], view)
+      on(load.upload, self.open, [turns, load, language], view)
       on(save.click, self.save, [turns, language], [saved]).success(
         fn=None, js=_DOWNLOAD
       )
@@ -216,7 +228,7 @@ class Page:
     ]
 
   # What follows answers events. `turns` is the conversation itself: it is
-  # changed in place, so that an answer that is stopped keeps what there is.
+  # changed in place, so that all that runs at once sees the same.
 
   def greet(self, request: gr.Request) -> str:
     """The language that the browser asks for first."""
@@ -237,19 +249,17 @@ class Page:
       gr.update(label=words.temperature, info=words.temperature_info),
     )
 
-  def _running(self, turns, language):
+  # Only what somebody sends or takes back changes the box: an answer that ends
+  # must not wipe out what is being typed meanwhile.
+
+  def _running(self, turns, language, **box):
     turns[-1].due = True
-    empty = {'text': '', 'files': []}
-    busy = gr.update(value=empty, submit_btn=False, stop_btn=True)
+    busy = gr.update(submit_btn=False, stop_btn=True, **box)
     return turns, show(turns, language), busy
 
-  def _idle(self, turns, language, text: str = '', pictures=()):
-    value = {'text': text, 'files': [*map(str, pictures)]}
-    return (
-      turns,
-      show(turns, language),
-      gr.update(value=value, submit_btn=True, stop_btn=False),
-    )
+  def _idle(self, turns, language, **box):
+    idle = gr.update(submit_btn=True, stop_btn=False, **box)
+    return turns, show(turns, language), idle
 
   def ask(self, turns: list[Turn], box: dict, language: str):
     """Takes a question in."""
@@ -257,7 +267,7 @@ class Page:
     if not text and not files:
       raise gr.Error(WORDS[language].ask, print_exception=False)
     turns.append(Turn(text, tuple(files)))
-    return self._running(turns, language)
+    return self._running(turns, language, value=_EMPTY)
 
   def example(self, turns: list[Turn], language: str, which: gr.SelectData):
     """Takes the question of a card in."""
@@ -288,11 +298,12 @@ class Page:
     """Takes the last question back into the box."""
     turn = turns.pop() if turns else Turn('')
     turn.asked += 1
-    return self._idle(turns, language, turn.text, turn.pictures)
+    return self._idle(turns, language, value=_in_box(turn))
 
-  def clear(self):
+  def clear(self, turns: list[Turn]):
     """Begins a new conversation."""
-    return self._idle([], 'en')
+    _replace(turns, [])
+    return self._idle(turns, 'en', value=_EMPTY)
 
   async def answer(
     self,
@@ -312,24 +323,31 @@ class Page:
     turn.asked += 1
     mine = turn.asked
     limits, salt = self._server.limits, request.request.state.salt
+
+    def wanted():
+      return turn.asked == mine
+
     try:
-      messages = await asyncio.to_thread(to_messages, turns, limits)
-      pieces = grouped(
-        ask(self._server, salt, messages, temperature=temperature)
-      )
-      async with contextlib.aclosing(pieces):
-        async for piece in pieces:
-          if turn.asked != mine:
-            return
+      messages = await asyncio.to_thread(to_messages, [*turns], limits)
+      pieces = ask(self._server, salt, messages, temperature=temperature)
+      async with contextlib.aclosing(grouped(pieces, wanted)) as growing:
+        async for piece in growing:
           turn.answer += piece
           yield turns, show(turns, language), gr.skip()
-      await asyncio.to_thread(draw_boxes, turns, self._folder)
-      yield self._idle(turns, language)
+      if wanted():
+        await asyncio.to_thread(draw_boxes, [*turns], self._folder)
     except ApiError as error:
-      self._refuse(error, language)
-      if turns and turns[-1] is turn:
-        turns.pop()
-      yield self._idle(turns, language, turn.text, turn.pictures)
+      if wanted():
+        self._refuse(error, language)
+        if turns[-1] is turn:
+          turns.pop()
+        yield self._idle(turns, language, value=_in_box(turn))
+        return
+    if wanted():
+      yield self._idle(turns, language)
+    else:
+      # What it showed last is shown again when it ends: let it be what is.
+      yield turns, show(turns, language), gr.skip()
 
   def _refuse(self, error: ApiError, language: str) -> None:
     gr.Warning(html.escape(WORDS[language].errors.get(error.code, str(error))))
@@ -356,15 +374,16 @@ class Page:
     path.write_text(text, 'utf-8')
     return str(path)
 
-  def open(self, path: str, language: str):
+  def open(self, turns: list[Turn], path: str, language: str):
     """Opens a conversation that was saved."""
     try:
       with open(path, 'rb') as file:
         data = file.read(2 * self._server.limits.body_bytes)
-      turns = open_shared(data, self._folder, self._server.limits)
+      opened = open_shared(data, self._folder, self._server.limits)
     except ApiError as error:
       self._refuse(error, language)
       return gr.skip(), gr.skip(), gr.skip()
-    for number in range(1, len(turns) + 1):
-      draw_boxes(turns[:number], self._folder)
+    for number in range(1, len(opened) + 1):
+      draw_boxes(opened[:number], self._folder)
+    _replace(turns, opened)
     return self._idle(turns, language)

@@ -181,8 +181,11 @@ def page(make_server, tmp_path):
   server.worker.stop()
 
 
-def answer(page, turns, pieces=None):
-  """Lets the page answer; returns all that it showed, up to some pieces."""
+def answer(page, turns, pieces=None, watch=lambda: None):
+  """Lets the page answer; returns all that it showed, up to some pieces.
+
+  Calls `watch` after each piece.
+  """
   state = types.SimpleNamespace(salt=b'')
   request = types.SimpleNamespace(request=types.SimpleNamespace(state=state))
 
@@ -191,6 +194,7 @@ def answer(page, turns, pieces=None):
     growing = page.answer(turns, 'en', 0.0, request)
     async for _, chat, box in growing:
       shown.append((chat, box))
+      watch()
       left = None if left is None else left - 1
       if left == 0:
         await growing.aclose()
@@ -227,6 +231,29 @@ def test_asked_again_edited_and_taken_back(page, picture):
   assert chat == [] and turns == []
   assert box['value'] == {'text': 'Who?', 'files': [str(path)]}
   assert len(answer(page, turns)) == 1 and turns == []
+
+
+def test_what_is_taken_back_with_its_last_piece_stays_in_the_box(page):
+  turns = []
+
+  def undo():
+    if turns and turns[0].answer == reciter.ANSWER:
+      page.undo(turns, 'en')
+
+  page.ask(turns, {'text': 'What?', 'files': []}, 'en')
+  shown = answer(page, turns, watch=undo)
+  assert turns == []
+  # Nothing that comes after shows the answer, or changes the box.
+  assert shown[-1][0] == []
+  assert all('value' not in box for _, box in shown)
+
+
+def test_what_is_typed_while_an_answer_grows_stays_in_the_box(page):
+  turns = []
+  page.ask(turns, {'text': 'What?', 'files': []}, 'en')
+  shown = answer(page, turns)
+  assert turns[0].answer == reciter.ANSWER
+  assert all('value' not in box for _, box in shown)
 
 
 def test_a_stopped_answer_stays_and_frees_its_slot(page):
@@ -437,8 +464,8 @@ def test_a_conversation_in_a_browser(chromium, demo, tmp_path):
   file = tmp_path / 'conversation.json'
   download.value.save_as(file)
   assert len(json.loads(file.read_text())['messages']) == 2
+  # Taken back while it is being asked again.
   page.click('button[aria-label=Retry]')
-  page.wait_for_selector('#chat .bot img')
   page.click('button[aria-label=Undo]')
   page.wait_for_selector('#chat .bot', state='detached')
   page.wait_for_function(
