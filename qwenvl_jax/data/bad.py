@@ -7,7 +7,7 @@ never silent, and past a share of dropped records the run stops (`Limit`).
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -48,60 +48,38 @@ REPAIRED = {
 }
 
 
-class Counts:
+class Counts(collections.Counter):
   """How often what happened to the records of which source.
 
   Keys are `source/seen`, `source/dropped/REASON` and `source/repaired/REASON`.
   """
 
-  def __init__(self, counts: Mapping[str, int] = ()):
-    self._counts = collections.Counter(dict(counts))
-
   def seen(self, source: str) -> None:
-    self._counts[f'{source}/seen'] += 1
+    self[f'{source}/seen'] += 1
 
   def dropped(self, source: str, reason: str) -> None:
-    self._counts[f'{source}/dropped/{reason}'] += 1
+    self[f'{source}/dropped/{reason}'] += 1
 
   def repaired(self, source: str, reasons: Iterable[str]) -> None:
-    for reason in reasons:
-      self._counts[f'{source}/repaired/{reason}'] += 1
-
-  def add(self, other: Mapping[str, int]) -> None:
-    self._counts.update(other)
-
-  def take(self) -> dict[str, int]:
-    """What was counted since the last call."""
-    taken = dict(self._counts)
-    self._counts.clear()
-    return taken
-
-  def as_dict(self) -> dict[str, int]:
-    return dict(self._counts)
+    self.update(f'{source}/repaired/{reason}' for reason in reasons)
 
   def of(self, source: str, kind: str = 'dropped') -> dict[str, int]:
     """Reason -> count."""
     prefix = f'{source}/{kind}/'
     return {
       key.removeprefix(prefix): count
-      for key, count in sorted(self._counts.items())
+      for key, count in sorted(self.items())
       if key.startswith(prefix)
     }
 
   def seen_of(self, source: str) -> int:
-    return self._counts[f'{source}/seen']
+    return self[f'{source}/seen']
 
   def kept_of(self, source: str) -> int:
     return self.seen_of(source) - sum(self.of(source).values())
 
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, Counts) and self._counts == other._counts
-
   def sources(self) -> list[str]:
-    found = {
-      key.removesuffix('/seen') for key in self._counts if key.endswith('/seen')
-    }
-    return sorted(found)
+    return sorted(x.removesuffix('/seen') for x in self if x.endswith('/seen'))
 
 
 @dataclasses.dataclass(frozen=True)

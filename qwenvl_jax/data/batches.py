@@ -64,7 +64,7 @@ class Batches(grain.DatasetIterator):
 
   def _noted(self, row: Row) -> dict[str, np.ndarray]:
     arrays, stats = row
-    self._counts.add(stats.counts)
+    self._counts.update(stats.counts)
     self._of = stats.streams
     if stats.position is not None:
       self._shards[str(stats.stream)] = stats.position
@@ -96,7 +96,7 @@ class Batches(grain.DatasetIterator):
     state = {
       'row': self._row,
       'shards': dict(self._shards),
-      'counts': self._counts.as_dict(),
+      'counts': dict(self._counts),
       'tokens': list(self._tokens),
     }
     return state | ({'of': self._of} if self._of else {})
@@ -134,13 +134,13 @@ class Batches(grain.DatasetIterator):
       merged['row'] = state['row']
       merged['shards'] |= state['shards']
       merged |= {'of': state['of']} if 'of' in state else {}
-      counts.add(state['counts'])
+      counts.update(state['counts'])
       merged['tokens'] = [
         a + b for a, b in zip(merged['tokens'], state['tokens'])
       ]
     if process:
       return merged | {'tokens': [0, 0]}
-    return merged | {'counts': counts.as_dict()}
+    return merged | {'counts': dict(counts)}
 
   @property
   def counts(self) -> Counts:
@@ -149,7 +149,7 @@ class Batches(grain.DatasetIterator):
 
   def sums(self) -> State:
     """What `describe` takes of each process; JSON holds it."""
-    return {'counts': self._counts.as_dict(), 'tokens': list(self._tokens)}
+    return {'counts': dict(self._counts), 'tokens': list(self._tokens)}
 
   @staticmethod
   def describe(all_sums: Iterable[State]) -> dict[str, float]:
@@ -160,7 +160,7 @@ class Batches(grain.DatasetIterator):
     """
     found, counts, used, total = {}, Counts(), 0, 0
     for sums in all_sums:
-      counts.add(sums['counts'])
+      counts.update(sums['counts'])
       used, total = used + sums['tokens'][0], total + sums['tokens'][1]
     if total:
       found['data/utilization'] = used / total

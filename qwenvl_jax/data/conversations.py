@@ -24,11 +24,8 @@ def sample(
 ) -> Sample:
   """Makes a sample of several conversations about the same pictures.
 
-  Args:
-    record: names the sample in errors.
-    pictures: one image span each, or words in its place.
-    conversations: each is questions asked one after the other.
-    images: what fills the image spans.
+  Each conversation is questions asked one after the other; `pictures` holds an
+  image span for each of `images`, or words in its place.
   """
   prefix = chatml.turn_spans('system', chatml.DEFAULT_SYSTEM)
   prefix += chatml.open_turn('user')
@@ -56,11 +53,6 @@ def pair_subjects(
   kind: str, first: Scene, second: Scene
 ) -> list[tuple[int, ...]]:
   """Returns everything a kind can ask about two scenes.
-
-  Args:
-    kind: one of `PAIR_KINDS`.
-    first: the first scene.
-    second: the second one.
 
   Raises:
     KeyError: there is no such kind.
@@ -138,11 +130,6 @@ def exam_pair(first: Scene, second: Scene, seed: int = 0) -> list[Question]:
   """Questions about two scenes to score a model on.
 
   One of each kind that the scenes allow, of the same subject in both languages.
-
-  Args:
-    first: what `Picture 1` shows.
-    second: what `Picture 2` shows.
-    seed: other subjects for another seed.
   """
   asked = []
   for kind in PAIR_KINDS:

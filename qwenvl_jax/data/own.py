@@ -73,7 +73,7 @@ class Part:
     """Which records are of this part.
 
     Args:
-      groups: by record, a number that is equal for those that are not parted.
+      groups: [N] int, equal for records that are not parted.
     """
     count = len(groups)
     order = np.random.default_rng(0).permutation(count)
@@ -106,10 +106,7 @@ def _version(prepared: Prepared) -> tuple:
 def _groups(prepared: Prepared, version: tuple, by_picture: bool) -> np.ndarray:
   """Finds which records show the same pictures, themselves or through others.
 
-  Args:
-    prepared: the records, all of which are read.
-    version: of these, so that they are read once in a process.
-    by_picture: else, each is alone.
+  `version` is of the records, so that they are read once in a process.
 
   Returns:
     By record, the number of the first one that it goes with.

@@ -81,11 +81,7 @@ def ask(
 def subjects(kind: str, scene: Scene, classes: int) -> list:
   """Returns everything a kind can ask about a scene; empty if it cannot.
 
-  Args:
-    kind: a key of `KINDS`.
-    scene: what is asked about.
-    classes: how many of `things.THINGS` the data has (absent ones are asked
-      for, too).
+  Absent ones of the data's `classes` are asked for, too.
 
   Raises:
     KeyError: there is no such kind.
@@ -192,13 +188,6 @@ def exam(
 
   Both languages ask about the same subject. Kinds that the scene does not allow
   are left out: a scene with one object has no left and right of two.
-
-  Args:
-    scene: what is asked about.
-    kinds: which kinds of questions.
-    classes: how many of `things.THINGS` the data has.
-    seed: other subjects for another seed.
-    chat: worded for a chat.
   """
   asked = []
   for kind in kinds:

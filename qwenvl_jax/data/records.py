@@ -1,7 +1,7 @@
 """Records: what sources hold, before anything is asked about them.
 
-`Record` is what every public data set becomes (`prepare`); `Scene` and `Asked`
-are those of the quickstart.
+`Record` is what every public data set becomes (`prepare`); `Scene` is that of
+the quickstart.
 """
 
 import dataclasses
@@ -63,19 +63,6 @@ class Scene:
 
   def colour_name(self, language: str) -> str:
     return things.COLOURS[self.colour].name(language)
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-  """A picture with questions and answers that its source wrote.
-
-  Attributes:
-    questions: (question, answer) pairs.
-  """
-
-  id: str
-  image: object
-  questions: tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,12 @@ anew whose input it was. `prepare`, `clean` and `make-ocr` work so.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class ShardedJob:
       report = self.report(shard)
       try:
         lengths.append(int(report['length']))
-        counts.add(report['counts'])
+        counts.update(report['counts'])
       except (KeyError, TypeError, ValueError) as error:
         raise self._damage(shard, error) from error
     return lengths, counts
@@ -208,6 +209,22 @@ def digest(parts: Iterable[str]) -> str:
   for part in parts:
     found.update(part.encode('utf-8', 'surrogatepass') + b'\0')
   return found.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(folder: object) -> Iterator[None]:
+  """Tells people of a folder that cannot be written.
+
+  Raises:
+    DataError: in the place of an OSError.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise DataError(
+      f'cannot write to {folder} ({error}); free some space or name another '
+      'folder, then run the same command again: finished shards are kept'
+    ) from error
 
 
 def check_settings(file: Path, settings: str, again: bool = False) -> None:

@@ -86,7 +86,7 @@ def prepare(
   for split in readers.keys() - present.keys():
     say(f'{name}: split {split!r} is left out, {root} lacks its files')
   counts, lengths = Counts(), {}
-  try:
+  with sharded_job.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for split, reader in present.items():
       origins, sources = _shards(name, reader, root)
@@ -98,14 +98,9 @@ def prepare(
       _check(job, root, sum(lengths[split]), found, limit)
       for line in _left_out(job, sum(found.of(split).values())):
         say(line)
-      counts.add(found.as_dict())
+      counts.update(found)
     others = storage.split_lengths(folder)
     storage.write_info(folder, name, {**others, **lengths}, **about)
-  except OSError as error:
-    raise DataError(
-      f'cannot write to {folder} ({error}); free some space, or name another '
-      'folder with --data_dir. Finished shards are kept'
-    ) from error
   return Report(folder, lengths, counts)
 
 
@@ -191,7 +186,7 @@ def _write_split(job, sources, workers, limit, progress, about) -> None:
   counts = Counts()
 
   def judge(shard):
-    counts.add(job.report(shard)['counts'])
+    counts.update(job.report(shard)['counts'])
     _judge(job, limit, counts, at_end=False)
 
   sharded_job.run(
@@ -209,7 +204,7 @@ def _write_shard(job: ShardedJob, shard: int, source: Callable) -> None:
   )
   job.finish(
     shard,
-    {'length': length, 'counts': counts.as_dict(), 'examples': examples},
+    {'length': length, 'counts': counts, 'examples': examples},
   )
 
 

@@ -230,11 +230,6 @@ def prepared_configs(data_dir) -> list[str]:
   return sorted(file.parents[1].name for file in found)
 
 
-def split_sizes(folder: pathlib.Path) -> dict[str, int]:
-  """Number of records of each split of a prepared folder."""
-  return {k: sum(v) for k, v in storage.split_lengths(folder).items()}
-
-
 def small_vocabulary(data_dir: str | os.PathLike | None = None) -> str:
   """The vocabulary that `qwenvl-data prepare scenes` wrote beside the data.
 
@@ -264,7 +259,7 @@ class EasyVqa:
   split: str = 'train'
   limit: int | None = None
 
-  def open(self) -> list[records.Asked]:
+  def open(self) -> list[records.Record]:
     """Every picture with all its questions.
 
     Raises:
@@ -277,22 +272,23 @@ class EasyVqa:
       )
     folder = _easy_vqa_folder() / self.split
     try:
-      asked = json.loads((folder / 'questions.json').read_text())
+      entries = json.loads((folder / 'questions.json').read_text())
     except (OSError, ValueError) as error:
       raise DataError(
         f'{folder}/questions.json cannot be read ({error}); run `pip install '
         '--force-reinstall easy-vqa==1.0`'
       ) from error
     by_picture = {}
-    for question, answer, picture in asked:
-      by_picture.setdefault(picture, []).append((question, answer))
+    for question, answer, picture in entries:
+      asked = records.Qa(question, answer)
+      by_picture.setdefault(picture, []).append(asked)
     return [
-      records.Asked(
+      records.Record(
         f'easy_vqa/{self.split}/{picture:05d}',
-        str(folder / 'images' / f'{picture}.png'),
-        tuple(pairs),
+        (str(folder / 'images' / f'{picture}.png'),),
+        questions=tuple(asked),
       )
-      for picture, pairs in sorted(by_picture.items())[: self.limit]
+      for picture, asked in sorted(by_picture.items())[: self.limit]
     ]
 
 

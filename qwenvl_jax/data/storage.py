@@ -5,29 +5,19 @@ pictures, stored as they came) and `annotation` (everything else, as JSON). It
 is parsed here by the proto alone, several times faster than through TFDS.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import shard_files
-from qwenvl_jax.data.records import (
-  GroundedCaption,
-  Object,
-  Qa,
-  Record,
-  Region,
-  Scene,
-  Span,
-  Turn,
-  Word,
-)
+from qwenvl_jax.data.records import Record, Scene
 from qwenvl_jax.errors import BadRecordError, DataError
 
 VERSION = '1.0.0'
@@ -53,95 +43,48 @@ def serialize(record: Record | Scene) -> bytes:
   return example.SerializeToString(deterministic=True)
 
 
-@contextlib.contextmanager
-def _damage_told() -> Iterator[None]:
+def parse(data: bytes, kind: type = Record) -> Any:
+  """Reads a record of a kind, `Record` or `Scene`, that `serialize` wrote.
+
+  Raises:
+    BadRecordError: damaged.
+  """
   try:
-    yield
+    feature = _example_class().FromString(data).features.feature
+    found = json.loads(feature['annotation'].bytes_list.value[0])
+    found['id'] = feature['id'].bytes_list.value[0].decode()
+    images = tuple(feature['images'].bytes_list.value)
+    if kind is Scene:
+      (found['image'],) = images
+    else:
+      found['images'] = images
+    return _reader(kind)(found)
   except (
-    ValueError, KeyError, IndexError, TypeError, AttributeError,
-    _decode_error(),
+    ValueError, LookupError, TypeError, AttributeError, _decode_error(),
   ) as error:  # fmt: skip
     raise BadRecordError(
       'unreadable_record', f'a damaged record ({error}); prepare it again'
     ) from error
 
 
-def _read_example(data: bytes) -> tuple[str, tuple[bytes, ...], dict]:
-  """Id, images and annotation."""
-  feature = _example_class().FromString(data).features.feature
-  return (
-    feature['id'].bytes_list.value[0].decode(),
-    tuple(feature['images'].bytes_list.value),
-    json.loads(feature['annotation'].bytes_list.value[0]),
-  )
+parse_scene = functools.partial(parse, kind=Scene)
 
 
-def parse(data: bytes) -> Record:
-  """The inverse of `serialize`.
-
-  Raises:
-    BadRecordError: damaged.
-  """
-  with _damage_told():
-    id_, images, found = _read_example(data)
-    return Record(
-      id=id_,
-      images=images,
-      size=tuple(found.get('size', (0, 0))),
-      language=found.get('language', 'en'),
-      captions=tuple(found.get('captions', ())),
-      questions=tuple(_qa(x) for x in found.get('questions', ())),
-      regions=tuple(
-        Region(x['phrase'], _boxes(x)) for x in found.get('regions', ())
-      ),
-      grounded=tuple(_grounded(x) for x in found.get('grounded', ())),
-      words=_words(found),
-      turns=tuple(Turn(x['role'], x['text']) for x in found.get('turns', ())),
-      text=found.get('text', ''),
-      texts=tuple(found.get('texts', ())),
-    )
+@functools.cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+  """Returns what makes a value of a type of what JSON holds."""
+  if dataclasses.is_dataclass(kind):
+    types = typing.get_type_hints(kind)
+    readers = {name: _reader(found) for name, found in types.items()}
+    return lambda found: kind(**{k: readers[k](v) for k, v in found.items()})
+  if typing.get_origin(kind) is tuple:
+    part = _reader(typing.get_args(kind)[0])
+    return tuple if part is _same else lambda found: tuple(map(part, found))
+  return _same
 
 
-def parse_scene(data: bytes) -> Scene:
-  """The inverse of `serialize`, of a scene.
-
-  Raises:
-    BadRecordError: damaged.
-  """
-  with _damage_told():
-    id_, (image,), found = _read_example(data)
-    return Scene(
-      id=id_,
-      image=image,
-      side=found['side'],
-      objects=tuple(
-        Object(x['thing'], tuple(x['box'])) for x in found['objects']
-      ),
-      colour=found['colour'],
-      texture=found.get('texture', 'plain'),
-      words=_words(found),
-    )
-
-
-def _words(found: dict) -> tuple[Word, ...]:
-  return tuple(
-    Word(x['word'], tuple(map(tuple, x['quad'])))
-    for x in found.get('words', ())
-  )
-
-
-def _qa(found: dict) -> Qa:
-  lists = {k: tuple(v) for k, v in found.items() if k in ('answers', 'options')}
-  return Qa(**{**found, **lists})
-
-
-def _boxes(found: dict) -> tuple:
-  return tuple(map(tuple, found['boxes']))
-
-
-def _grounded(found: dict) -> GroundedCaption:
-  spans = (Span(x['start'], x['end'], _boxes(x)) for x in found['spans'])
-  return GroundedCaption(found['text'], tuple(spans))
+def _same(value: Any) -> Any:
+  return value
 
 
 def _to_json(value: Any, without: Sequence[str] = ()) -> Any:
@@ -198,11 +141,7 @@ def write_info(
 ) -> None:
   """Writes what makes the shards a TFDS data set, if that has changed.
 
-  Args:
-    directory: of the shards.
-    name: of the data set.
-    lengths: records of each shard, by split.
-    **about: `description`, `homepage`, `license`.
+  `about` holds `description`, `homepage` and `license`.
   """
   if split_lengths(directory) == lengths:
     return
@@ -274,6 +213,11 @@ def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:
       f'{file} cannot be read ({error}); delete it and prepare again, which '
       'keeps finished shards'
     ) from error
+
+
+def split_sizes(directory: pathlib.Path) -> dict[str, int]:
+  """Number of records of each split; empty if it is not prepared."""
+  return {k: sum(v) for k, v in split_lengths(directory).items()}
 
 
 def open_split(directory: pathlib.Path, name: str, split: str):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from qwenvl_jax.data import conversations, questions, things, wording
 from qwenvl_jax.data.examples import Question, Sample, plain
-from qwenvl_jax.data.records import Asked, Scene
+from qwenvl_jax.data.records import Scene
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text.chatml import TextSpan
 
@@ -187,40 +187,3 @@ class Chats(SceneTasks):
       branches.append(asked[:turns])
       asked = asked[turns:]
     return branches
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AskedTasks:
-  """Questions that came with their pictures: `QUESTION Answer: ANSWER`.
-
-  Attributes:
-    branches: questions for one picture; 0 for one question without branches.
-  """
-
-  branches: int = 6
-
-  def __call__(
-    self, record: Asked, rng: random.Random, another: Callable[[], Asked]
-  ) -> list[Sample]:
-    count = min(len(record.questions), max(self.branches, 1))
-    chosen = rng.sample(range(len(record.questions)), count)
-    sample = Sample(
-      record=record.id,
-      prefix=(TextSpan('<img>0</img>'),),
-      continuations=tuple(vqa(record, i).spans() for i in chosen),
-      images=(record.image,),
-    )
-    return [sample] if self.branches else [plain(sample)]
-
-
-def vqa(record: Asked, index: int) -> Question:
-  """A question that came with its picture."""
-  question, answer = record.questions[index]
-  return Question(
-    task='vqa',
-    kind='easy_vqa',
-    language='en',
-    prompt=f'{question} Answer:',
-    answer=f' {answer}',
-    record=record.id,
-  )

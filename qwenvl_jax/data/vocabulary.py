@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from qwenvl_jax.data import (
   conversations,
+  formats,
   questions,
   sources,
   things,
@@ -17,7 +18,6 @@ from qwenvl_jax.data import (
 )
 from qwenvl_jax.data.examples import END, Question
 from qwenvl_jax.data.records import Object, Scene, Word, scene
-from qwenvl_jax.data.tasks import vqa
 from qwenvl_jax.text import chatml
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -34,9 +34,6 @@ def texts(classes: int) -> Iterator[str]:
 
   Chinese runs without spaces are split as a whole, so each two classes that may
   meet in a sentence are met here.
-
-  Args:
-    classes: how many of `things.THINGS` the data has.
   """
   yield from map(str, range(10))
   yield from ('(', ',', '),(', ')', ' ', END, 'Picture 1: ', 'Picture 2: ')
@@ -102,12 +99,12 @@ def _scene(kinds, colour, word=None) -> Scene:
 
 
 def _easy_vqa() -> Iterator[str]:
-  seen = set()
-  for split in ('train', 'test'):
-    for record in sources.EasyVqa(split).open():
-      for index, pair in enumerate(record.questions):
-        if pair not in seen:
-          seen.add(pair)
-          question = vqa(record, index)
-          yield question.prompt
-          yield question.answer + END
+  asked = {
+    (question.question, question.answer)
+    for split in ('train', 'test')
+    for record in sources.EasyVqa(split).open()
+    for question in record.questions
+  }
+  for question, answer in sorted(asked):
+    for span in formats.vqa('en', question, answer):
+      yield span.text

@@ -54,12 +54,8 @@ def join(phrases: list[str], language: str) -> str:
 def caption(scene: Scene, language: str, boxes: bool = False) -> str:
   """Everything in the scene: classes left to right, then the colour.
 
-  'a cat and two apples on a red background' or '一只猫和两个苹果，红色背景'.
-
-  Args:
-    scene: what to describe.
-    language: 'en' or 'zh'.
-    boxes: whether each phrase is followed by its boxes.
+  'a cat and two apples on a red background' or '一只猫和两个苹果，红色背景';
+  each phrase followed by its boxes on request.
   """
   phrases = []
   for thing in scene.classes:

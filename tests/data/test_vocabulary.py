@@ -4,6 +4,7 @@ import pytest
 
 from qwenvl_jax.data import (
   conversations,
+  formats,
   questions,
   sources,
   tasks,
@@ -71,6 +72,6 @@ def test_any_other_text_still_encodes(tokenizers):
 
 def test_it_covers_easy_vqa(tokenizers):
   for record in sources.EasyVqa('test', limit=50).open():
-    for index in range(len(record.questions)):
-      question = tasks.vqa(record, index)
-      assert _same(*tokenizers, question.prompt + question.answer)
+    for asked in record.questions:
+      spans = formats.vqa('en', asked.question, asked.answer)
+      assert _same(*tokenizers, ''.join(x.text for x in spans))

@@ -264,7 +264,7 @@ def make(
   ]
   origins = tuple(_origin(making, numbers) for numbers in ranges)
   job = ShardedJob(folder, output.name, 'train', origins)
-  try:
+  with sharded_job.writing(output):
     sharded_job.check_settings(
       output / 'settings.txt', _settings(making), again
     )
@@ -299,11 +299,6 @@ def make(
       {'train': lengths},
       description=f'Pages with text and its places: {making.kind}.',
     )
-  except OSError as error:
-    raise DataError(
-      f'cannot write to {output} ({error}); free some space or name another '
-      'folder: finished shards stay'
-    ) from error
   return Made(folder, tuple(lengths), refused)
 
 
@@ -360,4 +355,4 @@ def _write_shard(
 
   with contextlib.closing(Maker(making)) as maker:
     length = shard_files.write_records(job.path(shard), records(maker))
-  job.finish(shard, {'length': length, 'counts': counts.as_dict()})
+  job.finish(shard, {'length': length, 'counts': counts})

@@ -50,12 +50,8 @@ class Words:
   ) -> Iterator[str]:
     """Endless text in pieces that a line may end after.
 
-    An English piece ends with a space. Pieces joined are running text.
-
-    Args:
-      rng: decides everything.
-      language: 'en' or 'zh'.
-      held: code points that a font has; what has others is left out.
+    An English piece ends with a space. Pieces joined are running text. What has
+    other code points than a font (`held`) is left out.
     """
     refused = 0
     while True:

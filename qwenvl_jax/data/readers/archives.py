@@ -329,13 +329,7 @@ def _parquet(file, path, names: Names) -> Samples:
 
 
 def _batch_rows(table, number: int, most: int, name: str) -> int:
-  """Rows of a row group that are decoded at once.
-
-  Args:
-    table: the file.
-    number: of the row group.
-    most: bytes that it may decode to.
-    name: of the file.
+  """Rows of a row group, of `most` bytes, that are decoded at once.
 
   Raises:
     BadRecordError: it would decode to more than the file can mean.

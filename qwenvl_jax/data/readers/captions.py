@@ -69,14 +69,9 @@ class Karpathy(fields.Annotated):
   folder: str
   split: str
 
-  def records(self, root: pathlib.Path) -> fields.Found:
-    """One record an image, with all its captions."""
-    found = fields.load_json(root, self.file)
-    for key, entry in fields.entries(fields.field(found, 'images', self.file)):
-      record = f'{self.file}, image {key}'
-      yield from fields.guarded(self._records(entry), record)
+  at = 'images'
 
-  def _records(self, entry: Any) -> fields.Found:
+  def _entry(self, key: str, entry: Any, record: str) -> fields.Found:
     record = f'{self.file}/{entry.get("imgid", entry.get("filename"))}'
     if fields.field(entry, 'split', record) == self.split:
       yield Record(

@@ -68,11 +68,7 @@ class Conversations:
 
 
 def conversation(entry: Any, record: str) -> Record:
-  """Reads a conversation.
-
-  Args:
-    entry: what JSON holds, or the error in its place.
-    record: names it.
+  """Reads a conversation: what JSON holds, or raises the error in its place.
 
   Raises:
     BadRecordError: it cannot be learned from as it is.

@@ -24,10 +24,12 @@ class Annotated:
   Attributes:
     file: the annotations.
     folder: where the pictures are; '' for the download folder.
+    at: key of the list of entries; '' if the file is the list (or a dict).
   """
 
   file: str
-  folder: str
+  folder: str = ''
+  at = ''
 
   @property
   def files(self) -> tuple[str, ...]:
@@ -36,6 +38,17 @@ class Annotated:
 
   def images_in(self, root: pathlib.Path) -> pathlib.Path:
     return root / self.folder
+
+  def records(self, root: pathlib.Path) -> Found:
+    """Yields what the entries of the file hold."""
+    found = field(load_json(root, self.file), self.at, self.file)
+    for key, entry in entries(found):
+      record = f'{self.file}, {key}'
+      yield from guarded(self._entry(key, entry, record), record)
+
+  def _entry(self, key: str, entry: Any, record: str) -> Iterator:
+    """What an entry holds; `record` names it in errors."""
+    raise NotImplementedError
 
 
 def files(
