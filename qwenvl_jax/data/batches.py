@@ -1,7 +1,7 @@
 """Rows into batches, with counts, and a state for any number of processes."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grain
@@ -25,7 +25,7 @@ class Batches(grain.DatasetIterator):
 
   def __init__(
     self,
-    start: Callable[[State], Iterator[Row]],
+    start: Callable[[State], grain.DatasetIterator],
     rows: int,
     processes: int = 1,
     limit: Limit | None = None,
@@ -172,7 +172,7 @@ class Batches(grain.DatasetIterator):
 
   def close_rows(self) -> None:
     """Ends the processes and threads that make rows."""
-    if self._rows is not None and hasattr(self._rows, 'close'):
+    if self._rows is not None:
       self._rows.close()
     self._rows = None
 

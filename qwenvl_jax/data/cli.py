@@ -322,6 +322,8 @@ def _prepare_public(arguments, console):
       again=arguments.again,
       progress=progress,
       say=functools.partial(_print_whole, console),
+      # Who has millions of pictures hardly holds single ones out.
+      with_digests=bool(arguments.format),
       **about,
     )
   table = rich.table.Table(title=str(report.folder))

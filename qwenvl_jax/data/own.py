@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.sparse.csgraph
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import formats, mixture, storage
+from qwenvl_jax.data import formats, mixture, sharded_job, storage
 from qwenvl_jax.data.pipeline import Stream, is_weight
+from qwenvl_jax.data.records import Record
+from qwenvl_jax.data.shards import picture_digests
 from qwenvl_jax.data.sources import Prepared, data_path
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
@@ -104,34 +106,41 @@ def _version(prepared: Prepared) -> tuple:
 
 @functools.lru_cache(maxsize=8)
 def _groups(prepared: Prepared, version: tuple, by_picture: bool) -> np.ndarray:
-  """Finds which records show the same pictures, themselves or through others.
+  """Numbers records: alike if they show the same pictures, or through others.
 
-  `version` is of the records, so that they are read once in a process.
-
-  Returns:
-    By record, the number of the first one that it goes with.
+  Args:
+    prepared: the records, all of which are read if it was prepared by a version
+      of this package that noted no digests.
+    version: of the records, so that they are grouped once in a process.
+    by_picture: else, each is alone.
   """
-  records = prepared.open()
-  first = list(range(len(records)))
+  count = len(prepared.open())
+  if not by_picture:
+    return np.arange(count)
+  folder = storage.folder(data_path(prepared.data_dir), prepared.name)
+  try:
+    digests = sharded_job.notes(
+      folder, prepared.name, prepared.split, 'pictures'
+    )
+  except DataError:
+    digests = _digests(prepared.open())
+  numbers, ones = {}, []
+  for record, shown in enumerate(digests):
+    for digest in shown:
+      ones.append((record, count + numbers.setdefault(digest, len(numbers))))
+  nodes = count + len(numbers)
+  edges = np.array(ones, np.int64).reshape(-1, 2).T
+  graph = scipy.sparse.coo_array((np.ones(len(ones)), edges), (nodes, nodes))
+  _, groups = scipy.sparse.csgraph.connected_components(graph, directed=False)
+  return groups[:count]
 
-  def group(index):
-    while first[index] != index:
-      index = first[index] = first[first[index]]
-    return index
 
-  shown = {}
-  for index in range(len(records) if by_picture else 0):
+def _digests(records: Sequence[Record]) -> Iterator[list[str]]:
+  for index in range(len(records)):
     try:
-      images = records[index].images
+      yield picture_digests(records[index])
     except BadRecordError:  # Told where it is trained on.
-      continue
-    for image in images:
-      digest = hashlib.blake2b(image, digest_size=16).digest()
-      one, other = sorted(
-        (group(index), group(shown.setdefault(digest, index)))
-      )
-      first[other] = one
-  return np.array([group(index) for index in range(len(first))])
+      yield []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ the quickstart.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from qwenvl_jax.data import things
 
@@ -63,6 +64,21 @@ class Scene:
 
   def colour_name(self, language: str) -> str:
     return things.COLOURS[self.colour].name(language)
+
+
+class ScenePair(NamedTuple):
+  """Two scenes that are asked about together."""
+
+  first: Scene
+  second: Scene
+
+  @property
+  def id(self) -> str:
+    return f'{self.first.id}+{self.second.id}'
+
+  @property
+  def objects(self) -> tuple[Object, ...]:
+    return self.first.objects + self.second.objects
 
 
 @dataclasses.dataclass(frozen=True)

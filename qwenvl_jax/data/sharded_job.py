@@ -181,6 +181,35 @@ class ShardedJob:
     ]
 
 
+def notes(folder: Path, name: str, split: str, key: str) -> list[Any]:
+  """Returns what the reports of a split say of its records, one after another.
+
+  Args:
+    folder: of the shards.
+    name: of the data set.
+    split: a part of it.
+    key: under which reports hold a list with an entry for each record.
+
+  Raises:
+    DataError: a report is damaged, or says nothing of the kind.
+  """
+  found, lengths = [], storage.split_lengths(folder)[split]
+  for index, length in enumerate(lengths):
+    shard = folder / storage.shard_name(name, split, index, len(lengths))
+    file = shard.with_name(f'{shard.name}{REPORT}')
+    try:
+      noted = json.loads(file.read_text(encoding='utf-8'))[key]
+      if len(noted) != length:
+        raise ValueError(f'{len(noted)} {key}')
+      found += noted
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise DataError(
+        f'{file} cannot be read ({error!r}); prepare {name} again, into the '
+        'same folder'
+      ) from error
+  return found
+
+
 def _origin(report: Path) -> str | None:
   """What a shard was made from; None if that is not known."""
   try:

@@ -171,7 +171,8 @@ class Scenes:
     """
     folder = scenes_folder(self.data_dir, self.config)
     shards = storage.open_split(folder, 'scenes', self.split)
-    counts = object_counts(folder, self.split)
+    counts = sharded_job.notes(folder, 'scenes', self.split, 'objects')
+    counts = np.array(counts)
     most = counts.max() if self.max_objects is None else self.max_objects
     chosen = np.flatnonzero((self.min_objects <= counts) & (counts <= most))
     chosen = chosen[: self.limit]
@@ -200,27 +201,6 @@ def scenes_folder(data_dir, config: str = 'default') -> pathlib.Path:
       f'scenes{kind}{option}`'
     )
   return folder
-
-
-def object_counts(folder: pathlib.Path, split: str) -> np.ndarray:
-  """[N] the number of objects of every scene of a split.
-
-  Raises:
-    DataError: the folder is damaged.
-  """
-  found = []
-  count = len(storage.split_lengths(folder)[split])
-  for index in range(count):
-    shard = folder / storage.shard_name('scenes', split, index, count)
-    file = shard.with_name(f'{shard.name}{sharded_job.REPORT}')
-    try:
-      found += json.loads(file.read_text())['objects']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise DataError(
-        f'{file} cannot be read ({error!r}); run `qwenvl-data prepare scenes` '
-        'again, into the same folder'
-      ) from error
-  return np.array(found)
 
 
 def prepared_configs(data_dir) -> list[str]:

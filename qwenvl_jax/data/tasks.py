@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from qwenvl_jax.data import conversations, questions, things, wording
 from qwenvl_jax.data.examples import Question, Sample, plain
-from qwenvl_jax.data.records import Scene
+from qwenvl_jax.data.records import Scene, ScenePair
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text.chatml import TextSpan
 
@@ -69,7 +69,7 @@ class SceneTasks:
       raise ConfigError(f'{type(self).__name__}.kinds is empty; name a kind')
 
   def _ask(
-    self, scene: Scene, rng, count: int, chat: bool = False, kinds=None
+    self, scene, rng, count: int, chat: bool = False, kinds=None
   ) -> list[Question]:
     return questions.sample(
       scene,
@@ -156,9 +156,8 @@ class Chats(SceneTasks):
     scenes = [record]
     if rng.random() < self.two:
       scenes.append(another())
-      asked = conversations.sample_pair(
-        record, scenes[1], rng, wanted * self.turns, self.chinese
-      )
+      pair, kinds = ScenePair(*scenes), dict.fromkeys(questions.PAIR_KINDS, 1)
+      asked = self._ask(pair, rng, wanted * self.turns, chat=True, kinds=kinds)
     else:
       asked = self._ask(record, rng, wanted * self.turns, chat=True)
     if not asked:

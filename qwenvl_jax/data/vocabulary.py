@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterator
 
 from qwenvl_jax.data import (
-  conversations,
   formats,
   questions,
   sources,
@@ -17,7 +16,7 @@ from qwenvl_jax.data import (
   wording,
 )
 from qwenvl_jax.data.examples import END, Question
-from qwenvl_jax.data.records import Object, Scene, Word, scene
+from qwenvl_jax.data.records import Object, Scene, ScenePair, Word, scene
 from qwenvl_jax.text import chatml
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -88,7 +87,8 @@ def _questions(classes: int) -> Iterator[Question]:
       kinds = questions.KINDS if alone else _OF_TWO
       yield from questions.enumerate_all(one, classes, chat, kinds)
     if before is not None and alone:
-      yield from conversations.enumerate_pair(before, one)
+      both, kinds = ScenePair(before, one), questions.PAIR_KINDS
+      yield from questions.enumerate_all(both, classes, True, kinds)
     before = one
 
 

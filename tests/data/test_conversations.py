@@ -45,7 +45,10 @@ def test_conversations_are_what_fine_tuning_sees(two_apples_and_a_cat):
 def test_two_pictures_and_none(two_apples_and_a_cat):
   scene = two_apples_and_a_cat
   spans = [TextSpan('<img>0</img>'), TextSpan('<img>1</img>')]
-  for question in conversations.enumerate_pair(scene, scene):
+  pair = records.ScenePair(scene, scene)
+  for question in questions.enumerate_all(
+    pair, 3, chat=True, kinds=questions.PAIR_KINDS
+  ):
     sample = conversations.sample('x', spans, [[question]], [b'', b''])
     _assert_same(sample, _turns([question], pictures=2))
   talk = questions.ask('translate', scene, 'en', 0, chat=True)
@@ -60,11 +63,13 @@ def test_pair_answers(two_apples_and_a_cat):
     'other', b'', 112, [records.Object(1, (0, 0, 30, 30))], colour=3
   )
 
+  pair = records.ScenePair(first, second)
+
   def ask(kind, language, subject):
-    question = conversations.ask_pair(kind, first, second, language, subject)
+    question = questions.ask(kind, pair, language, subject, chat=True)
     return question.prompt, question.answer
 
-  assert conversations.pair_subjects('which', first, second) == [(0,)]
+  assert questions.subjects('which', pair, 3) == [(0,)]
   assert ask('which', 'en', (0,)) == ('Which picture has an apple?', '1')
   assert ask('nth_count', 'en', (2, 0)) == (
     'How many apples are in picture 2?',

@@ -3,7 +3,6 @@ import random
 import pytest
 
 from qwenvl_jax.data import (
-  conversations,
   formats,
   questions,
   sources,
@@ -11,6 +10,7 @@ from qwenvl_jax.data import (
   vocabulary,
 )
 from qwenvl_jax.data.examples import encode_sample
+from qwenvl_jax.data.records import ScenePair
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 
@@ -40,10 +40,11 @@ def test_it_covers_scenes_as_they_are(tokenizers, small_scenes):
   scenes = small_scenes.open()
   for index in range(0, 400, 20):
     scene = scenes[index]
+    pair, kinds = ScenePair(scene, scenes[index + 1]), questions.PAIR_KINDS
     asked = [
       *questions.enumerate_all(scene, 16),
       *questions.enumerate_all(scene, 16, chat=True),
-      *conversations.enumerate_pair(scene, scenes[index + 1]),
+      *questions.enumerate_all(pair, 16, chat=True, kinds=kinds),
     ]
     for question in asked:
       assert _same(*tokenizers, question.prompt), question

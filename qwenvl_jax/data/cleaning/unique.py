@@ -11,6 +11,7 @@ import unicodedata
 from typing import ClassVar
 
 import numpy as np
+import scipy.fft
 from PIL import Image
 
 from qwenvl_jax.data.cleaning.pair import Pair
@@ -145,8 +146,8 @@ def perceptual_hash(picture: Image.Image) -> bytes | None:
   for pictures so plain that they have no look of their own.
   """
   small = picture.convert('L').resize((_SIDE, _SIDE), Image.Resampling.BOX)
-  cosines = _cosines()
-  waves = cosines @ np.asarray(small, np.float64) @ cosines.T
+  waves = scipy.fft.dctn(np.asarray(small, np.float64), norm='ortho')
+  waves = waves[:_FREQUENCIES, :_FREQUENCIES]
   lowest = waves[:_COARSE_FREQUENCIES, :_COARSE_FREQUENCIES].ravel()[1:]
   waves = waves.ravel()[1:]
   if (np.abs(waves) > _STRENGTH).sum() < _LEAST_STRONG:
@@ -154,16 +155,6 @@ def perceptual_hash(picture: Image.Image) -> bytes | None:
   fine = np.packbits(waves > _STRENGTH).tobytes().ljust(_FINE, b'\0')
   coarse = np.packbits(lowest > _COARSE_STRENGTH).tobytes()
   return (fine + coarse).ljust(16, b'\0')
-
-
-@functools.lru_cache(maxsize=1)
-def _cosines() -> np.ndarray:
-  """[_FREQUENCIES,_SIDE], the first rows of the orthonormal cosine basis."""
-  wave = np.arange(_FREQUENCIES)[:, None]
-  place = np.arange(_SIDE)[None] + 0.5
-  basis = np.cos(np.pi * wave * place / _SIDE) * np.sqrt(2 / _SIDE)
-  basis[0] /= np.sqrt(2)
-  return basis
 
 
 def text_key(text: str) -> bytes:

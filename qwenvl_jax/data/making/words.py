@@ -169,7 +169,9 @@ def from_file(path: str | os.PathLike) -> Words:
   try:
     with buckets.open_regular(pathlib.Path(path)) as file:
       for name, line in itertools.islice(fields.lines(file, path), _MOST_LINES):
-        text = readable(fields.decode(line or b'', name))
+        if isinstance(line, BadRecordError):  # Too long for a sentence.
+          continue
+        text = readable(fields.decode(line, name))
         if is_chinese(text):
           sentences['zh'].append(text)
         elif text.isascii() and ' ' in text:

@@ -65,14 +65,14 @@ def qa(question: str, answers: Any, record: str, id_: str = '') -> Qa:
 class _Asked(fields.Annotated):
   """What readers of questions share: entries hold (image, Qa) pairs."""
 
-  def _pairs(self, root: pathlib.Path) -> Iterator:
+  def pairs(self, root: pathlib.Path) -> Iterator:
     """(image, Qa) pairs, and errors."""
     return super().records(root)
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image, with all its questions."""
     asked = []
-    for pair in self._pairs(root):
+    for pair in self.pairs(root):
       if isinstance(pair, BadRecordError):
         yield pair
       else:
@@ -136,7 +136,7 @@ class VqaPair(_Asked):
       x for x in (self.questions, self.annotations, self.folder) if x
     )
 
-  def _pairs(self, root: pathlib.Path):
+  def pairs(self, root: pathlib.Path):
     questions, annotations = (
       fields.entries(fields.field(fields.load_json(root, file), key, file))
       for file, key in (
@@ -236,7 +236,7 @@ class Ai2d(_Asked):
   def files(self) -> tuple[str, ...]:
     return self.questions, self.folder, self.test_ids
 
-  def _pairs(self, root: pathlib.Path):
+  def pairs(self, root: pathlib.Path):
     with open(root / self.test_ids, newline='', encoding='utf-8-sig') as file:
       held_out = {row[0].strip() for row in csv.reader(file) if row}
     for file in sorted((root / self.questions).glob('*.json')):

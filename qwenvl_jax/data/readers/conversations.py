@@ -46,7 +46,7 @@ _SHARES = re.compile(rf'[\[(]{_SHARE}(?:,{_SHARE}){{3}}[\])]')
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversations:
+class Conversations(fields.Reader):
   """Every `.json` and `.jsonl` file of a folder.
 
   Attributes:
@@ -54,11 +54,6 @@ class Conversations:
   """
 
   folder: str = ''
-
-  files = ()
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """Yields a record for each conversation."""

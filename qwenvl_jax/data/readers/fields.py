@@ -18,7 +18,27 @@ Found = Iterator[Record | BadRecordError]
 MAX_LINE = 16 << 20
 
 
-class Annotated:
+class Reader:
+  """What lies in a download folder; see `readers`.
+
+  Attributes:
+    files: names that have to be there.
+    folder: where the pictures are that records name.
+  """
+
+  files: tuple[str, ...] = ()
+  folder: str
+
+  def images_in(self, root: pathlib.Path) -> pathlib.Path:
+    return root / self.folder
+
+  def parts(self, root: pathlib.Path) -> list[pathlib.Path] | None:
+    """What shards are made of, each by `read`; None if `records` gives all."""
+    del root
+    return None
+
+
+class Annotated(Reader):
   """A data set whose annotations, in one file, name pictures in a folder.
 
   Attributes:
@@ -28,16 +48,12 @@ class Annotated:
   """
 
   file: str
-  folder: str = ''
   at = ''
 
   @property
   def files(self) -> tuple[str, ...]:
     """What has to be there."""
     return tuple(x for x in (self.file, self.folder) if x)
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
 
   def records(self, root: pathlib.Path) -> Found:
     """Yields what the entries of the file hold."""
@@ -120,26 +136,28 @@ def entries(found: Any) -> Iterator[tuple[str, Any]]:
     raise TypeError(f'{found!r:.80} is no list')
 
 
-def lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes | None]]:
+def lines(
+  file: BinaryIO, name: str
+) -> Iterator[tuple[str, bytes | BadRecordError]]:
   """Yields the lines of a file with what errors call them.
 
-  None stands for a line of more than `MAX_LINE` bytes, which is passed over.
+  An error stands for a line of more than `MAX_LINE` bytes.
   """
   for number in itertools.count(1):
-    line = file.readline(MAX_LINE + 1)
+    line, record = file.readline(MAX_LINE + 1), f'{name}, line {number}'
     if not line:
       return
-    is_whole = len(line) <= MAX_LINE
+    if len(line) <= MAX_LINE:
+      yield record, line
+      continue
     while len(line) > MAX_LINE and not line.endswith(b'\n'):
       line = file.readline(MAX_LINE + 1)
-    yield f'{name}, line {number}', line if is_whole else None
-
-
-def too_long(record: str) -> BadRecordError:
-  """Returns the error of a line for which `lines` yields None."""
-  return BadRecordError(
-    'too_large', f'{record}: more than {MAX_LINE:,} bytes; divide it'
-  )
+    yield (
+      record,
+      BadRecordError(
+        'too_large', f'{record}: more than {MAX_LINE:,} bytes; divide it'
+      ),
+    )
 
 
 def field(entry: Any, key: Any, record: str) -> Any:

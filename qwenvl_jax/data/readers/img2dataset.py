@@ -15,7 +15,7 @@ _NAMES = archives.Names(
 
 
 @dataclasses.dataclass(frozen=True)
-class Img2Dataset:
+class Img2Dataset(fields.Reader):
   """A folder of `00000.tar` or `00000.parquet` files.
 
   Attributes:
@@ -25,8 +25,7 @@ class Img2Dataset:
 
   language: str = 'en'
   grounded: bool = False
-
-  files = ()
+  folder = ''
 
   def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
     """The archives, in order.

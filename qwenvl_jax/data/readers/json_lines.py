@@ -42,8 +42,7 @@ def lines(file: pathlib.Path) -> Iterator[tuple[str, bytes | BadRecordError]]:
   """
   try:
     with buckets.open_regular(file) as stream:
-      for record, line in fields.lines(stream, file.name):
-        yield record, fields.too_long(record) if line is None else line
+      yield from fields.lines(stream, file.name)
   except OSError as error:
     raise DataError(f'{file} cannot be read ({error.strerror})') from error
 

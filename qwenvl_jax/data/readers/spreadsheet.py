@@ -23,7 +23,7 @@ _MAX_CELL = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
-class Spreadsheet:
+class Spreadsheet(fields.Reader):
   """Every `.csv` and `.tsv` file of a folder: a picture's question a row.
 
   The first row names the columns, in any order and case, others beside them:
@@ -36,11 +36,6 @@ class Spreadsheet:
   """
 
   folder: str = ''
-
-  files = ()
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """Yields a record for each row that is not blank.

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.data import conversations, formats, questions, sources
+from qwenvl_jax.data import formats, questions, sources
 from qwenvl_jax.data.examples import END, Question
-from qwenvl_jax.data.records import Qa
+from qwenvl_jax.data.records import Qa, ScenePair
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.eval.metrics import boxes as box_metrics
 from qwenvl_jax.eval.task import (
@@ -169,17 +169,14 @@ class SceneTask(Task):
     )
     before = None
     for scene in split.open():
-      shown = [scene]
-      if not self.pairs:
-        asked = questions.exam(
-          scene, self.kinds, classes=CLASSES, chat=self.chat
-        )
-      elif before is None:
+      shown, about, kinds = [scene], scene, self.kinds
+      if self.pairs and before is None:
         before = scene
         continue
-      else:
+      if self.pairs:
         shown = [before, scene]
-        asked, before = conversations.exam_pair(*shown), None
+        about, kinds, before = ScenePair(*shown), questions.PAIR_KINDS, None
+      asked = questions.exam(about, kinds, classes=CLASSES, chat=self.chat)
       yield [Picture(x.image, x.id) for x in shown], asked
 
   def _example(
