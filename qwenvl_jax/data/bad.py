@@ -7,7 +7,7 @@ never silent, and past a share of dropped records the run stops (`Limit`).
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -103,6 +103,7 @@ class Limit:
     counts: Counts,
     at_end: bool = False,
     remedy: str = 'take it out of the mixture, or raise bad.Limit.share',
+    example: Callable[[str], str] = lambda source: '',
   ) -> None:
     """Raises DataError naming the source that is beyond the limit.
 
@@ -110,6 +111,7 @@ class Limit:
       counts: what was seen and dropped so far.
       at_end: nothing more will be seen: few records are judged as well.
       remedy: what a person may do who cannot mend the source.
+      example: called with that source, what to say of single records.
     """
     for source in counts.sources():
       dropped = counts.of(source)
@@ -120,5 +122,5 @@ class Limit:
         raise DataError(
           f'source {source}: {bad:,} of {seen:,} records had to be dropped, '
           f'more than the allowed {self.share:.0%}: {reasons}. Mend or prepare '
-          f'it again, or {remedy}'
+          f'it again, or {remedy}{example(source)}'
         )

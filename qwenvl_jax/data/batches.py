@@ -59,7 +59,8 @@ class Batches(grain.DatasetIterator):
       for _ in range(self._batch // self._processes)
     ]
     self._row += self._batch
-    self._check()
+    if self._limit is not None:
+      self._limit.check(self._counts, example=self._examples)
     return {name: np.stack([x[name] for x in rows]) for name in rows[0]}
 
   def _noted(self, row: Row) -> dict[str, np.ndarray]:
@@ -77,19 +78,9 @@ class Batches(grain.DatasetIterator):
       self._tokens[1] += arrays['segment_ids'].size
     return arrays
 
-  def _check(self) -> None:
-    if self._limit is None:
-      return
-    try:
-      self._limit.check(self._counts)
-    except DataError as error:
-      examples = [
-        message
-        for (source, _), message in self._dropped.items()
-        if f'source {source}:' in str(error)
-      ]
-      such = f'. For example: {"; ".join(examples[:3])}' if examples else ''
-      raise DataError(f'{error}{such}') from None
+  def _examples(self, source: str) -> str:
+    of_source = [x for key, x in self._dropped.items() if key[0] == source]
+    return f'. For example: {"; ".join(of_source[:3])}' if of_source else ''
 
   def get_state(self) -> State:
     """Where to go on; `json.dumps` takes it."""

@@ -15,7 +15,7 @@ from qwenvl_jax.data import formats, mixture, sharded_job, storage
 from qwenvl_jax.data.pipeline import Stream, is_weight
 from qwenvl_jax.data.records import Record
 from qwenvl_jax.data.shards import picture_digests
-from qwenvl_jax.data.sources import Prepared, data_path
+from qwenvl_jax.data.sources import Prepared, RecordSequence, data_path
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 PARTS = ('train', 'heldout')
@@ -49,7 +49,7 @@ class Part:
     if not 0 <= self.heldout < 1:
       raise ConfigError(f'own.Part.heldout={self.heldout} is not in [0, 1)')
 
-  def open(self) -> 'Chosen':
+  def open(self) -> RecordSequence:
     """The records.
 
     Raises:
@@ -69,7 +69,7 @@ class Part:
         f'{self.name} has {count} record(s){alike}, so that {self.part} is '
         f'empty: add some, or {none}'
       )
-    return Chosen(records, indices)
+    return dataclasses.replace(records, chosen=indices)
 
   def indices(self, groups: np.ndarray) -> np.ndarray:
     """Which records are of this part.
@@ -141,20 +141,6 @@ def _digests(records: Sequence[Record]) -> Iterator[list[str]]:
       yield picture_digests(records[index])
     except BadRecordError:  # Told where it is trained on.
       yield []
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-  """Some records of a sequence."""
-
-  records: Any
-  indices: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.indices)
-
-  def __getitem__(self, index: int):
-    return self.records[int(self.indices[index])]
 
 
 def streams(

@@ -242,7 +242,7 @@ def _grounded_caption(scene, language, _):
 
 
 def _exist(scene, language, thing):
-  there = wording.yes(bool(scene.of(thing)), language)
+  there = wording.YES[language][bool(scene.of(thing))]
   return (wording.bare(thing, language),), there, {}
 
 
@@ -267,7 +267,7 @@ def _colour(scene, language, _):
 def _left_of(scene, language, subject):
   names = [wording.the(x, 1, language) for x in subject]
   is_left = _x(scene, subject[0]) < _x(scene, subject[1])
-  return names, wording.true(is_left, language), {}
+  return names, wording.TRUE[language][is_left], {}
 
 
 def _compare(scene, language, subject):
@@ -276,13 +276,13 @@ def _compare(scene, language, subject):
   same = subject == (left, right)
   names = [wording.the(x, 1, language) for x in (left, right, *subject)]
   names[0] = names[0][:1].upper() + names[0][1:]
-  return names, wording.true(same, language), {}
+  return names, wording.TRUE[language][same], {}
 
 
 def _side(scene, language, thing):
   right = _x(scene, thing) > scene.side / 2
   name = wording.the(thing, 1, language)
-  return (name,), wording.side(right, language), {}
+  return (name,), wording.SIDE[language][right], {}
 
 
 def _refer(scene, language, thing):
@@ -340,7 +340,7 @@ def _nth_colour(pair, language, subject):
 
 
 def _boxes(scene, objects):
-  return tuple(wording.thousandths(scene, x.box) for x in objects)
+  return tuple(wording.thousandths(scene.side, x.box) for x in objects)
 
 
 _BUILD = {

@@ -191,7 +191,7 @@ def _write_split(
 
   def judge(shard):
     counts.update(job.report(shard)['counts'])
-    _judge(job, limit, counts, at_end=False)
+    _judge(job, limit, counts)
 
   sharded_job.run(
     {
@@ -237,11 +237,8 @@ def _check(job, root, length: int, counts: Counts, limit) -> None:
   _judge(job, limit, counts, at_end=True)
 
 
-def _judge(job, limit, counts, at_end: bool) -> None:
-  try:
-    limit.check(counts, at_end, 'raise --max_bad')
-  except DataError as error:
-    raise DataError(f'{error}{_example(job)}') from error
+def _judge(job, limit, counts, at_end: bool = False) -> None:
+  limit.check(counts, at_end, 'raise --max_bad', lambda _: _example(job))
 
 
 def _left_out(job, count: int) -> Iterator[str]:

@@ -33,6 +33,11 @@ def data_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
   return buckets.as_path(data_dir)
 
 
+def option(data_dir: str | os.PathLike | None) -> str:
+  """Returns what names the folder on a command line; '' for the default one."""
+  return '' if data_dir is None else f' --data_dir {data_dir}'
+
+
 def disk_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
   """Where data is prepared.
 
@@ -72,11 +77,10 @@ class Prepared:
     """
     folder = storage.folder(data_path(self.data_dir), self.name)
     if not (folder / storage.INFO).exists():
-      option = '' if self.data_dir is None else f' --data_dir {self.data_dir}'
       raise DataError(
         f'{self.name} is not prepared; run `qwenvl-data prepare {self.name}'
-        f'{option} --manual_dir ...` (`qwenvl-data list --name {self.name}` '
-        'tells where to get it)'
+        f'{option(self.data_dir)} --manual_dir ...` (`qwenvl-data list --name '
+        f'{self.name}` tells where to get it)'
       )
     shards = storage.open_split(folder, self.name, self.split)
     chosen = None if self.limit is None else range(len(shards))[: self.limit]
@@ -194,11 +198,10 @@ def scenes_folder(data_dir, config: str = 'default') -> pathlib.Path:
   base = data_path(data_dir) / 'scenes'
   folder = storage.folder(base, config)
   if not (folder / storage.INFO).exists():
-    option = '' if data_dir is None else f' --data_dir {data_dir}'
     kind = '' if config == 'default' else f' --config {config}'
     raise DataError(
       f'{base / config} holds no prepared scenes; run `qwenvl-data prepare '
-      f'scenes{kind}{option}`'
+      f'scenes{kind}{option(data_dir)}`'
     )
   return folder
 
@@ -218,9 +221,8 @@ def small_vocabulary(data_dir: str | os.PathLike | None = None) -> str:
   """
   file = data_path(data_dir) / VOCABULARY
   if not file.exists():
-    option = '' if data_dir is None else f' --data_dir {data_dir}'
     raise DataError(
-      f'{file} is missing; run `qwenvl-data prepare scenes{option}`'
+      f'{file} is missing; run `qwenvl-data prepare scenes{option(data_dir)}`'
     )
   return str(file)
 

@@ -41,10 +41,8 @@ def texts(classes: int) -> Iterator[str]:
     for colour in things.COLOURS:
       yield colour.name(language) + '\n'
     # As chats answer, without a space before it.
-    for flag in (False, True):
-      yield wording.yes(flag, language)
-      yield wording.true(flag, language)
-      yield wording.side(flag, language)
+    for words in (wording.YES, wording.TRUE, wording.SIDE):
+      yield from words[language]
   for question in _questions(classes):
     yield question.prompt
     yield question.answer + END

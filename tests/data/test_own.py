@@ -148,13 +148,13 @@ def test_what_prepare_noted_of_pictures_is_not_read_again(
   part = own.Part('mine', 'heldout', heldout=0.4, data_dir=tmp_path)
   own._groups.cache_clear()
   monkeypatch.setattr(own, 'picture_digests', None)
-  held = part.open().indices
+  held = part.open().chosen
   assert len(held) == 2
   monkeypatch.undo()
   own._groups.cache_clear()
   for report in tmp_path.glob('mine/*/*.report.json'):
     report.unlink()
-  assert part.open().indices.tolist() == held.tolist()
+  assert part.open().chosen.tolist() == held.tolist()
 
 
 def test_nothing_can_be_held_out_of_one_picture(tmp_path):

@@ -47,15 +47,10 @@ class Entry:
     return self.shard, self.index
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DuplicatePairs:
-  """Keeps one of the pairs with the same picture and the same text."""
+class _First:
+  """Of alike pairs, keeps one: the first."""
 
-  name: ClassVar[str] = 'duplicate_pair'
-  keep: ClassVar[int] = 1
-
-  def key(self, entry: Entry) -> bytes:
-    return entry.image[_FINE:] + entry.text
+  keep = 1
 
   def rank(self, entry: Entry) -> tuple:
     """Smaller is better; ends in the place, so that no two are equal."""
@@ -63,11 +58,20 @@ class DuplicatePairs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LongestText:
+class DuplicatePairs(_First):
+  """Keeps one of the pairs with the same picture and the same text."""
+
+  name: ClassVar[str] = 'duplicate_pair'
+
+  def key(self, entry: Entry) -> bytes:
+    return entry.image[_FINE:] + entry.text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongestText(_First):
   """Of a picture with several texts, keeps the longest."""
 
   name: ClassVar[str] = 'longest_text'
-  keep: ClassVar[int] = 1
 
   def key(self, entry: Entry) -> bytes:
     return entry.image[:_FINE]
@@ -77,7 +81,7 @@ class LongestText:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DuplicateTexts:
+class DuplicateTexts(_First):
   """Keeps a few pictures of a text that stands under many.
 
   Attributes:
@@ -94,9 +98,6 @@ class DuplicateTexts:
 
   def key(self, entry: Entry) -> bytes:
     return entry.text
-
-  def rank(self, entry: Entry) -> tuple:
-    return entry.place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
