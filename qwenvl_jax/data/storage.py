@@ -163,6 +163,7 @@ def write_info(
     )
     for split, counts in lengths.items()
   ]
+  text = tfds.features.Text()
   info = tfds.core.DatasetInfo(
     builder=tfds.core.dataset_info.DatasetIdentity(
       name=name,
@@ -170,7 +171,10 @@ def write_info(
       data_dir=os.fspath(directory),
       module_name='',
     ),
-    features=features(),
+    # Pictures are bytes: TFDS would decode them by rules that are not ours.
+    features=tfds.features.FeaturesDict(
+      {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
+    ),
     **about,
   )
   info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
@@ -181,19 +185,6 @@ def write_info(
     made = sorted(pathlib.Path(folder).iterdir(), key=lambda x: x.name == INFO)
     for file in made:
       buckets.copy(file, directory / file.name)
-
-
-def features():
-  """What a record is to TFDS: a `tfds.features.FeaturesDict`.
-
-  Pictures are bytes: TFDS would decode them by rules that are not ours.
-  """
-  import tensorflow_datasets as tfds
-
-  text = tfds.features.Text()
-  return tfds.features.FeaturesDict(
-    {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
-  )
 
 
 def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:

@@ -8,12 +8,13 @@ own. More branches are offered than may fit: rows drop what does not.
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from qwenvl_jax.data import conversations, questions, things, wording
+from qwenvl_jax.data import questions, things, wording
 from qwenvl_jax.data.examples import Question, Sample, plain
 from qwenvl_jax.data.records import Scene, ScenePair
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.text import chatml
 from qwenvl_jax.text.chatml import TextSpan
 
 # Relative frequency of the kinds of questions in stage 2; coordinates and
@@ -163,7 +164,7 @@ class Chats(SceneTasks):
     if not asked:
       return []
     samples = [
-      conversations.sample(
+      chat(
         '+'.join(x.id for x in scenes),
         [self._span(x, i, rng) for i, x in enumerate(scenes)],
         self._split(asked, wanted, rng),
@@ -175,7 +176,7 @@ class Chats(SceneTasks):
     if rng.random() < self.text:
       kinds = {'translate': 2, 'compare': 1}
       talk = self._ask(record, rng, 1, chat=True, kinds=kinds)
-      samples.append(plain(conversations.sample(record.id, (), [talk])))
+      samples.append(plain(chat(record.id, (), [talk])))
     return samples
 
   def _split(self, asked, wanted, rng) -> list[list[Question]]:
@@ -186,3 +187,36 @@ class Chats(SceneTasks):
       branches.append(asked[:turns])
       asked = asked[turns:]
     return branches
+
+
+def chat(
+  record: str,
+  pictures: Sequence[TextSpan],
+  conversations: Sequence[Sequence[Question]],
+  images: Sequence[object] = (),
+) -> Sample:
+  """Makes a sample of several conversations about the same pictures.
+
+  Each conversation is questions asked one after the other; `pictures` holds an
+  image span for each of `images`, or words in its place.
+  """
+  prefix = chatml.turn_spans('system', chatml.DEFAULT_SYSTEM)
+  prefix += chatml.open_turn('user')
+  for number, span in enumerate(pictures, start=1):
+    prefix += (TextSpan(f'Picture {number}: '), span, TextSpan('\n'))
+  return Sample(
+    record=record,
+    prefix=prefix,
+    continuations=tuple(map(_turns, conversations)),
+    images=tuple(images),
+  )
+
+
+def _turns(turns: Sequence[Question]) -> tuple[TextSpan, ...]:
+  """The turns, but for the beginning of the first, which the prefix holds."""
+  spans = ()
+  for number, asked in enumerate(turns):
+    spans += chatml.open_turn('user') if number else ()
+    spans += (TextSpan(asked.prompt), *chatml.CLOSE_TURN)
+    spans += chatml.turn_spans('assistant', asked.answer)
+  return spans

@@ -125,8 +125,13 @@ class Maker:
     """
     making = self._making
     rng = random.Random(f'{making.kind}-{making.seed}-{number}')
-    draw = self._draw if making.kind == 'pages' else self._document
-    page, language = draw(rng, number)
+    language = 'zh' if rng.random() < making.chinese else 'en'
+    side = rng.randint(*making.side)
+    if making.kind == 'pages':
+      page = self._draw(rng, number, language)
+    else:
+      page = self._document(rng, number, side)
+      language = language_of(''.join(line.word for line in page.lines))
     # As it can be read again: the picture is what it is after compression.
     return storage.serialize(
       Record(
@@ -134,54 +139,44 @@ class Maker:
         images=(page.jpeg(making.quality),),
         size=page.picture.size,
         language=language,
-        words=tuple(
-          Word(
-            line.text,
-            tuple((round(x, 2), round(y, 2)) for x, y in line.quad),
-          )
-          for line in page.lines
-        ),
+        words=tuple(map(_rounded, page.lines)),
       )
     )
 
-  def _draw(self, rng, number) -> tuple[Page, str]:
+  def _draw(self, rng, number, language) -> Page:
     for _ in range(_TRIES):
-      language, _ = self._language_and_side(rng)
       page = pages.draw(
         rng, self._style, self._words, self._faces, language,
         self._making.backgrounds,
       )  # fmt: skip
       if page.lines:  # Else it was too narrow for what was chosen.
-        return page, language
+        return page
     raise DataError(
       f'page {number}: nothing could be written on it in {_TRIES} tries; give '
       'other --text or more --fonts'
     )
 
-  def _language_and_side(self, rng) -> tuple[str, int]:
-    language = 'zh' if rng.random() < self._making.chinese else 'en'
-    return language, rng.randint(*self._making.side)
-
-  def _document(self, rng, number) -> tuple[Page, str]:
+  def _document(self, rng, number, side) -> Page:
     path, index = _chosen(self._making)[number]
-    _, side = self._language_and_side(rng)
     try:
       if self._making.kind == 'pdf':
-        page = pdf.read(path, index, side)
-      else:
-        with buckets.open_regular(pathlib.Path(path)) as file:
-          markup = file.read(_MAX_HTML).decode('utf-8', 'replace')
-        page = self._browser.show(markup, _window(rng, side))
+        return pdf.read(path, index, side)
+      with buckets.open_regular(pathlib.Path(path)) as file:
+        markup = file.read(_MAX_HTML).decode('utf-8', 'replace')
     except (DataError, OSError) as error:
       raise RefusedError('unreadable_file') from error
+    shorter = round(side * rng.uniform(0.6, 1.0))
+    window = rng.choice(((side, shorter), (shorter, side)))
+    page = self._browser.show(markup, window)
     if page is None:
       raise RefusedError('no_text')
-    return page, language_of(''.join(line.text for line in page.lines))
+    return page
 
 
-def _window(rng, side) -> tuple[int, int]:
-  shorter = round(side * rng.uniform(0.6, 1.0))
-  return rng.choice(((side, shorter), (shorter, side)))
+def _rounded(line: Word) -> Word:
+  return Word(
+    line.word, tuple((round(x, 2), round(y, 2)) for x, y in line.quad)
+  )
 
 
 @functools.lru_cache(maxsize=4)
@@ -274,9 +269,7 @@ def make(
     if left:
       (folder / storage.INFO).unlink(missing_ok=True)
     # Alone, this process tells of every page.
-    tell = None
-    if workers == 1:
-      tell = functools.partial(_tell, progress, total)
+    tell = (lambda page: progress(page + 1, total)) if workers == 1 else None
     sharded_job.run(
       {
         shard: functools.partial(
@@ -327,10 +320,6 @@ def _origin(making: Making, numbers: range) -> str:
 def _files(paths: Iterable[str]) -> str:
   found = map(sharded_job.origin_of, map(pathlib.Path, paths))
   return f'files {sharded_job.digest(found)}'
-
-
-def _tell(progress: Progress, total: int, number: int) -> None:
-  progress(number + 1, total)
 
 
 def _write_shard(

@@ -88,11 +88,7 @@ class QaTable(_Asked):
   GQA, DVQA, DocVQA, TextVQA, ChartQA and VizWiz differ in names only.
 
   Attributes:
-    file: the annotations.
     image: path of an image below `folder`; `{}` is what the entry holds.
-    folder: where the images are.
-    at: key of the list; '' if the file is the list (or a dict of entries by
-      the question's id).
     image_key, question_key, answer_key, id_key: names of the fields.
   """
 

@@ -13,12 +13,7 @@ from qwenvl_jax.errors import BadRecordError
 
 @dataclasses.dataclass(frozen=True)
 class CocoCaptions(fields.Annotated):
-  """COCO captions and NoCaps: `images` and `annotations` in one file.
-
-  Attributes:
-    file: the annotations.
-    folder: where the images are; '' for the download folder.
-  """
+  """COCO captions and NoCaps: `images` and `annotations` in one file."""
 
   file: str
   folder: str = ''
@@ -57,13 +52,7 @@ def _caption(note: Any, record: str) -> tuple[Hashable, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Karpathy(fields.Annotated):
-  """Flickr30k (and others) in Karpathy's splits.
-
-  Attributes:
-    file: `dataset_flickr30k.json`.
-    folder: where the images are.
-    split: 'train', 'val' or 'test'.
-  """
+  """Flickr30k (and others) in Karpathy's splits: 'train', 'val', 'test'."""
 
   file: str
   folder: str

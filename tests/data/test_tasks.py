@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 
-from qwenvl_jax.data import conversations, questions, records, tasks
+from qwenvl_jax.data import questions, records, tasks
 from qwenvl_jax.data.examples import encode_sample, plain
 from qwenvl_jax.text import chatml
 from qwenvl_jax.text.chatml import TextSpan
@@ -38,7 +38,7 @@ def test_conversations_are_what_fine_tuning_sees(two_apples_and_a_cat):
   span = [TextSpan('<img>0</img>')]
   for i in range(len(asked) - 1):
     turns = asked[i : i + 2]
-    sample = conversations.sample('x', span, [turns], [b''])
+    sample = tasks.chat('x', span, [turns], [b''])
     _assert_same(sample, _turns(turns, pictures=1))
 
 
@@ -49,12 +49,10 @@ def test_two_pictures_and_none(two_apples_and_a_cat):
   for question in questions.enumerate_all(
     pair, 3, chat=True, kinds=questions.PAIR_KINDS
   ):
-    sample = conversations.sample('x', spans, [[question]], [b'', b''])
+    sample = tasks.chat('x', spans, [[question]], [b'', b''])
     _assert_same(sample, _turns([question], pictures=2))
   talk = questions.ask('translate', scene, 'en', 0, chat=True)
-  _assert_same(
-    conversations.sample('x', [], [[talk]]), _turns([talk], pictures=0)
-  )
+  _assert_same(tasks.chat('x', [], [[talk]]), _turns([talk], pictures=0))
 
 
 def test_pair_answers(two_apples_and_a_cat):
