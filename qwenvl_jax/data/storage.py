@@ -12,11 +12,10 @@ import os
 import pathlib
 import tempfile
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import shard_files
 from qwenvl_jax.data.records import Record, Scene
 from qwenvl_jax.errors import BadRecordError, DataError
 
@@ -131,9 +130,45 @@ def shard_name(name: str, split: str, index: int, count: int) -> str:
   return f'{name}-{split}.array_record-{index:05d}-of-{count:05d}'
 
 
-def write_shard(path: pathlib.Path, records: Iterable[Record]) -> int:
-  """Writes a shard, whole or not at all; returns the number of records."""
-  return shard_files.write_records(path, map(serialize, records))
+def write_records(path: os.PathLike, records: Iterable[bytes]) -> int:
+  """Writes an array_record file; it appears when it is complete.
+
+  Returns:
+    The number of records.
+  """
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  count = 0
+  with buckets.atomic_write(path) as local:
+    # One record a chunk, so that one is read without its neighbours; pictures
+    # are compressed already.
+    writer = ArrayRecordWriter(str(local), 'group_size:1,uncompressed')
+    try:
+      for record in records:
+        writer.write(record)
+        count += 1
+    finally:
+      writer.close()
+  return count
+
+
+def read_records(path: os.PathLike) -> Iterator[bytes]:
+  """All records of a file, in order.
+
+  Raises:
+    RuntimeError, ValueError, IndexError: the file is damaged.
+  """
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  with buckets.local_copy(path) as local:
+    reader = ArrayRecordReader(
+      os.fspath(local), 'readahead_buffer_size:1048576,max_parallelism:1'
+    )
+    try:
+      for _ in range(reader.num_records()):
+        yield reader.read()
+    finally:
+      reader.close()
 
 
 def write_info(

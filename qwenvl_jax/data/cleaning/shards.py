@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import shard_files, sharded_job, storage
+from qwenvl_jax.data import sharded_job, storage
 from qwenvl_jax.data.cleaning import unique
 from qwenvl_jax.data.cleaning.inputs import Shard
 from qwenvl_jax.data.cleaning.pair import Outcome, Pair, Picture, clean
@@ -147,7 +147,7 @@ def clean_shard(job: Job, shard: int) -> int:
     return shard
   tally, prints = RuleStats(), []
   with sharded_job.writing(job.output):
-    shard_files.write_records(
+    storage.write_records(
       job.candidates.path(shard), _candidates(job, shard, tally, prints)
     )
     table = np.array(prints, unique.FINGERPRINT)
@@ -196,7 +196,7 @@ def finish_shard(
   tally = RuleStats()
   with sharded_job.writing(job.output):
     path = job.finished.path(shard)
-    shard_files.write_records(path, _kept(job, shard, kept, tally))
+    storage.write_records(path, _kept(job, shard, kept, tally))
     job.finished.finish(shard, {'tally': tally.to_json()})
   return shard
 
@@ -204,7 +204,7 @@ def finish_shard(
 def _kept(job, shard, kept, tally) -> Iterator[bytes]:
   path = job.candidates.path(shard)
   try:
-    for index, data in enumerate(shard_files.read_records(path)):
+    for index, data in enumerate(storage.read_records(path)):
       names = (rule.name for rule in job.unique)
       reason = next((x for x in names if index not in kept[x]), KEPT)
       pair = decode(data)

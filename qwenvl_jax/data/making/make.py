@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import shard_files, sharded_job, storage
+from qwenvl_jax.data import sharded_job, storage
 from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.data.languages import language_of
 from qwenvl_jax.data.making import (
@@ -343,5 +343,5 @@ def _write_shard(
         tell(number)
 
   with contextlib.closing(Maker(making)) as maker:
-    length = shard_files.write_records(job.path(shard), records(maker))
+    length = storage.write_records(job.path(shard), records(maker))
   job.finish(shard, {'length': length, 'counts': counts})
