@@ -25,7 +25,7 @@ INFO = 'dataset_info.json'
 
 def serialize(record: Record | Scene) -> bytes:
   """A record whose images are bytes, as one `tf.train.Example`."""
-  example = _example_class()()
+  example = proto()[0]()
   feature = example.features.feature
   images = [record.image] if isinstance(record, Scene) else record.images
   feature['id'].bytes_list.value.append(record.id.encode('utf-8', 'replace'))
@@ -48,8 +48,9 @@ def parse(data: bytes, kind: type = Record) -> Any:
   Raises:
     BadRecordError: damaged.
   """
+  example, decode_error = proto()
   try:
-    feature = _example_class().FromString(data).features.feature
+    feature = example.FromString(data).features.feature
     found = json.loads(feature['annotation'].bytes_list.value[0])
     found['id'] = feature['id'].bytes_list.value[0].decode()
     images = tuple(feature['images'].bytes_list.value)
@@ -59,7 +60,7 @@ def parse(data: bytes, kind: type = Record) -> Any:
       found['images'] = images
     return _reader(kind)(found)
   except (
-    ValueError, LookupError, TypeError, AttributeError, _decode_error(),
+    ValueError, LookupError, TypeError, AttributeError, decode_error,
   ) as error:  # fmt: skip
     raise BadRecordError(
       'unreadable_record', f'a damaged record ({error}); prepare it again'
@@ -100,24 +101,13 @@ def _to_json(value: Any, without: Sequence[str] = ()) -> Any:
   return value
 
 
-def prepare_imports() -> None:
-  """Imports what `serialize` and `parse` need, which takes a second."""
-  _example_class()
-  _decode_error()
-
-
 @functools.cache
-def _example_class():
+def proto() -> tuple[type, type[Exception]]:
+  """Imports what records are stored as, and its error, which takes a second."""
+  from google.protobuf.message import DecodeError
   from tensorflow_datasets.proto import tf_example_pb2
 
-  return tf_example_pb2.Example
-
-
-@functools.cache
-def _decode_error():
-  from google.protobuf.message import DecodeError
-
-  return DecodeError
+  return tf_example_pb2.Example, DecodeError
 
 
 def folder(base: str | os.PathLike, name: str) -> pathlib.Path:

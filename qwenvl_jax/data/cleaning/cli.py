@@ -102,7 +102,7 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   for line in _without_limit(cleaning):
     say(line)
   # Now: while threads of Beam import TFDS, this one could not, as drawing does.
-  storage.prepare_imports()
+  storage.proto()
   with bars(console) as progress:
     tally = pipeline.run(
       job,

@@ -138,11 +138,7 @@ class Shard:
     source = self.source
     if isinstance(sample, BadRecordError):
       raise sample
-    picture = sample.picture(names)
-    if picture is None:
-      why = sample.fields.get('error_message') or 'no picture in the record'
-      raise BadRecordError('missing_image', str(why))
-    text = fields.text_field(sample.text(names, id_), '', id_)
+    picture, text = sample.picture(names, id_), sample.text(names, id_)
     return Pair(
       id_,
       source.name,

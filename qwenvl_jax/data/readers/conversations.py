@@ -57,7 +57,7 @@ class Conversations(fields.Reader):
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """Yields a record for each conversation."""
-    for file in json_lines.files(root):
+    for file in fields.files(root, ('.json', '.jsonl')):
       for record, entry in json_lines.entries(file):
         yield from fields.attempt(conversation, entry, record, record=record)
 

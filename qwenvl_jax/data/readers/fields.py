@@ -70,13 +70,20 @@ class Annotated(Reader):
 def files(
   root: pathlib.Path, endings: tuple[str, ...], pattern: str = '*'
 ) -> list[pathlib.Path]:
-  """Returns the files of a folder that have one of some endings, in order."""
-  return sorted(
+  """Returns the files of a folder that have one of some endings, in order.
+
+  Raises:
+    DataError: there is none.
+  """
+  found = sorted(
     x
     for x in root.glob(pattern)
     # What macOS lays beside each file begins with a dot.
     if x.name.lower().endswith(endings) and x.name[0] != '.'
   )
+  if not found:
+    raise DataError(f'{root} holds no file that ends in {" or ".join(endings)}')
+  return found
 
 
 def load_json(root: pathlib.Path, name: str) -> Any:

@@ -49,7 +49,7 @@ class Interleaved(fields.Reader):
   language: str = 'en'
 
   def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
-    return json_lines.files(root, ('.jsonl', '.json', '.parquet'))
+    return fields.files(root, ('.jsonl', '.json', '.parquet'))
 
   def read(self, part: pathlib.Path) -> fields.Found:
     """Yields a record for each document, its pictures read."""

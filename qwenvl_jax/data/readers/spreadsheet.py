@@ -43,7 +43,7 @@ class Spreadsheet(fields.Reader):
     Raises:
       DataError: a file is not UTF-8, or has no column of a kind.
     """
-    for file in json_lines.files(root, ('.csv', '.tsv')):
+    for file in fields.files(root, ('.csv', '.tsv')):
       for record, row in _rows(file):
         yield from fields.attempt(_record, row, record, record=record)
 
