@@ -161,6 +161,11 @@ def read_records(path: os.PathLike) -> Iterator[bytes]:
       reader.close()
 
 
+def write_shard(path: os.PathLike, records: Iterable[Record | Scene]) -> int:
+  """Writes a shard, whole or not at all; returns the number of records."""
+  return write_records(path, map(serialize, records))
+
+
 def write_info(
   directory: pathlib.Path, name: str, lengths: dict[str, Sequence[int]], **about
 ) -> None:
