@@ -24,7 +24,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from qwenvl_jax import configuration
-from qwenvl_jax.data import shard_files, things
+from qwenvl_jax.data import storage, things
 from qwenvl_jax.data.builders import compose
 from qwenvl_jax.data.cleaning import pipeline, shards
 from qwenvl_jax.data.cleaning.inputs import Source
@@ -99,7 +99,7 @@ class Made:
 
 
 def picture(rng: random.Random, size=None) -> bytes:
-  drawn = compose.compose(rng, STYLE).picture
+  drawn = compose.compose(rng, STYLE).image
   if size:
     drawn = drawn.resize(size)
   return encoded(drawn, rng.randint(75, 95))
@@ -269,7 +269,7 @@ def compare(corpus: list[Made], job, tally) -> bool:
   """Prints the table; whether all is as it should be, but for resized ones."""
   kept = set()
   for shard in range(len(job.shards)):
-    for data in shard_files.read_records(job.finished.path(shard)):
+    for data in storage.read_records(job.finished.path(shard)):
       kept.add(int(shards.decode(data).id.rpartition('/')[2]))
   kept = originals_first(corpus, kept)
   allowed = next(x.keep for x in job.unique if x.name == 'duplicate_text')

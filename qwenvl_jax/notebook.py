@@ -130,7 +130,7 @@ def picture(source: str = '', seed: int = 0) -> Image.Image:
   """
   if not source:
     drawn = compose.compose(random.Random(seed), compose.Style())
-    return drawn.picture
+    return drawn.image
   if not source.startswith(('https://', 'http://')):
     return image.load(source)
   request = urllib.request.Request(source, headers={'User-Agent': 'qwenvl_jax'})

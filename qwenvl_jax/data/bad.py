@@ -7,7 +7,7 @@ never silent, and past a share of dropped records the run stops (`Limit`).
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -48,60 +48,38 @@ REPAIRED = {
 }
 
 
-class Counts:
+class Counts(collections.Counter):
   """How often what happened to the records of which source.
 
   Keys are `source/seen`, `source/dropped/REASON` and `source/repaired/REASON`.
   """
 
-  def __init__(self, counts: Mapping[str, int] = ()):
-    self._counts = collections.Counter(dict(counts))
-
   def seen(self, source: str) -> None:
-    self._counts[f'{source}/seen'] += 1
+    self[f'{source}/seen'] += 1
 
   def dropped(self, source: str, reason: str) -> None:
-    self._counts[f'{source}/dropped/{reason}'] += 1
+    self[f'{source}/dropped/{reason}'] += 1
 
   def repaired(self, source: str, reasons: Iterable[str]) -> None:
-    for reason in reasons:
-      self._counts[f'{source}/repaired/{reason}'] += 1
-
-  def add(self, other: Mapping[str, int]) -> None:
-    self._counts.update(other)
-
-  def take(self) -> dict[str, int]:
-    """What was counted since the last call."""
-    taken = dict(self._counts)
-    self._counts.clear()
-    return taken
-
-  def as_dict(self) -> dict[str, int]:
-    return dict(self._counts)
+    self.update(f'{source}/repaired/{reason}' for reason in reasons)
 
   def of(self, source: str, kind: str = 'dropped') -> dict[str, int]:
     """Reason -> count."""
     prefix = f'{source}/{kind}/'
     return {
       key.removeprefix(prefix): count
-      for key, count in sorted(self._counts.items())
+      for key, count in sorted(self.items())
       if key.startswith(prefix)
     }
 
   def seen_of(self, source: str) -> int:
-    return self._counts[f'{source}/seen']
+    return self[f'{source}/seen']
 
   def kept_of(self, source: str) -> int:
     return self.seen_of(source) - sum(self.of(source).values())
 
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, Counts) and self._counts == other._counts
-
   def sources(self) -> list[str]:
-    found = {
-      key.removesuffix('/seen') for key in self._counts if key.endswith('/seen')
-    }
-    return sorted(found)
+    return sorted(x.removesuffix('/seen') for x in self if x.endswith('/seen'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +103,7 @@ class Limit:
     counts: Counts,
     at_end: bool = False,
     remedy: str = 'take it out of the mixture, or raise bad.Limit.share',
+    example: Callable[[str], str] = lambda source: '',
   ) -> None:
     """Raises DataError naming the source that is beyond the limit.
 
@@ -132,6 +111,7 @@ class Limit:
       counts: what was seen and dropped so far.
       at_end: nothing more will be seen: few records are judged as well.
       remedy: what a person may do who cannot mend the source.
+      example: called with that source, what to say of single records.
     """
     for source in counts.sources():
       dropped = counts.of(source)
@@ -142,5 +122,5 @@ class Limit:
         raise DataError(
           f'source {source}: {bad:,} of {seen:,} records had to be dropped, '
           f'more than the allowed {self.share:.0%}: {reasons}. Mend or prepare '
-          f'it again, or {remedy}'
+          f'it again, or {remedy}{example(source)}'
         )

@@ -1,7 +1,7 @@
 """Rows into batches, with counts, and a state for any number of processes."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grain
@@ -25,7 +25,7 @@ class Batches(grain.DatasetIterator):
 
   def __init__(
     self,
-    start: Callable[[State], Iterator[Row]],
+    start: Callable[[State], grain.DatasetIterator],
     rows: int,
     processes: int = 1,
     limit: Limit | None = None,
@@ -59,12 +59,13 @@ class Batches(grain.DatasetIterator):
       for _ in range(self._batch // self._processes)
     ]
     self._row += self._batch
-    self._check()
+    if self._limit is not None:
+      self._limit.check(self._counts, example=self._examples)
     return {name: np.stack([x[name] for x in rows]) for name in rows[0]}
 
   def _noted(self, row: Row) -> dict[str, np.ndarray]:
     arrays, stats = row
-    self._counts.add(stats.counts)
+    self._counts.update(stats.counts)
     self._of = stats.streams
     if stats.position is not None:
       self._shards[str(stats.stream)] = stats.position
@@ -77,26 +78,16 @@ class Batches(grain.DatasetIterator):
       self._tokens[1] += arrays['segment_ids'].size
     return arrays
 
-  def _check(self) -> None:
-    if self._limit is None:
-      return
-    try:
-      self._limit.check(self._counts)
-    except DataError as error:
-      examples = [
-        message
-        for (source, _), message in self._dropped.items()
-        if f'source {source}:' in str(error)
-      ]
-      such = f'. For example: {"; ".join(examples[:3])}' if examples else ''
-      raise DataError(f'{error}{such}') from None
+  def _examples(self, source: str) -> str:
+    of_source = [x for key, x in self._dropped.items() if key[0] == source]
+    return f'. For example: {"; ".join(of_source[:3])}' if of_source else ''
 
   def get_state(self) -> State:
     """Where to go on; `json.dumps` takes it."""
     state = {
       'row': self._row,
       'shards': dict(self._shards),
-      'counts': self._counts.as_dict(),
+      'counts': dict(self._counts),
       'tokens': list(self._tokens),
     }
     return state | ({'of': self._of} if self._of else {})
@@ -134,13 +125,13 @@ class Batches(grain.DatasetIterator):
       merged['row'] = state['row']
       merged['shards'] |= state['shards']
       merged |= {'of': state['of']} if 'of' in state else {}
-      counts.add(state['counts'])
+      counts.update(state['counts'])
       merged['tokens'] = [
         a + b for a, b in zip(merged['tokens'], state['tokens'])
       ]
     if process:
       return merged | {'tokens': [0, 0]}
-    return merged | {'counts': counts.as_dict()}
+    return merged | {'counts': dict(counts)}
 
   @property
   def counts(self) -> Counts:
@@ -149,7 +140,7 @@ class Batches(grain.DatasetIterator):
 
   def sums(self) -> State:
     """What `describe` takes of each process; JSON holds it."""
-    return {'counts': self._counts.as_dict(), 'tokens': list(self._tokens)}
+    return {'counts': dict(self._counts), 'tokens': list(self._tokens)}
 
   @staticmethod
   def describe(all_sums: Iterable[State]) -> dict[str, float]:
@@ -160,7 +151,7 @@ class Batches(grain.DatasetIterator):
     """
     found, counts, used, total = {}, Counts(), 0, 0
     for sums in all_sums:
-      counts.add(sums['counts'])
+      counts.update(sums['counts'])
       used, total = used + sums['tokens'][0], total + sums['tokens'][1]
     if total:
       found['data/utilization'] = used / total
@@ -172,7 +163,7 @@ class Batches(grain.DatasetIterator):
 
   def close_rows(self) -> None:
     """Ends the processes and threads that make rows."""
-    if self._rows is not None and hasattr(self._rows, 'close'):
+    if self._rows is not None:
       self._rows.close()
     self._rows = None
 

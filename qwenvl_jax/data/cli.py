@@ -185,14 +185,14 @@ def _list(arguments, console):
   table = rich.table.Table(title=str(base))
   for column in ('name', 'task', 'prepared', 'what'):
     table.add_column(column, overflow='fold')
-  _list_own(arguments, table)
+  for row in _own_rows(arguments.data_dir):
+    table.add_row(*row)
   known = list(catalogue.DATA_SETS)
-  extra = [x.parents[1].name for x in base.glob(f'*/*/{storage.INFO}')]
-  for name in [*known, *sorted(set(extra) - {*known, *_OWN})]:
+  extra = {x.parents[1].name for x in base.glob(f'*/*/{storage.INFO}')}
+  for name in [*known, *sorted(extra - {*known, *_OWN})]:
     data_set = catalogue.DATA_SETS.get(name)
-    lengths = storage.split_lengths(storage.folder(base, name))
-    state = '\n'.join(f'{k}: {sum(v):,}' for k, v in lengths.items())
     about = (data_set.task, data_set.size) if data_set else ('', '')
+    state = _state(storage.folder(base, name))
     table.add_row(name, about[0], state or 'no', about[1])
   console.print(table)
   # Not in the table, which would break addresses to fit the terminal.
@@ -205,23 +205,23 @@ def _list(arguments, console):
   )
 
 
-def _list_own(arguments, table):
+def _state(folder) -> str:
+  sizes = storage.split_sizes(folder).items()
+  return '\n'.join(f'{split}: {count:,}' for split, count in sizes)
+
+
+def _own_rows(data_dir):
   what = 'composed scenes, boxes and names, English and Chinese (made here)'
-  configs = sources.prepared_configs(arguments.data_dir)
+  configs = sources.prepared_configs(data_dir)
   if not configs:
-    table.add_row('scenes', 'all', 'not prepared', what)
+    yield 'scenes', 'all', 'not prepared', what
   for config in configs:
-    folder = sources.scenes_folder(arguments.data_dir, config)
-    sizes = sources.split_sizes(folder).items()
-    state = '\n'.join(f'{split}: {count:,}' for split, count in sizes)
     name = 'scenes' if config == 'default' else f'scenes ({config})'
-    table.add_row(name, 'all', state, what)
-  state = '\n'.join(
-    f'{split}: {len(sources.EasyVqa(split).open()):,}'
-    for split in ('train', 'test')
-  )
+    yield name, 'all', _state(sources.scenes_folder(data_dir, config)), what
+  counts = {x: len(sources.EasyVqa(x).open()) for x in ('train', 'test')}
+  state = '\n'.join(f'{split}: {count:,}' for split, count in counts.items())
   what = 'easy-VQA 1.0: questions about shapes (MIT; the installed package)'
-  table.add_row('easy_vqa', 'vqa', state, what)
+  yield 'easy_vqa', 'vqa', state, what
 
 
 def _print_whole(console, line):
@@ -230,15 +230,13 @@ def _print_whole(console, line):
 
 
 def _describe(name, data_dir, console):
-  folder = storage.folder(sources.data_path(data_dir), name)
-  lengths = storage.split_lengths(folder)
   if name in _OWN:
     console.print(f'{name}: nothing to download; see `qwenvl-data list`')
     return
-  if name not in catalogue.DATA_SETS and lengths:
-    console.print(f'{name}: your own, in {folder}')
-    for split, sizes in lengths.items():
-      console.print(f'  {split}: {sum(sizes):,} records')
+  folder = storage.folder(sources.data_path(data_dir), name)
+  state = _state(folder)
+  if name not in catalogue.DATA_SETS and state:
+    console.print(f'{name}: your own, in {folder}; records:\n{state}')
     return
   data_set = _known(name)
   for label, text in (
@@ -253,8 +251,8 @@ def _describe(name, data_dir, console):
   files = {x for reader in data_set.splits.values() for x in reader.files}
   if files:
     console.print('\nfiles and folders it reads:')
-    for file in sorted(files):
-      _print_whole(console, f'  {file}')
+  for file in sorted(files):
+    _print_whole(console, f'  {file}')
   console.print(f'\nqwenvl-data prepare {name} --manual_dir FOLDER')
 
 
@@ -289,12 +287,7 @@ def _prepare(arguments, console):
       progress,
       arguments.again,
     )
-  table = rich.table.Table(title=str(folder))
-  table.add_column('split')
-  table.add_column('scenes', justify='right')
-  for split, count in sources.split_sizes(folder).items():
-    table.add_row(split, f'{count:,}')
-  console.print(table)
+  console.print(f'{folder}: scenes\n{_state(folder)}')
   console.print(f'vocabulary: {sources.small_vocabulary(arguments.data_dir)}')
 
 
@@ -329,6 +322,8 @@ def _prepare_public(arguments, console):
       again=arguments.again,
       progress=progress,
       say=functools.partial(_print_whole, console),
+      # Who has millions of pictures hardly holds single ones out.
+      with_digests=bool(arguments.format),
       **about,
     )
   table = rich.table.Table(title=str(report.folder))

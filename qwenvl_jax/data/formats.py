@@ -85,11 +85,13 @@ class Answers(_Branching):
 
   def __call__(self, record: Record, rng: Random, *_: Another) -> list[Sample]:
     language = record.language
-    asked = [
-      _asked(_ANSWER[language].format(x.question), _SPACE[language] + x.answer)
-      for x in record.questions
-    ]
+    asked = [vqa(language, x.question, x.answer) for x in record.questions]
     return self._some(record, asked, rng)
+
+
+def vqa(language: str, question: str, answer: str) -> tuple[TextSpan, ...]:
+  """Returns the spans of a question and of its answer."""
+  return _asked(_ANSWER[language].format(question), _SPACE[language] + answer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,7 @@ small { color: #667; }
 
 
 def page(title: str, body: str, style: str = '') -> str:
-  """Returns a page; the title, as text, is its heading as well.
-
-  Args:
-    title: as text.
-    body: HTML.
-    style: CSS beside what all pages share.
-  """
+  """Returns a page: title as text, body as HTML, and CSS of its own."""
   title = html.escape(title)
   whole = (
     '<!doctype html><html lang="en"><meta charset="utf-8">'

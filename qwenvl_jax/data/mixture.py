@@ -102,7 +102,7 @@ def _command(name: str, task: Any, data_dir) -> str:
       formats.Interleaved: 'interleaved',
     }
     command += f' --format {written.get(type(task), "FORMAT")}'
-  return command if data_dir is None else f'{command} --data_dir {data_dir}'
+  return command + sources.option(data_dir)
 
 
 def _named(dataset: str, split: str) -> tuple[str, str]:

@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.sparse.csgraph
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import formats, mixture, storage
+from qwenvl_jax.data import formats, mixture, sharded_job, storage
 from qwenvl_jax.data.pipeline import Stream, is_weight
-from qwenvl_jax.data.sources import Prepared, data_path
+from qwenvl_jax.data.records import Record
+from qwenvl_jax.data.shards import picture_digests
+from qwenvl_jax.data.sources import Prepared, RecordSequence, data_path
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 
 PARTS = ('train', 'heldout')
@@ -47,7 +49,7 @@ class Part:
     if not 0 <= self.heldout < 1:
       raise ConfigError(f'own.Part.heldout={self.heldout} is not in [0, 1)')
 
-  def open(self) -> 'Chosen':
+  def open(self) -> RecordSequence:
     """The records.
 
     Raises:
@@ -67,13 +69,13 @@ class Part:
         f'{self.name} has {count} record(s){alike}, so that {self.part} is '
         f'empty: add some, or {none}'
       )
-    return Chosen(records, indices)
+    return dataclasses.replace(records, chosen=indices)
 
   def indices(self, groups: np.ndarray) -> np.ndarray:
     """Which records are of this part.
 
     Args:
-      groups: by record, a number that is equal for those that are not parted.
+      groups: [N] int, equal for records that are not parted.
     """
     count = len(groups)
     order = np.random.default_rng(0).permutation(count)
@@ -104,51 +106,41 @@ def _version(prepared: Prepared) -> tuple:
 
 @functools.lru_cache(maxsize=8)
 def _groups(prepared: Prepared, version: tuple, by_picture: bool) -> np.ndarray:
-  """Finds which records show the same pictures, themselves or through others.
+  """Numbers records: alike if they show the same pictures, or through others.
 
   Args:
-    prepared: the records, all of which are read.
-    version: of these, so that they are read once in a process.
+    prepared: the records, all of which are read if it was prepared by a version
+      of this package that noted no digests.
+    version: of the records, so that they are grouped once in a process.
     by_picture: else, each is alone.
-
-  Returns:
-    By record, the number of the first one that it goes with.
   """
-  records = prepared.open()
-  first = list(range(len(records)))
+  count = len(prepared.open())
+  if not by_picture:
+    return np.arange(count)
+  folder = storage.folder(data_path(prepared.data_dir), prepared.name)
+  try:
+    digests = sharded_job.notes(
+      folder, prepared.name, prepared.split, 'pictures'
+    )
+  except DataError:
+    digests = _digests(prepared.open())
+  numbers, ones = {}, []
+  for record, shown in enumerate(digests):
+    for digest in shown:
+      ones.append((record, count + numbers.setdefault(digest, len(numbers))))
+  nodes = count + len(numbers)
+  edges = np.array(ones, np.int64).reshape(-1, 2).T
+  graph = scipy.sparse.coo_array((np.ones(len(ones)), edges), (nodes, nodes))
+  _, groups = scipy.sparse.csgraph.connected_components(graph, directed=False)
+  return groups[:count]
 
-  def group(index):
-    while first[index] != index:
-      index = first[index] = first[first[index]]
-    return index
 
-  shown = {}
-  for index in range(len(records) if by_picture else 0):
+def _digests(records: Sequence[Record]) -> Iterator[list[str]]:
+  for index in range(len(records)):
     try:
-      images = records[index].images
+      yield picture_digests(records[index])
     except BadRecordError:  # Told where it is trained on.
-      continue
-    for image in images:
-      digest = hashlib.blake2b(image, digest_size=16).digest()
-      one, other = sorted(
-        (group(index), group(shown.setdefault(digest, index)))
-      )
-      first[other] = one
-  return np.array([group(index) for index in range(len(first))])
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-  """Some records of a sequence."""
-
-  records: Any
-  indices: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.indices)
-
-  def __getitem__(self, index: int):
-    return self.records[int(self.indices[index])]
+      yield []
 
 
 def streams(

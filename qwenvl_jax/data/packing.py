@@ -8,7 +8,7 @@ come when.
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -102,7 +102,7 @@ class RowStats:
 
   Attributes:
     group: of the items that the row was made for.
-    counts: of records, as `bad.Counts.as_dict`.
+    counts: of records.
     dropped: for each source and reason, the message of one dropped record.
     records: names of the row's records.
     stream: number of the stream that made the row.
@@ -112,16 +112,16 @@ class RowStats:
   """
 
   group: str = ''
-  counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  counts: Counts = dataclasses.field(default_factory=Counts)
   dropped: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
   records: tuple[str, ...] = ()
   stream: int = 0
   streams: int = 1
   position: list | None = None
 
-  def drop(self, counts: Counts, source: str, error: BadRecordError) -> None:
+  def drop(self, source: str, error: BadRecordError) -> None:
     """Counts a dropped record and keeps its message if it is the first."""
-    counts.dropped(source, error.reason)
+    self.counts.dropped(source, error.reason)
     self.dropped.setdefault((source, error.reason), str(error))
 
 
@@ -326,15 +326,14 @@ def lay_out(
 
   A record whose picture cannot be read is left out of the row and counted.
   """
-  counts, samples = Counts(stats.counts), []
+  samples = []
   for item in items:
     notes = []
     try:
       samples += [decoded(x, shape.image_size, notes) for x in item.samples]
     except BadRecordError as error:
-      stats.drop(counts, item.source, error)
-    counts.repaired(item.source, set(notes))
-  stats.counts = counts.as_dict()
+      stats.drop(item.source, error)
+    stats.counts.repaired(item.source, set(notes))
   stats.records = tuple(dict.fromkeys(x.record for x in samples))
   return Row(make_row(samples, shape, pad_id), stats)
 

@@ -20,7 +20,7 @@ import grain
 import grain.experimental
 
 from qwenvl_jax.data import packing
-from qwenvl_jax.data.bad import Counts, Limit
+from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.batches import State
 from qwenvl_jax.data.packing import PackItem, Row, RowStats
 from qwenvl_jax.errors import ConfigError, DataError
@@ -80,7 +80,7 @@ class PackingStream:
 
   def plan(self) -> tuple[list[PackItem], RowStats]:
     """Returns what the next row holds, and what happened on the way."""
-    maker, counts = self._maker, Counts()
+    maker = self._maker
     stats = RowStats(stream=self._number, streams=maker.streams)
     number = min(
       range(len(maker.groups)),
@@ -88,22 +88,21 @@ class PackingStream:
         (self._given[n] + self._head_start[n]) / maker.groups[n].weight
       ),
     )
-    items = self._take(number, counts, stats)
+    items = self._take(number, stats)
     left = maker.shape.length - sum(x.tokens for x in items)
     for other, group in enumerate(maker.groups):
       if group.name == maker.packer.filler and other != number:
-        items += self._take(other, counts, stats, left)
+        items += self._take(other, stats, left)
     stats.group = maker.groups[number].name
-    stats.counts = counts.as_dict()
     if self._skipped or not maker.single:
       waiting = [[index for index, _ in pool] for pool in self._pools]
       stats.position = list(map(list, zip(self._taken, self._given, waiting)))
     return items, stats
 
-  def _take(self, number, counts, stats, left=None) -> list[PackItem]:
+  def _take(self, number, stats, left=None) -> list[PackItem]:
     """Takes a row's worth out of a group's pool, or what fits into the rest."""
     pool = self._pools[number]
-    self._fill(number, pool, counts, stats)
+    self._fill(number, pool, stats)
     tokens = [item.tokens for _, item in pool]
     images = [item.images for _, item in pool]
     if left is None:
@@ -121,20 +120,20 @@ class PackingStream:
     self._given[number] += sum(x.examples for x in items)
     return items
 
-  def _fill(self, number, pool, counts, stats) -> None:
+  def _fill(self, number, pool, stats) -> None:
     maker, items = self._maker, self._maker.groups[number].items
     dropped = collections.Counter()
     while len(pool) < maker.packer.pool:
       index = self._taken[number] * maker.streams + self._number
       self._taken[number] += 1
       item = items[index]
-      counts.seen(item.source)
-      counts.repaired(item.source, set(item.repaired))
+      stats.counts.seen(item.source)
+      stats.counts.repaired(item.source, set(item.repaired))
       if item.error is None:
         pool.append((index, item))
         continue
       self._skipped = True
-      stats.drop(counts, item.source, item.error)
+      stats.drop(item.source, item.error)
       dropped[item.source, item.error.reason] += 1
       if dropped.total() >= max(maker.limit.after, 100):
         raise _nothing_usable(maker.groups[number].name, dropped, stats)

@@ -99,6 +99,13 @@ class Pipeline:
   packer: packing.Packer | None = None
   limit: Limit = Limit()
 
+  @property
+  def shape(self) -> packing.RowShape:
+    """Of its rows."""
+    return packing.RowShape(
+      self.sequence_length, self.image_slots, self.image_size, self.image_tokens
+    )
+
   def iterator(self, process_index: int = 0, process_count: int = 1) -> Batches:
     """Endless batches: a dict with the fields of `Batch`, NumPy, B first.
 
@@ -135,16 +142,10 @@ class Pipeline:
         )
     tokenizer = Tokenizer(self.vocabulary)
     items, sources = [], _opened(self.streams)
-    shape = packing.RowShape(
-      self.sequence_length,
-      self.image_slots,
-      self.image_size,
-      self.image_tokens,
-    )
     for number, stream in enumerate(self.streams):
-      source = _ErrorCatchingSource(sources[number], stream.label)
+      source = ErrorCatchingSource(sources[number], stream.label)
       to_item = packing.ToPackItem(
-        shape,
+        self.shape,
         tokenizer,
         source,
         stream.tasks,
@@ -158,7 +159,7 @@ class Pipeline:
     alone = self.batch_size * _STREAMS_A_ROW[self.batch_size > 1024]
     maker = RowMaker(
       groups=_groups(self.streams, items, self.packer),
-      shape=shape,
+      shape=self.shape,
       packer=self.packer or packing.Packer(shards=alone, pool=1),
       single=self.packer is None,
       seed=self.seed,
@@ -205,7 +206,7 @@ def _groups(streams, items, packer) -> list[Group]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ErrorCatchingSource:
+class ErrorCatchingSource:
   """A source whose bad records are errors in the place of records."""
 
   source: Sequence[Any]

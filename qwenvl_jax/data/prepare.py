@@ -4,10 +4,9 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from qwenvl_jax.data import sources, storage, vocabulary
+from qwenvl_jax.data import sharded_job, sources, storage, vocabulary
 from qwenvl_jax.data.builders import scenes as drawn
-from qwenvl_jax.data.sharded_job import ShardedJob
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 _PER_SHARD = 1000
@@ -48,12 +47,12 @@ def scenes(
   folder = storage.folder(base / 'scenes', config)
   total = sum(getattr(settings, split) for split in drawn.SPLITS)
   lengths = {}
-  try:
+  with sharded_job.writing(base):
     for split in drawn.SPLITS:
       numbers = range(getattr(settings, split))
       parts = [numbers[i:][:_PER_SHARD] for i in numbers[::_PER_SHARD]]
       origins = tuple(f'{settings!r}, {part!r}' for part in parts)
-      job = ShardedJob(folder, 'scenes', split, origins)
+      job = sharded_job.ShardedJob(folder, 'scenes', split, origins)
       job.begin(again)
       for shard in job.unfinished():
         (folder / storage.INFO).unlink(missing_ok=True)
@@ -77,9 +76,4 @@ def scenes(
     small = vocabulary.build(Tokenizer(vocabulary_file), settings.style.classes)
     small.save(base / sources.VOCABULARY)
     progress('reducing the vocabulary', 1, 1)
-  except OSError as error:
-    raise DataError(
-      f'cannot write to {base} ({error}); free some space, or name another '
-      'folder with --data_dir'
-    ) from error
   return folder

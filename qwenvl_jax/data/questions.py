@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from qwenvl_jax.data import things, wording
 from qwenvl_jax.data.examples import Question
-from qwenvl_jax.data.records import Scene
+from qwenvl_jax.data.records import Scene, ScenePair
 
 # Task (as in the paper's table 3) of every kind of question.
 KINDS = {
@@ -27,6 +27,9 @@ KINDS = {
   'translate': 'text',
   'compare': 'text',
 }
+
+# Questions of chats about two pictures, as `ScenePair`s.
+PAIR_KINDS = ('which', 'nth_caption', 'nth_count', 'nth_colour')
 
 # What stands between a plain prompt and its answer, where anything does.
 _LEAD = {
@@ -46,7 +49,7 @@ MARGIN = 0.08
 
 def ask(
   kind: str,
-  scene: Scene,
+  scene: Scene | ScenePair,
   language: str,
   subject: object,
   chat: bool = False,
@@ -65,31 +68,35 @@ def ask(
   elif kind == 'refer':
     # A chat names what it found; the plain prompt is that phrase.
     answer = f'<ref>{arguments[0]}</ref>{answer}'
+  task = KINDS.get(kind, 'pair')
   return Question(
-    task=KINDS[kind],
+    task=task,
     kind=kind,
     language=language,
     prompt=prompt,
     answer=answer,
     record=scene.id,
     objects=len(scene.objects),
-    image=KINDS[kind] != 'text',
+    image=task != 'text',
     **extra,
   )
 
 
-def subjects(kind: str, scene: Scene, classes: int) -> list:
+def subjects(kind: str, scene: Scene | ScenePair, classes: int) -> list:
   """Returns everything a kind can ask about a scene; empty if it cannot.
 
-  Args:
-    kind: a key of `KINDS`.
-    scene: what is asked about.
-    classes: how many of `things.THINGS` the data has (absent ones are asked
-      for, too).
+  Absent ones of the data's `classes` are asked for, too.
 
   Raises:
     KeyError: there is no such kind.
   """
+  if kind in ('nth_caption', 'nth_colour'):
+    return [(1,), (2,)]
+  if kind in PAIR_KINDS:
+    here, there = (set(x.classes) for x in scene)
+    if kind == 'which':
+      return [(x,) for x in sorted(here ^ there)]
+    return [(n, x) for n in (1, 2) for x in sorted(here | there)]
   present = scene.classes
   single = [x for x in present if len(scene.of(x)) == 1]
   if kind in ('caption', 'grounded_caption', 'colour'):
@@ -121,7 +128,7 @@ def subjects(kind: str, scene: Scene, classes: int) -> list:
 
 
 def draw(
-  kind: str, scene: Scene, classes: int, rng: random.Random
+  kind: str, scene: Scene | ScenePair, classes: int, rng: random.Random
 ) -> object | None:
   """A subject at random, or None: 'exist' is there in half of the cases."""
   if kind == 'exist':
@@ -138,7 +145,7 @@ def draw(
 
 
 def sample(
-  scene: Scene,
+  scene: Scene | ScenePair,
   rng: random.Random,
   weights: Mapping[str, float],
   count: int,
@@ -181,7 +188,7 @@ def sample(
 
 
 def exam(
-  scene: Scene,
+  scene: Scene | ScenePair,
   kinds: Iterable[str],
   *,
   classes: int,
@@ -192,17 +199,11 @@ def exam(
 
   Both languages ask about the same subject. Kinds that the scene does not allow
   are left out: a scene with one object has no left and right of two.
-
-  Args:
-    scene: what is asked about.
-    kinds: which kinds of questions.
-    classes: how many of `things.THINGS` the data has.
-    seed: other subjects for another seed.
-    chat: worded for a chat.
   """
   asked = []
   for kind in kinds:
-    rng = random.Random(f'exam-{seed}-{kind}-{scene.id}')
+    name = scene.id.replace('+', '-')
+    rng = random.Random(f'exam-{seed}-{kind}-{name}')
     subject = draw(kind, scene, classes, rng)
     if subject is not None:
       for language in things.LANGUAGES:
@@ -211,7 +212,7 @@ def exam(
 
 
 def enumerate_all(
-  scene: Scene,
+  scene: Scene | ScenePair,
   classes: int,
   chat: bool = False,
   kinds: Iterable[str] = tuple(KINDS),
@@ -241,7 +242,7 @@ def _grounded_caption(scene, language, _):
 
 
 def _exist(scene, language, thing):
-  there = wording.yes(bool(scene.of(thing)), language)
+  there = wording.YES[language][bool(scene.of(thing))]
   return (wording.bare(thing, language),), there, {}
 
 
@@ -266,7 +267,7 @@ def _colour(scene, language, _):
 def _left_of(scene, language, subject):
   names = [wording.the(x, 1, language) for x in subject]
   is_left = _x(scene, subject[0]) < _x(scene, subject[1])
-  return names, wording.true(is_left, language), {}
+  return names, wording.TRUE[language][is_left], {}
 
 
 def _compare(scene, language, subject):
@@ -275,13 +276,13 @@ def _compare(scene, language, subject):
   same = subject == (left, right)
   names = [wording.the(x, 1, language) for x in (left, right, *subject)]
   names[0] = names[0][:1].upper() + names[0][1:]
-  return names, wording.true(same, language), {}
+  return names, wording.TRUE[language][same], {}
 
 
 def _side(scene, language, thing):
   right = _x(scene, thing) > scene.side / 2
   name = wording.the(thing, 1, language)
-  return (name,), wording.side(right, language), {}
+  return (name,), wording.SIDE[language][right], {}
 
 
 def _refer(scene, language, thing):
@@ -314,8 +315,32 @@ def _translate(scene, language, subject):
   return (texts[0],), texts[1], {}
 
 
+def _which(pair, language, subject):
+  (thing,) = subject
+  number = 1 if pair.first.of(thing) else 2
+  return (wording.bare(thing, language),), str(number), {}
+
+
+def _nth_caption(pair, language, subject):
+  (number,) = subject
+  return subject, wording.caption(pair[number - 1], language), {}
+
+
+def _nth_count(pair, language, subject):
+  number, thing = subject
+  names = [wording.many(thing, language), number]
+  if language == 'zh':
+    names.reverse()
+  return names, str(len(pair[number - 1].of(thing))), {}
+
+
+def _nth_colour(pair, language, subject):
+  (number,) = subject
+  return subject, pair[number - 1].colour_name(language), {}
+
+
 def _boxes(scene, objects):
-  return tuple(wording.thousandths(scene, x.box) for x in objects)
+  return tuple(wording.thousandths(scene.side, x.box) for x in objects)
 
 
 _BUILD = {
@@ -331,4 +356,8 @@ _BUILD = {
   'ocr': _ocr,
   'translate': _translate,
   'compare': _compare,
+  'which': _which,
+  'nth_caption': _nth_caption,
+  'nth_count': _nth_count,
+  'nth_colour': _nth_colour,
 }

@@ -1,10 +1,11 @@
 """Records: what sources hold, before anything is asked about them.
 
-`Record` is what every public data set becomes (`prepare`); `Scene` and `Asked`
-are those of the quickstart.
+`Record` is what every public data set becomes (`prepare`); `Scene` is that of
+the quickstart.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from qwenvl_jax.data import things
 
@@ -65,17 +66,19 @@ class Scene:
     return things.COLOURS[self.colour].name(language)
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-  """A picture with questions and answers that its source wrote.
+class ScenePair(NamedTuple):
+  """Two scenes that are asked about together."""
 
-  Attributes:
-    questions: (question, answer) pairs.
-  """
+  first: Scene
+  second: Scene
 
-  id: str
-  image: object
-  questions: tuple[tuple[str, str], ...]
+  @property
+  def id(self) -> str:
+    return f'{self.first.id}+{self.second.id}'
+
+  @property
+  def objects(self) -> tuple[Object, ...]:
+    return self.first.objects + self.second.objects
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,12 @@ MAX_TEXT = 200_000
 
 
 def sanitize(record: Record) -> tuple[Record, list[str]]:
-  """Returns a record that can be stored, and its repairs (`bad.REPAIRED`).
+  """Returns a record (its images bytes) to store, and its `bad.REPAIRED`.
 
   Every picture is decoded once, so that what is stored can be read. Boxes turn
   with a picture that EXIF turns, are sorted and clipped; plain text loses what
   looks like a special token: written by a stranger it would end documents and
   open images.
-
-  Args:
-    record: its images are bytes.
 
   Raises:
     BadRecordError: a picture that cannot be read, or nothing left to learn.

@@ -7,11 +7,12 @@ anew whose input it was. `prepare`, `clean` and `make-ocr` work so.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class ShardedJob:
       report = self.report(shard)
       try:
         lengths.append(int(report['length']))
-        counts.add(report['counts'])
+        counts.update(report['counts'])
       except (KeyError, TypeError, ValueError) as error:
         raise self._damage(shard, error) from error
     return lengths, counts
@@ -180,6 +181,35 @@ class ShardedJob:
     ]
 
 
+def notes(folder: Path, name: str, split: str, key: str) -> list[Any]:
+  """Returns what the reports of a split say of its records, one after another.
+
+  Args:
+    folder: of the shards.
+    name: of the data set.
+    split: a part of it.
+    key: under which reports hold a list with an entry for each record.
+
+  Raises:
+    DataError: a report is damaged, or says nothing of the kind.
+  """
+  found, lengths = [], storage.split_lengths(folder)[split]
+  for index, length in enumerate(lengths):
+    shard = folder / storage.shard_name(name, split, index, len(lengths))
+    file = shard.with_name(f'{shard.name}{REPORT}')
+    try:
+      noted = json.loads(file.read_text(encoding='utf-8'))[key]
+      if len(noted) != length:
+        raise ValueError(f'{len(noted)} {key}')
+      found += noted
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise DataError(
+        f'{file} cannot be read ({error!r}); prepare {name} again, into the '
+        'same folder'
+      ) from error
+  return found
+
+
 def _origin(report: Path) -> str | None:
   """What a shard was made from; None if that is not known."""
   try:
@@ -208,6 +238,22 @@ def digest(parts: Iterable[str]) -> str:
   for part in parts:
     found.update(part.encode('utf-8', 'surrogatepass') + b'\0')
   return found.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(folder: object) -> Iterator[None]:
+  """Tells people of a folder that cannot be written.
+
+  Raises:
+    DataError: in the place of an OSError.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise DataError(
+      f'cannot write to {folder} ({error}); free some space or name another '
+      'folder, then run the same command again: finished shards are kept'
+    ) from error
 
 
 def check_settings(file: Path, settings: str, again: bool = False) -> None:

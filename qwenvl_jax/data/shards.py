@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -56,6 +57,7 @@ def prepare(
   again: bool = False,
   progress: Progress = lambda what, done, total: None,
   say: Callable[[str], None] = lambda line: None,
+  with_digests: bool = False,
   **about: str,
 ) -> Report:
   """Writes the shards of a data set that are not there, or out of date.
@@ -70,6 +72,7 @@ def prepare(
     again: writes the others, too.
     progress: called with what is being done, how far it is, and of how much.
     say: called with lines about what is left out or made again.
+    with_digests: notes what pictures hold, by which `own.Part` holds them out.
     **about: `description`, `homepage` and `license`, kept with the data.
 
   Raises:
@@ -86,26 +89,21 @@ def prepare(
   for split in readers.keys() - present.keys():
     say(f'{name}: split {split!r} is left out, {root} lacks its files')
   counts, lengths = Counts(), {}
-  try:
+  with sharded_job.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for split, reader in present.items():
       origins, sources = _shards(name, reader, root)
       job = ShardedJob(folder, name, split, origins)
       for line in job.begin(again):
         say(line)
-      _write_split(job, sources, workers, limit, progress, about)
+      _write_split(job, sources, workers, limit, progress, about, with_digests)
       lengths[split], found = job.totals()
       _check(job, root, sum(lengths[split]), found, limit)
       for line in _left_out(job, sum(found.of(split).values())):
         say(line)
-      counts.add(found.as_dict())
+      counts.update(found)
     others = storage.split_lengths(folder)
     storage.write_info(folder, name, {**others, **lengths}, **about)
-  except OSError as error:
-    raise DataError(
-      f'cannot write to {folder} ({error}); free some space, or name another '
-      'folder with --data_dir. Finished shards are kept'
-    ) from error
   return Report(folder, lengths, counts)
 
 
@@ -127,9 +125,8 @@ def _present(name, readers, root) -> dict[str, Any]:
 
 def _shards(name, reader, root) -> tuple[tuple[str, ...], list[Callable]]:
   """What each shard is made from, and what yields its records."""
-  base = reader.images_in(root) if hasattr(reader, 'images_in') else None
-  if hasattr(reader, 'parts'):
-    parts = reader.parts(root)
+  base, parts = reader.images_in(root), reader.parts(root)
+  if parts is not None:
     origins = [
       f'{reader!r} of {x.relative_to(root).parent}/{sharded_job.origin_of(x)}'
       for x in parts
@@ -176,7 +173,9 @@ def _with_pictures(records: Iterable, base: pathlib.Path) -> Iterator:
       yield dataclasses.replace(record, images=tuple(images))
 
 
-def _write_split(job, sources, workers, limit, progress, about) -> None:
+def _write_split(
+  job, sources, workers, limit, progress, about, with_digests
+) -> None:
   """Writes what is missing; stops as soon as too much of it is bad."""
   left = job.unfinished()
   if not left:
@@ -191,26 +190,41 @@ def _write_split(job, sources, workers, limit, progress, about) -> None:
   counts = Counts()
 
   def judge(shard):
-    counts.add(job.report(shard)['counts'])
-    _judge(job, limit, counts, at_end=False)
+    counts.update(job.report(shard)['counts'])
+    _judge(job, limit, counts)
 
   sharded_job.run(
-    {x: functools.partial(_write_shard, job, x, sources[x]) for x in left},
+    {
+      x: functools.partial(_write_shard, job, x, sources[x], with_digests)
+      for x in left
+    },
     workers,
     functools.partial(progress, f'{job.name}, {job.split}'),
     judge,
   )
 
 
-def _write_shard(job: ShardedJob, shard: int, source: Callable) -> None:
-  counts, examples = Counts(), []
-  length = storage.write_shard(
-    job.path(shard), _usable(source(), job.split, counts, examples)
-  )
-  job.finish(
-    shard,
-    {'length': length, 'counts': counts.as_dict(), 'examples': examples},
-  )
+def _write_shard(
+  job: ShardedJob, shard: int, source: Callable, with_digests: bool
+) -> None:
+  counts, examples, pictures = Counts(), [], []
+
+  def records() -> Iterator[Record]:
+    for record in _usable(source(), job.split, counts, examples):
+      if with_digests:
+        pictures.append(picture_digests(record))
+      yield record
+
+  report = {'length': storage.write_shard(job.path(shard), records())}
+  report |= {'counts': counts, 'examples': examples}
+  if with_digests:
+    report['pictures'] = pictures
+  job.finish(shard, report)
+
+
+def picture_digests(record: Record) -> list[str]:
+  """Digests of a record's pictures, equal where these are."""
+  return [hashlib.blake2b(x, digest_size=8).hexdigest() for x in record.images]
 
 
 def _check(job, root, length: int, counts: Counts, limit) -> None:
@@ -223,11 +237,8 @@ def _check(job, root, length: int, counts: Counts, limit) -> None:
   _judge(job, limit, counts, at_end=True)
 
 
-def _judge(job, limit, counts, at_end: bool) -> None:
-  try:
-    limit.check(counts, at_end, 'raise --max_bad')
-  except DataError as error:
-    raise DataError(f'{error}{_example(job)}') from error
+def _judge(job, limit, counts, at_end: bool = False) -> None:
+  limit.check(counts, at_end, 'raise --max_bad', lambda _: _example(job))
 
 
 def _left_out(job, count: int) -> Iterator[str]:

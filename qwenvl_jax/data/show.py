@@ -7,14 +7,13 @@ the page shows is what is learned.
 import collections
 import html
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data import html_page, pipeline, sources, tasks
+from qwenvl_jax.data import formats, html_page, pipeline, sources, tasks
 from qwenvl_jax.data.bad import DROPPED, Counts
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text import drawing
@@ -48,16 +47,7 @@ def page(
   rows: int = 12,
   seed: int = 0,
 ) -> str:
-  """An HTML page of rows.
-
-  Args:
-    name: 'scenes' or 'easy_vqa'.
-    data_dir: where the data is; None for the default folder.
-    config: which set of scenes.
-    split: which part.
-    kind: 'questions', 'chats' or 'words'.
-    rows: how many.
-    seed: other rows for another seed.
+  """An HTML page of rows of 'scenes' or 'easy_vqa'.
 
   Raises:
     ConfigError: tasks that the data does not allow.
@@ -78,81 +68,52 @@ def page(
 def stage_page(config: pipeline.Pipeline, title: str, rows: int = 20) -> str:
   """An HTML page of the first rows that a configured run trains on.
 
-  Args:
-    config: of the run.
-    title: of the page.
-    rows: how many.
-
   Raises:
     ConfigError: a configuration that cannot be run.
     DataError: data that is not prepared, or too many bad records.
   """
   tokenizer = Tokenizer(config.vocabulary)
   sections, counts, dropped = [], Counts(), {}
-  used = collections.defaultdict(list)
+  used = collections.defaultdict(int)
   for index, (arrays, stats) in enumerate(
     itertools.islice(config.rows(), rows)
   ):
     group = stats.group or 'all'
-    counts.add(stats.counts)
+    counts.update(stats.counts)
     dropped = stats.dropped | dropped
     config.limit.check(counts)
     name = f'row {index}: {group}, {", ".join(stats.records)}'
     sections.append(section(name, arrays, tokenizer))
-    used[group].append(Use.of(arrays))
+    used[group] += _use(arrays)
   summary = _utilization(used) + _dropped(counts, dropped)
   body = summary + _HOW_TO_READ + ''.join(sections)
   return html_page.page(title, body, _STYLE)
 
 
-class Use(NamedTuple):
-  """How full rows are: sums over rows."""
-
-  rows: int
-  samples: int
-  length: int
-  tokens: int
-  learned: int
-  slots: int
-  images: int
-
-  @classmethod
-  def of(cls, arrays: dict[str, np.ndarray]) -> 'Use':
-    """Counts one row."""
-    segments, starts = arrays['segment_ids'], arrays['image_starts']
-    return cls(
-      1,
-      int(segments.max()),
-      len(segments),
-      np.count_nonzero(segments),
-      np.count_nonzero(arrays['loss_weights']),
-      len(starts),
-      np.count_nonzero(starts != NO_IMAGE),
-    )
-
-  @classmethod
-  def total(cls, some: Iterable['Use']) -> 'Use':
-    return cls(*map(sum, zip(*some)))
+def _use(arrays: dict[str, np.ndarray]) -> np.ndarray:
+  """How full a row is; such counts add up."""
+  segments, starts = arrays['segment_ids'], arrays['image_starts']
+  return np.array([
+    1, segments.max(), len(segments), np.count_nonzero(segments),
+    np.count_nonzero(arrays['loss_weights']),
+    len(starts), np.count_nonzero(starts != NO_IMAGE),
+  ])  # fmt: skip
 
 
-def _utilization(used: Mapping[str, Sequence[Use]]) -> str:
+def _utilization(used: Mapping[str, np.ndarray]) -> str:
   """Returns a table: how full the rows of each task are."""
   titles = (
     'task', 'rows', 'samples', 'tokens used', 'one sample a row would use',
     'tokens learned', 'image slots used',
   )  # fmt: skip
   lines = []
-  everything = itertools.chain.from_iterable(used.values())
-  for name, some in [*sorted(used.items()), ('all', everything)]:
-    total = Use.total(some)
-    cells = [
-      html.escape(name), total.rows, total.samples,
-      f'{total.tokens / total.length:.1%}',
-      f'{total.tokens / total.samples / total.length * total.rows:.1%}',
-      f'{total.learned / total.length:.1%}',
-      f'{total.images} of {total.slots}',
-    ]  # fmt: skip
-    lines.append(cells)
+  for name, sums in [*sorted(used.items()), ('all', sum(used.values()))]:
+    rows, samples, length, tokens, learned, slots, images = sums
+    lines.append([
+      html.escape(name), rows, samples, f'{tokens / length:.1%}',
+      f'{tokens / samples / length * rows:.1%}', f'{learned / length:.1%}',
+      f'{images} of {slots}',
+    ])  # fmt: skip
   return html_page.table(titles, lines)
 
 
@@ -172,7 +133,7 @@ def _choose(name, data_dir, config, split, kind):
   if name == 'easy_vqa':
     if kind != 'questions':
       raise ConfigError(f'easy_vqa has questions only, not {kind}')
-    return sources.EasyVqa(split), tasks.AskedTasks(), None
+    return sources.EasyVqa(split), formats.Answers(branches=6), None
   asked = {
     'questions': tasks.Questions(),
     'chats': tasks.Chats(branches=3),

@@ -33,6 +33,11 @@ def data_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
   return buckets.as_path(data_dir)
 
 
+def option(data_dir: str | os.PathLike | None) -> str:
+  """Returns what names the folder on a command line; '' for the default one."""
+  return '' if data_dir is None else f' --data_dir {data_dir}'
+
+
 def disk_path(data_dir: str | os.PathLike | None) -> pathlib.Path:
   """Where data is prepared.
 
@@ -72,11 +77,10 @@ class Prepared:
     """
     folder = storage.folder(data_path(self.data_dir), self.name)
     if not (folder / storage.INFO).exists():
-      option = '' if self.data_dir is None else f' --data_dir {self.data_dir}'
       raise DataError(
         f'{self.name} is not prepared; run `qwenvl-data prepare {self.name}'
-        f'{option} --manual_dir ...` (`qwenvl-data list --name {self.name}` '
-        'tells where to get it)'
+        f'{option(self.data_dir)} --manual_dir ...` (`qwenvl-data list --name '
+        f'{self.name}` tells where to get it)'
       )
     shards = storage.open_split(folder, self.name, self.split)
     chosen = None if self.limit is None else range(len(shards))[: self.limit]
@@ -171,7 +175,8 @@ class Scenes:
     """
     folder = scenes_folder(self.data_dir, self.config)
     shards = storage.open_split(folder, 'scenes', self.split)
-    counts = object_counts(folder, self.split)
+    counts = sharded_job.notes(folder, 'scenes', self.split, 'objects')
+    counts = np.array(counts)
     most = counts.max() if self.max_objects is None else self.max_objects
     chosen = np.flatnonzero((self.min_objects <= counts) & (counts <= most))
     chosen = chosen[: self.limit]
@@ -193,34 +198,12 @@ def scenes_folder(data_dir, config: str = 'default') -> pathlib.Path:
   base = data_path(data_dir) / 'scenes'
   folder = storage.folder(base, config)
   if not (folder / storage.INFO).exists():
-    option = '' if data_dir is None else f' --data_dir {data_dir}'
     kind = '' if config == 'default' else f' --config {config}'
     raise DataError(
       f'{base / config} holds no prepared scenes; run `qwenvl-data prepare '
-      f'scenes{kind}{option}`'
+      f'scenes{kind}{option(data_dir)}`'
     )
   return folder
-
-
-def object_counts(folder: pathlib.Path, split: str) -> np.ndarray:
-  """[N] the number of objects of every scene of a split.
-
-  Raises:
-    DataError: the folder is damaged.
-  """
-  found = []
-  count = len(storage.split_lengths(folder)[split])
-  for index in range(count):
-    shard = folder / storage.shard_name('scenes', split, index, count)
-    file = shard.with_name(f'{shard.name}{sharded_job.REPORT}')
-    try:
-      found += json.loads(file.read_text())['objects']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise DataError(
-        f'{file} cannot be read ({error!r}); run `qwenvl-data prepare scenes` '
-        'again, into the same folder'
-      ) from error
-  return np.array(found)
 
 
 def prepared_configs(data_dir) -> list[str]:
@@ -228,11 +211,6 @@ def prepared_configs(data_dir) -> list[str]:
   there = f'*/{storage.VERSION}/{storage.INFO}'
   found = (data_path(data_dir) / 'scenes').glob(there)
   return sorted(file.parents[1].name for file in found)
-
-
-def split_sizes(folder: pathlib.Path) -> dict[str, int]:
-  """Number of records of each split of a prepared folder."""
-  return {k: sum(v) for k, v in storage.split_lengths(folder).items()}
 
 
 def small_vocabulary(data_dir: str | os.PathLike | None = None) -> str:
@@ -243,9 +221,8 @@ def small_vocabulary(data_dir: str | os.PathLike | None = None) -> str:
   """
   file = data_path(data_dir) / VOCABULARY
   if not file.exists():
-    option = '' if data_dir is None else f' --data_dir {data_dir}'
     raise DataError(
-      f'{file} is missing; run `qwenvl-data prepare scenes{option}`'
+      f'{file} is missing; run `qwenvl-data prepare scenes{option(data_dir)}`'
     )
   return str(file)
 
@@ -264,7 +241,7 @@ class EasyVqa:
   split: str = 'train'
   limit: int | None = None
 
-  def open(self) -> list[records.Asked]:
+  def open(self) -> list[records.Record]:
     """Every picture with all its questions.
 
     Raises:
@@ -277,22 +254,23 @@ class EasyVqa:
       )
     folder = _easy_vqa_folder() / self.split
     try:
-      asked = json.loads((folder / 'questions.json').read_text())
+      entries = json.loads((folder / 'questions.json').read_text())
     except (OSError, ValueError) as error:
       raise DataError(
         f'{folder}/questions.json cannot be read ({error}); run `pip install '
         '--force-reinstall easy-vqa==1.0`'
       ) from error
     by_picture = {}
-    for question, answer, picture in asked:
-      by_picture.setdefault(picture, []).append((question, answer))
+    for question, answer, picture in entries:
+      asked = records.Qa(question, answer)
+      by_picture.setdefault(picture, []).append(asked)
     return [
-      records.Asked(
+      records.Record(
         f'easy_vqa/{self.split}/{picture:05d}',
-        str(folder / 'images' / f'{picture}.png'),
-        tuple(pairs),
+        (str(folder / 'images' / f'{picture}.png'),),
+        questions=tuple(asked),
       )
-      for picture, pairs in sorted(by_picture.items())[: self.limit]
+      for picture, asked in sorted(by_picture.items())[: self.limit]
     ]
 
 

@@ -5,29 +5,18 @@ pictures, stored as they came) and `annotation` (everything else, as JSON). It
 is parsed here by the proto alone, several times faster than through TFDS.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import shard_files
-from qwenvl_jax.data.records import (
-  GroundedCaption,
-  Object,
-  Qa,
-  Record,
-  Region,
-  Scene,
-  Span,
-  Turn,
-  Word,
-)
+from qwenvl_jax.data.records import Record, Scene
 from qwenvl_jax.errors import BadRecordError, DataError
 
 VERSION = '1.0.0'
@@ -36,7 +25,7 @@ INFO = 'dataset_info.json'
 
 def serialize(record: Record | Scene) -> bytes:
   """A record whose images are bytes, as one `tf.train.Example`."""
-  example = _example_class()()
+  example = proto()[0]()
   feature = example.features.feature
   images = [record.image] if isinstance(record, Scene) else record.images
   feature['id'].bytes_list.value.append(record.id.encode('utf-8', 'replace'))
@@ -53,95 +42,49 @@ def serialize(record: Record | Scene) -> bytes:
   return example.SerializeToString(deterministic=True)
 
 
-@contextlib.contextmanager
-def _damage_told() -> Iterator[None]:
+def parse(data: bytes, kind: type = Record) -> Any:
+  """Reads a record of a kind, `Record` or `Scene`, that `serialize` wrote.
+
+  Raises:
+    BadRecordError: damaged.
+  """
+  example, decode_error = proto()
   try:
-    yield
+    feature = example.FromString(data).features.feature
+    found = json.loads(feature['annotation'].bytes_list.value[0])
+    found['id'] = feature['id'].bytes_list.value[0].decode()
+    images = tuple(feature['images'].bytes_list.value)
+    if kind is Scene:
+      (found['image'],) = images
+    else:
+      found['images'] = images
+    return _reader(kind)(found)
   except (
-    ValueError, KeyError, IndexError, TypeError, AttributeError,
-    _decode_error(),
+    ValueError, LookupError, TypeError, AttributeError, decode_error,
   ) as error:  # fmt: skip
     raise BadRecordError(
       'unreadable_record', f'a damaged record ({error}); prepare it again'
     ) from error
 
 
-def _read_example(data: bytes) -> tuple[str, tuple[bytes, ...], dict]:
-  """Id, images and annotation."""
-  feature = _example_class().FromString(data).features.feature
-  return (
-    feature['id'].bytes_list.value[0].decode(),
-    tuple(feature['images'].bytes_list.value),
-    json.loads(feature['annotation'].bytes_list.value[0]),
-  )
+parse_scene = functools.partial(parse, kind=Scene)
 
 
-def parse(data: bytes) -> Record:
-  """The inverse of `serialize`.
-
-  Raises:
-    BadRecordError: damaged.
-  """
-  with _damage_told():
-    id_, images, found = _read_example(data)
-    return Record(
-      id=id_,
-      images=images,
-      size=tuple(found.get('size', (0, 0))),
-      language=found.get('language', 'en'),
-      captions=tuple(found.get('captions', ())),
-      questions=tuple(_qa(x) for x in found.get('questions', ())),
-      regions=tuple(
-        Region(x['phrase'], _boxes(x)) for x in found.get('regions', ())
-      ),
-      grounded=tuple(_grounded(x) for x in found.get('grounded', ())),
-      words=_words(found),
-      turns=tuple(Turn(x['role'], x['text']) for x in found.get('turns', ())),
-      text=found.get('text', ''),
-      texts=tuple(found.get('texts', ())),
-    )
+@functools.cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+  """Returns what makes a value of a type of what JSON holds."""
+  if dataclasses.is_dataclass(kind):
+    types = typing.get_type_hints(kind)
+    readers = {name: _reader(found) for name, found in types.items()}
+    return lambda found: kind(**{k: readers[k](v) for k, v in found.items()})
+  if typing.get_origin(kind) is tuple:
+    part = _reader(typing.get_args(kind)[0])
+    return tuple if part is _same else lambda found: tuple(map(part, found))
+  return _same
 
 
-def parse_scene(data: bytes) -> Scene:
-  """The inverse of `serialize`, of a scene.
-
-  Raises:
-    BadRecordError: damaged.
-  """
-  with _damage_told():
-    id_, (image,), found = _read_example(data)
-    return Scene(
-      id=id_,
-      image=image,
-      side=found['side'],
-      objects=tuple(
-        Object(x['thing'], tuple(x['box'])) for x in found['objects']
-      ),
-      colour=found['colour'],
-      texture=found.get('texture', 'plain'),
-      words=_words(found),
-    )
-
-
-def _words(found: dict) -> tuple[Word, ...]:
-  return tuple(
-    Word(x['word'], tuple(map(tuple, x['quad'])))
-    for x in found.get('words', ())
-  )
-
-
-def _qa(found: dict) -> Qa:
-  lists = {k: tuple(v) for k, v in found.items() if k in ('answers', 'options')}
-  return Qa(**{**found, **lists})
-
-
-def _boxes(found: dict) -> tuple:
-  return tuple(map(tuple, found['boxes']))
-
-
-def _grounded(found: dict) -> GroundedCaption:
-  spans = (Span(x['start'], x['end'], _boxes(x)) for x in found['spans'])
-  return GroundedCaption(found['text'], tuple(spans))
+def _same(value: Any) -> Any:
+  return value
 
 
 def _to_json(value: Any, without: Sequence[str] = ()) -> Any:
@@ -158,24 +101,13 @@ def _to_json(value: Any, without: Sequence[str] = ()) -> Any:
   return value
 
 
-def prepare_imports() -> None:
-  """Imports what `serialize` and `parse` need, which takes a second."""
-  _example_class()
-  _decode_error()
-
-
 @functools.cache
-def _example_class():
+def proto() -> tuple[type, type[Exception]]:
+  """Imports what records are stored as, and its error, which takes a second."""
+  from google.protobuf.message import DecodeError
   from tensorflow_datasets.proto import tf_example_pb2
 
-  return tf_example_pb2.Example
-
-
-@functools.cache
-def _decode_error():
-  from google.protobuf.message import DecodeError
-
-  return DecodeError
+  return tf_example_pb2.Example, DecodeError
 
 
 def folder(base: str | os.PathLike, name: str) -> pathlib.Path:
@@ -188,9 +120,50 @@ def shard_name(name: str, split: str, index: int, count: int) -> str:
   return f'{name}-{split}.array_record-{index:05d}-of-{count:05d}'
 
 
-def write_shard(path: pathlib.Path, records: Iterable[Record]) -> int:
+def write_records(path: os.PathLike, records: Iterable[bytes]) -> int:
+  """Writes an array_record file; it appears when it is complete.
+
+  Returns:
+    The number of records.
+  """
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  count = 0
+  with buckets.atomic_write(path) as local:
+    # One record a chunk, so that one is read without its neighbours; pictures
+    # are compressed already.
+    writer = ArrayRecordWriter(str(local), 'group_size:1,uncompressed')
+    try:
+      for record in records:
+        writer.write(record)
+        count += 1
+    finally:
+      writer.close()
+  return count
+
+
+def read_records(path: os.PathLike) -> Iterator[bytes]:
+  """All records of a file, in order.
+
+  Raises:
+    RuntimeError, ValueError, IndexError: the file is damaged.
+  """
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  with buckets.local_copy(path) as local:
+    reader = ArrayRecordReader(
+      os.fspath(local), 'readahead_buffer_size:1048576,max_parallelism:1'
+    )
+    try:
+      for _ in range(reader.num_records()):
+        yield reader.read()
+    finally:
+      reader.close()
+
+
+def write_shard(path: os.PathLike, records: Iterable[Record | Scene]) -> int:
   """Writes a shard, whole or not at all; returns the number of records."""
-  return shard_files.write_records(path, map(serialize, records))
+  return write_records(path, map(serialize, records))
 
 
 def write_info(
@@ -198,11 +171,7 @@ def write_info(
 ) -> None:
   """Writes what makes the shards a TFDS data set, if that has changed.
 
-  Args:
-    directory: of the shards.
-    name: of the data set.
-    lengths: records of each shard, by split.
-    **about: `description`, `homepage`, `license`.
+  `about` holds `description`, `homepage` and `license`.
   """
   if split_lengths(directory) == lengths:
     return
@@ -224,6 +193,7 @@ def write_info(
     )
     for split, counts in lengths.items()
   ]
+  text = tfds.features.Text()
   info = tfds.core.DatasetInfo(
     builder=tfds.core.dataset_info.DatasetIdentity(
       name=name,
@@ -231,7 +201,10 @@ def write_info(
       data_dir=os.fspath(directory),
       module_name='',
     ),
-    features=features(),
+    # Pictures are bytes: TFDS would decode them by rules that are not ours.
+    features=tfds.features.FeaturesDict(
+      {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
+    ),
     **about,
   )
   info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
@@ -242,19 +215,6 @@ def write_info(
     made = sorted(pathlib.Path(folder).iterdir(), key=lambda x: x.name == INFO)
     for file in made:
       buckets.copy(file, directory / file.name)
-
-
-def features():
-  """What a record is to TFDS: a `tfds.features.FeaturesDict`.
-
-  Pictures are bytes: TFDS would decode them by rules that are not ours.
-  """
-  import tensorflow_datasets as tfds
-
-  text = tfds.features.Text()
-  return tfds.features.FeaturesDict(
-    {'id': text, 'images': tfds.features.Sequence(text), 'annotation': text}
-  )
 
 
 def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:
@@ -274,6 +234,11 @@ def split_lengths(directory: pathlib.Path) -> dict[str, list[int]]:
       f'{file} cannot be read ({error}); delete it and prepare again, which '
       'keeps finished shards'
     ) from error
+
+
+def split_sizes(directory: pathlib.Path) -> dict[str, int]:
+  """Number of records of each split; empty if it is not prepared."""
+  return {k: sum(v) for k, v in split_lengths(directory).items()}
 
 
 def open_split(directory: pathlib.Path, name: str, split: str):

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from qwenvl_jax.data import packing
-from qwenvl_jax.data.pipeline import Pipeline, Stream
-from qwenvl_jax.errors import BadRecordError, DataError
+from qwenvl_jax.data.pipeline import ErrorCatchingSource, Pipeline, Stream
+from qwenvl_jax.errors import DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 # Records that are looked at; of more, so many evenly spread.
@@ -56,17 +56,12 @@ class Survey:
         f'{high:,.0f}, and a row has {self.row:,}'
       )
     yield said
-    if self.cut:
-      yield (
-        f'{self.label}: the ends of {len(self.cut):,} records are cut: '
-        f'{_some(self.cut)}'
-        + (
-          f'; of {len(self.unlearned):,} no answer is left: '
-          f'{_some(self.unlearned)}'
-          if self.unlearned
-          else ''
-        )
-      )
+    for names, what in (
+      (self.cut, 'the ends of {} records are cut: {}'),
+      (self.unlearned, 'of {} no answer is left: {}'),
+    ):
+      if names:
+        yield f'{self.label}: {what.format(f"{len(names):,}", _some(names))}'
     for reason, messages in sorted(self.dropped.items()):
       yield (
         f'{self.label}: {len(messages):,} records are dropped ({reason}), '
@@ -105,23 +100,19 @@ def survey(pipeline: Pipeline) -> Iterator[Survey]:
 
 
 def _survey(pipeline: Pipeline, stream: Stream, tokenizer) -> Survey:
-  source, row = stream.source.open(), pipeline.sequence_length
-
-  def to_item(length):
-    shape = packing.RowShape(
-      length, pipeline.image_slots, pipeline.image_size, pipeline.image_tokens
-    )
-    return packing.ToPackItem(
-      shape, tokenizer, source, stream.tasks, stream.label
-    )
-
-  whole, real = to_item(_ROWS * row), to_item(row)
+  source = ErrorCatchingSource(stream.source.open(), stream.label)
+  row = pipeline.sequence_length
+  real = packing.ToPackItem(
+    pipeline.shape, tokenizer, source, stream.tasks, stream.label
+  )
+  longer = dataclasses.replace(pipeline.shape, length=_ROWS * row)
+  whole = dataclasses.replace(real, shape=longer)
   # Every turn's, learned also where the answer is not there.
   frame = [tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode('\n')]
   count = min(len(source), _LIMIT)
   found = Survey(stream.label, len(source), row)
   for index in np.linspace(0, len(source) - 1, count).astype(int):
-    element = _element(source, int(index))
+    element = source[int(index)]
     item = whole.random_map(element, np.random.default_rng(0))
     if item.tokens > row:
       kept = real.random_map(element, np.random.default_rng(0))
@@ -143,13 +134,6 @@ def _learns(sample, frame: list[int]) -> bool:
   """Whether a learned token is there that is not a turn's frame."""
   learned = np.asarray(sample.tokens)[np.asarray(sample.weights) > 0]
   return bool(np.any(~np.isin(learned, frame)))
-
-
-def _element(source, index: int):
-  try:
-    return source[index]
-  except BadRecordError as error:
-    return error
 
 
 def _some(names: list[str]) -> str:

@@ -8,12 +8,13 @@ own. More branches are offered than may fit: rows drop what does not.
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from qwenvl_jax.data import conversations, questions, things, wording
+from qwenvl_jax.data import questions, things, wording
 from qwenvl_jax.data.examples import Question, Sample, plain
-from qwenvl_jax.data.records import Asked, Scene
+from qwenvl_jax.data.records import Scene, ScenePair
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.text import chatml
 from qwenvl_jax.text.chatml import TextSpan
 
 # Relative frequency of the kinds of questions in stage 2; coordinates and
@@ -69,7 +70,7 @@ class SceneTasks:
       raise ConfigError(f'{type(self).__name__}.kinds is empty; name a kind')
 
   def _ask(
-    self, scene: Scene, rng, count: int, chat: bool = False, kinds=None
+    self, scene, rng, count: int, chat: bool = False, kinds=None
   ) -> list[Question]:
     return questions.sample(
       scene,
@@ -156,15 +157,14 @@ class Chats(SceneTasks):
     scenes = [record]
     if rng.random() < self.two:
       scenes.append(another())
-      asked = conversations.sample_pair(
-        record, scenes[1], rng, wanted * self.turns, self.chinese
-      )
+      pair, kinds = ScenePair(*scenes), dict.fromkeys(questions.PAIR_KINDS, 1)
+      asked = self._ask(pair, rng, wanted * self.turns, chat=True, kinds=kinds)
     else:
       asked = self._ask(record, rng, wanted * self.turns, chat=True)
     if not asked:
       return []
     samples = [
-      conversations.sample(
+      chat(
         '+'.join(x.id for x in scenes),
         [self._span(x, i, rng) for i, x in enumerate(scenes)],
         self._split(asked, wanted, rng),
@@ -176,7 +176,7 @@ class Chats(SceneTasks):
     if rng.random() < self.text:
       kinds = {'translate': 2, 'compare': 1}
       talk = self._ask(record, rng, 1, chat=True, kinds=kinds)
-      samples.append(plain(conversations.sample(record.id, (), [talk])))
+      samples.append(plain(chat(record.id, (), [talk])))
     return samples
 
   def _split(self, asked, wanted, rng) -> list[list[Question]]:
@@ -189,38 +189,34 @@ class Chats(SceneTasks):
     return branches
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AskedTasks:
-  """Questions that came with their pictures: `QUESTION Answer: ANSWER`.
+def chat(
+  record: str,
+  pictures: Sequence[TextSpan],
+  conversations: Sequence[Sequence[Question]],
+  images: Sequence[object] = (),
+) -> Sample:
+  """Makes a sample of several conversations about the same pictures.
 
-  Attributes:
-    branches: questions for one picture; 0 for one question without branches.
+  Each conversation is questions asked one after the other; `pictures` holds an
+  image span for each of `images`, or words in its place.
   """
-
-  branches: int = 6
-
-  def __call__(
-    self, record: Asked, rng: random.Random, another: Callable[[], Asked]
-  ) -> list[Sample]:
-    count = min(len(record.questions), max(self.branches, 1))
-    chosen = rng.sample(range(len(record.questions)), count)
-    sample = Sample(
-      record=record.id,
-      prefix=(TextSpan('<img>0</img>'),),
-      continuations=tuple(vqa(record, i).spans() for i in chosen),
-      images=(record.image,),
-    )
-    return [sample] if self.branches else [plain(sample)]
-
-
-def vqa(record: Asked, index: int) -> Question:
-  """A question that came with its picture."""
-  question, answer = record.questions[index]
-  return Question(
-    task='vqa',
-    kind='easy_vqa',
-    language='en',
-    prompt=f'{question} Answer:',
-    answer=f' {answer}',
-    record=record.id,
+  prefix = chatml.turn_spans('system', chatml.DEFAULT_SYSTEM)
+  prefix += chatml.open_turn('user')
+  for number, span in enumerate(pictures, start=1):
+    prefix += (TextSpan(f'Picture {number}: '), span, TextSpan('\n'))
+  return Sample(
+    record=record,
+    prefix=prefix,
+    continuations=tuple(map(_turns, conversations)),
+    images=tuple(images),
   )
+
+
+def _turns(turns: Sequence[Question]) -> tuple[TextSpan, ...]:
+  """The turns, but for the beginning of the first, which the prefix holds."""
+  spans = ()
+  for number, asked in enumerate(turns):
+    spans += chatml.open_turn('user') if number else ()
+    spans += (TextSpan(asked.prompt), *chatml.CLOSE_TURN)
+    spans += chatml.turn_spans('assistant', asked.answer)
+  return spans

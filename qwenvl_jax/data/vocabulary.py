@@ -9,15 +9,14 @@ import itertools
 from collections.abc import Iterator
 
 from qwenvl_jax.data import (
-  conversations,
+  formats,
   questions,
   sources,
   things,
   wording,
 )
 from qwenvl_jax.data.examples import END, Question
-from qwenvl_jax.data.records import Object, Scene, Word, scene
-from qwenvl_jax.data.tasks import vqa
+from qwenvl_jax.data.records import Object, Scene, ScenePair, Word, scene
 from qwenvl_jax.text import chatml
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -34,9 +33,6 @@ def texts(classes: int) -> Iterator[str]:
 
   Chinese runs without spaces are split as a whole, so each two classes that may
   meet in a sentence are met here.
-
-  Args:
-    classes: how many of `things.THINGS` the data has.
   """
   yield from map(str, range(10))
   yield from ('(', ',', '),(', ')', ' ', END, 'Picture 1: ', 'Picture 2: ')
@@ -45,10 +41,8 @@ def texts(classes: int) -> Iterator[str]:
     for colour in things.COLOURS:
       yield colour.name(language) + '\n'
     # As chats answer, without a space before it.
-    for flag in (False, True):
-      yield wording.yes(flag, language)
-      yield wording.true(flag, language)
-      yield wording.side(flag, language)
+    for words in (wording.YES, wording.TRUE, wording.SIDE):
+      yield from words[language]
   for question in _questions(classes):
     yield question.prompt
     yield question.answer + END
@@ -91,7 +85,8 @@ def _questions(classes: int) -> Iterator[Question]:
       kinds = questions.KINDS if alone else _OF_TWO
       yield from questions.enumerate_all(one, classes, chat, kinds)
     if before is not None and alone:
-      yield from conversations.enumerate_pair(before, one)
+      both, kinds = ScenePair(before, one), questions.PAIR_KINDS
+      yield from questions.enumerate_all(both, classes, True, kinds)
     before = one
 
 
@@ -102,12 +97,12 @@ def _scene(kinds, colour, word=None) -> Scene:
 
 
 def _easy_vqa() -> Iterator[str]:
-  seen = set()
-  for split in ('train', 'test'):
-    for record in sources.EasyVqa(split).open():
-      for index, pair in enumerate(record.questions):
-        if pair not in seen:
-          seen.add(pair)
-          question = vqa(record, index)
-          yield question.prompt
-          yield question.answer + END
+  asked = {
+    (question.question, question.answer)
+    for split in ('train', 'test')
+    for record in sources.EasyVqa(split).open()
+    for question in record.questions
+  }
+  for question, answer in sorted(asked):
+    for span in formats.vqa('en', question, answer):
+      yield span.text

@@ -14,9 +14,10 @@ from qwenvl_jax.text import grounding
 
 _EN_NUMBERS = ('no', 'a', 'two', 'three', 'four', 'five', 'six')
 _ZH_NUMBERS = ('零', '一', '两', '三', '四', '五', '六')
-_YES = {'en': ('no', 'yes'), 'zh': ('没有', '有')}
-_TRUE = {'en': ('no', 'yes'), 'zh': ('不是', '是')}
-_SIDE = {'en': ('left', 'right'), 'zh': ('左边', '右边')}
+# By whether something is there, is so, and is on the right.
+YES = {'en': ('no', 'yes'), 'zh': ('没有', '有')}
+TRUE = {'en': ('no', 'yes'), 'zh': ('不是', '是')}
+SIDE = {'en': ('left', 'right'), 'zh': ('左边', '右边')}
 
 
 def some(thing: int, count: int, language: str) -> str:
@@ -54,12 +55,8 @@ def join(phrases: list[str], language: str) -> str:
 def caption(scene: Scene, language: str, boxes: bool = False) -> str:
   """Everything in the scene: classes left to right, then the colour.
 
-  'a cat and two apples on a red background' or '一只猫和两个苹果，红色背景'.
-
-  Args:
-    scene: what to describe.
-    language: 'en' or 'zh'.
-    boxes: whether each phrase is followed by its boxes.
+  'a cat and two apples on a red background' or '一只猫和两个苹果，红色背景';
+  each phrase followed by its boxes on request.
   """
   phrases = []
   for thing in scene.classes:
@@ -112,44 +109,25 @@ def bare(thing: int, language: str) -> str:
   return some(thing, 1, 'en') if language == 'en' else the(thing, 1, 'zh')
 
 
-def thousandths(scene: Scene, points) -> tuple[int, ...]:
-  """Pixels x, y, x, y, .. as the integers that text holds."""
-  return _thousandths(scene.side, tuple(points))
-
-
 # Several questions of a row are about the same box.
 @functools.lru_cache(maxsize=1 << 12)
-def _thousandths(side, points):
+def thousandths(side: int, points: tuple[float, ...]) -> tuple[int, ...]:
+  """Pixels x, y, x, y, .. of a square as the integers that text holds."""
   return grounding.from_pixels(points, (side, side))
 
 
 def box_text(scene: Scene, objects) -> str:
   """Returns the boxes of objects as the model writes them, in thousandths."""
   return ''.join(
-    grounding.format_box(thousandths(scene, x.box)) for x in objects
+    grounding.format_box(thousandths(scene.side, x.box)) for x in objects
   )
 
 
 def quad_text(scene: Scene, word) -> str:
   """'<ref>open</ref><quad>..</quad>'."""
-  flat = [value for point in word.quad for value in point]
-  quad = grounding.format_quad(thousandths(scene, flat))
+  flat = tuple(value for point in word.quad for value in point)
+  quad = grounding.format_quad(thousandths(scene.side, flat))
   return f'<ref>{word.word}</ref>{quad}'
-
-
-def yes(value: bool, language: str) -> str:
-  """Whether something is there."""
-  return _YES[language][value]
-
-
-def true(value: bool, language: str) -> str:
-  """Whether something is so."""
-  return _TRUE[language][value]
-
-
-def side(right: bool, language: str) -> str:
-  """Returns the word for a side of the picture."""
-  return _SIDE[language][right]
 
 
 # Prompts by kind. A chat asks the same in another form.

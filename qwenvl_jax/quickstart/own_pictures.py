@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from qwenvl_jax import entry, image
 from qwenvl_jax.data import questions, sources, things
 from qwenvl_jax.data.builders import compose
+from qwenvl_jax.data.records import Scene
 
 QUESTION = 'Make an entry for the catalogue.'
 
@@ -43,7 +44,7 @@ _KNOWN = {
 _TURNS = 3
 
 
-def draw(rng: random.Random, new: bool) -> compose.Drawing:
+def draw(rng: random.Random, new: bool) -> Scene:
   """Draws one thing, the new one or one that is known."""
   known = compose.Style().classes
   classes = len(things.THINGS) if new else known
@@ -54,7 +55,7 @@ def draw(rng: random.Random, new: bool) -> compose.Drawing:
       return drawn
 
 
-def truth(drawn: compose.Drawing) -> tuple[str, str]:
+def truth(drawn: Scene) -> tuple[str, str]:
   """What a picture shows: colour of the background and thing, in English."""
   thing = things.THINGS[drawn.objects[0].thing]
   return things.COLOURS[drawn.colour].en, thing.en
@@ -67,7 +68,7 @@ def write(folder: pathlib.Path, count: int = 100, seed: int = 0) -> None:
   rows = [('picture', 'question', 'answer')]
   for number in range(count):
     drawn = draw(rng, new=number % 2 == 0)
-    drawn.picture.save(folder / f'{number}.jpg', quality=95)
+    drawn.image.save(folder / f'{number}.jpg', quality=95)
     rows.append((f'{number}.jpg', QUESTION, ' / '.join(truth(drawn))))
   with (folder / 'mine.csv').open('w', encoding='utf-8', newline='') as file:
     csv.writer(file).writerows(rows)

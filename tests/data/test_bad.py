@@ -11,7 +11,7 @@ from qwenvl_jax.errors import ConfigError, DataError
 
 
 def test_every_reason_has_its_rule():
-  raised = re.compile(r"(?:BadRecordError|Broken)\(\s*(?:[^'()]*,\s*)?'(\w+)'")
+  raised = re.compile(r"(?:BadRecordError|_broken)\(\s*(?:[^'()]*,\s*)?'(\w+)'")
   found = set()
   for path in pathlib.Path(qwenvl_jax.__file__).parent.rglob('*.py'):
     found |= set(raised.findall(path.read_text(encoding='utf-8')))
@@ -47,6 +47,6 @@ def test_a_share_is_from_0_to_1(share):
 
 def test_counts_add_up():
   total = counts(5, 2)
-  total.add(counts(3, 1).as_dict())
+  total.update(counts(3, 1))
   assert total == counts(8, 3) and total != counts(8, 2)
   assert total.kept_of('x') == 5 and total.of('x') == {'empty_text': 3}

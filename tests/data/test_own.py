@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from qwenvl_jax.data import cli, formats, own, storage
+from qwenvl_jax.data import cli, formats, own, shards, storage
+from qwenvl_jax.data.catalogue import FORMATS
 from qwenvl_jax.data.pipeline import Pipeline, Stream
 from qwenvl_jax.data.records import Record, Turn
 from qwenvl_jax.data.survey import survey
@@ -124,6 +126,35 @@ def test_records_are_parted_by_what_their_pictures_hold(tmp_path):
   assert shown[0] | shown[1] == {b'a', b'b', b'c', b'd'}
   assert not shown[0] & shown[1]
   assert [len(part) for part in parts] == [4, 4]
+
+
+def test_what_prepare_noted_of_pictures_is_not_read_again(
+  tmp_path, monkeypatch
+):
+  """And parts records as reading the pictures does."""
+  said = ('user', '<image>What?'), ('assistant', 'It.')
+  turns = [{'from': who, 'value': text} for who, text in said]
+  shown = [0, 1, 0, 2, 2, 3]
+  for number in set(shown):
+    picture = Image.new('RGB', (40, 30), (0, 0, 60 * number))
+    picture.save(tmp_path / f'{number}.png')
+  (tmp_path / 'all.json').write_text(
+    json.dumps([{'image': f'{x}.png', 'conversations': turns} for x in shown])
+  )
+  shards.prepare(
+    'mine', {'train': FORMATS['conversations']}, tmp_path, tmp_path,
+    with_digests=True,
+  )  # fmt: skip
+  part = own.Part('mine', 'heldout', heldout=0.4, data_dir=tmp_path)
+  own._groups.cache_clear()
+  monkeypatch.setattr(own, 'picture_digests', None)
+  held = part.open().chosen
+  assert len(held) == 2
+  monkeypatch.undo()
+  own._groups.cache_clear()
+  for report in tmp_path.glob('mine/*/*.report.json'):
+    report.unlink()
+  assert part.open().chosen.tolist() == held.tolist()
 
 
 def test_nothing_can_be_held_out_of_one_picture(tmp_path):

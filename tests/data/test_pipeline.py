@@ -6,7 +6,7 @@ import pytest
 
 from qwenvl_jax import image
 from qwenvl_jax.batch import NO_IMAGE, Batch
-from qwenvl_jax.data import pipeline, sources, tasks
+from qwenvl_jax.data import formats, pipeline, sources, tasks
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -124,7 +124,7 @@ def test_one_question_without_branches(settings, small_scenes):
 
 
 def test_easy_vqa_and_the_released_vocabulary(settings):
-  stream = pipeline.Stream(sources.EasyVqa('test'), tasks.AskedTasks())
+  stream = pipeline.Stream(sources.EasyVqa('test'), formats.Answers(branches=6))
   settings.update(streams=(stream,), vocabulary=None, sequence_length=192)
   batch = next(pipeline.Pipeline(**settings).iterator())
   weights, targets = batch['loss_weights'][0], batch['targets'][0]

@@ -83,5 +83,5 @@ def test_easy_vqa_is_whole():
   assert sum(len(x.questions) for x in train) == 38_575
   assert sum(len(x.questions) for x in test) == 9_673
   assert len(train) + len(test) == 5_000
-  answers = {answer for x in train + test for _, answer in x.questions}
+  answers = {y.answer for x in train + test for y in x.questions}
   assert len(answers) == 13

@@ -3,13 +3,14 @@ import random
 import pytest
 
 from qwenvl_jax.data import (
-  conversations,
+  formats,
   questions,
   sources,
   tasks,
   vocabulary,
 )
 from qwenvl_jax.data.examples import encode_sample
+from qwenvl_jax.data.records import ScenePair
 from qwenvl_jax.text.tokenizer import Tokenizer
 
 
@@ -39,10 +40,11 @@ def test_it_covers_scenes_as_they_are(tokenizers, small_scenes):
   scenes = small_scenes.open()
   for index in range(0, 400, 20):
     scene = scenes[index]
+    pair, kinds = ScenePair(scene, scenes[index + 1]), questions.PAIR_KINDS
     asked = [
       *questions.enumerate_all(scene, 16),
       *questions.enumerate_all(scene, 16, chat=True),
-      *conversations.enumerate_pair(scene, scenes[index + 1]),
+      *questions.enumerate_all(pair, 16, chat=True, kinds=kinds),
     ]
     for question in asked:
       assert _same(*tokenizers, question.prompt), question
@@ -71,6 +73,6 @@ def test_any_other_text_still_encodes(tokenizers):
 
 def test_it_covers_easy_vqa(tokenizers):
   for record in sources.EasyVqa('test', limit=50).open():
-    for index in range(len(record.questions)):
-      question = tasks.vqa(record, index)
-      assert _same(*tokenizers, question.prompt + question.answer)
+    for asked in record.questions:
+      spans = formats.vqa('en', asked.question, asked.answer)
+      assert _same(*tokenizers, ''.join(x.text for x in spans))

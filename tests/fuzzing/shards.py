@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from qwenvl_jax.data.cleaning.inputs import Source
-from qwenvl_jax.data.cleaning.pair import Broken
+from qwenvl_jax.data.cleaning.pair import Outcome
 from qwenvl_jax.data.readers import answers, captions, places
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
 from qwenvl_jax.data.sanitize import sanitize
@@ -113,7 +113,7 @@ def _cleaned(path: pathlib.Path) -> str:
     found = list(shard.read())
   except QwenVLError:
     return 'handled'
-  bad = sum(isinstance(x, Broken) for x in found)
+  bad = sum(isinstance(x, Outcome) for x in found)
   return 'dropped' if bad else 'accepted'
 
 

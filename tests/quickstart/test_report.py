@@ -8,7 +8,7 @@ import golden
 import pytest
 from PIL import Image
 
-from qwenvl_jax.data import conversations, questions
+from qwenvl_jax.data import questions
 from qwenvl_jax.data.examples import Question
 from qwenvl_jax.eval.tasks import scenes
 from qwenvl_jax.quickstart import origin, report
@@ -112,7 +112,7 @@ def test_what_was_not_read_from_the_picture_is_marked(
 
 
 def test_every_row_of_the_tables_has_words():
-  kinds = {*questions.KINDS, *conversations.PAIR_KINDS, 'easy_vqa'}
+  kinds = {*questions.KINDS, *questions.PAIR_KINDS, 'easy_vqa'}
   # Asked without a picture, so never examined.
   kinds -= {'translate', 'compare', 'refer'}
   assert kinds <= report.SKILLS.keys()

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from qwenvl_jax.data import things
-from qwenvl_jax.data.records import Object, Word
+from qwenvl_jax.data.records import Object, Scene, Word, scene
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.text import fonts
 
@@ -53,23 +53,8 @@ class Style:
   tilt: float = 12.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-  """A finished scene: the picture and everything that is true of it.
-
-  Upper bounds of boxes are excluded; corners of words are clockwise from the
-  upper left.
-  """
-
-  picture: Image.Image
-  objects: tuple[Object, ...]
-  colour: int
-  texture: str
-  words: tuple[Word, ...]
-
-
-def compose(rng: random.Random, style: Style, combos: bool = False) -> Drawing:
-  """Draws a scene.
+def compose(rng: random.Random, style: Style, combos: bool = False) -> Scene:
+  """Draws a scene, which has no id yet and a Pillow picture for its image.
 
   Args:
     rng: decides everything.
@@ -99,7 +84,7 @@ def compose(rng: random.Random, style: Style, combos: bool = False) -> Drawing:
     )
     picture.paste(sprite, box[:2], sprite)
     objects.append(Object(thing, box))
-  return Drawing(picture, tuple(objects), colour, texture, tuple(words))
+  return scene('', picture, style.side, objects, colour, texture, words)
 
 
 def _choose_things(rng, style, colour, count, combos):

@@ -47,23 +47,10 @@ CONFIGS = {
 def draw(config: ScenesConfig, split: str, number: int) -> records.Scene:
   """Draws scene `number` of a split; its picture is a PNG."""
   rng = random.Random(f'scenes-{config.seed}-{split}-{number}')
-  drawing = compose.compose(rng, config.style, combos=split == 'combos')
-  return to_scene(f'scenes/{split}/{number:06d}', drawing)
-
-
-def to_scene(scene_id: str, drawing: compose.Drawing) -> records.Scene:
-  """The record of a drawing."""
+  drawn = compose.compose(rng, config.style, combos=split == 'combos')
   encoded = io.BytesIO()
   # Fast, and small on the flat areas that scenes are made of.
-  drawing.picture.save(
-    encoded, 'PNG', compress_level=1, compress_type=zlib.Z_RLE
-  )
-  return records.scene(
-    scene_id,
-    encoded.getvalue(),
-    drawing.picture.width,
-    drawing.objects,
-    drawing.colour,
-    drawing.texture,
-    drawing.words,
+  drawn.image.save(encoded, 'PNG', compress_level=1, compress_type=zlib.Z_RLE)
+  return dataclasses.replace(
+    drawn, id=f'scenes/{split}/{number:06d}', image=encoded.getvalue()
   )

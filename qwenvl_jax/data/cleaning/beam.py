@@ -38,12 +38,7 @@ def run(
   options: Sequence[str],
   progress: Callable[[str, int, int], None],
 ) -> None:
-  """Runs the graph to its end.
-
-  Args:
-    job: what to clean.
-    options: of Beam's command line.
-    progress: as for `pipeline.run`.
+  """Runs the graph to its end, with options of Beam's command line.
 
   Raises:
     ConfigError: options that Beam does not take.

@@ -82,12 +82,11 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
     ]
   configuration.load(flags.gin_file or ['clean.gin'], bindings)
   cleaning = configuration.build(pipeline.Cleaning)
-  if flags.input:
-    cleaning = dataclasses.replace(
-      cleaning, sources=[_source(x) for x in flags.input]
-    )
-  if flags.output:
-    cleaning = dataclasses.replace(cleaning, output=flags.output)
+  cleaning = dataclasses.replace(
+    cleaning,
+    sources=[_source(x) for x in flags.input] or cleaning.sources,
+    output=flags.output or cleaning.output,
+  )
   if not cleaning.output:
     raise ConfigError('no --output given: name the folder to write')
   if not cleaning.sources:
@@ -103,7 +102,7 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   for line in _without_limit(cleaning):
     say(line)
   # Now: while threads of Beam import TFDS, this one could not, as drawing does.
-  storage.prepare_imports()
+  storage.proto()
   with bars(console) as progress:
     tally = pipeline.run(
       job,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import roots
-from qwenvl_jax.data.cleaning.pair import Broken, Pair, Picture
+from qwenvl_jax.data.cleaning.pair import Outcome, Pair, Picture
 from qwenvl_jax.data.readers import archives, fields, json_lines
 from qwenvl_jax.data.readers.archives import PICTURES, TEXTS, Names, Sample
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
@@ -99,11 +99,11 @@ class Shard:
   source: Source
   path: str
 
-  def read(self) -> Iterator[Pair | Broken]:
+  def read(self) -> Iterator[Pair | Outcome]:
     """Its records, in order, in limited memory.
 
     A file that ends too early or is damaged gives what comes before the damage,
-    then one `Broken` with the reason 'unreadable_record'.
+    then an `Outcome` with the reason 'unreadable_record'.
 
     Raises:
       DataError: the file is not there.
@@ -123,10 +123,14 @@ class Shard:
         id_ = f'{path.name}/{getattr(sample, "key", number)}'
         for found in fields.attempt(self._pair, id_, sample, names, record=id_):
           if isinstance(found, BadRecordError):
-            found = Broken(id_, source.name, found.reason, str(found)[:200])
+            found = self._broken(id_, found.reason, str(found)[:200])
           yield found
     except archives.NoPicturesError as error:
-      yield Broken(id_, source.name, 'missing_image', str(error))
+      yield self._broken(id_, 'missing_image', str(error))
+
+  def _broken(self, id_: str, reason: str, detail: str) -> Outcome:
+    pair = Pair(id_, self.source.name, '', Picture(b''))
+    return Outcome(pair, reason, detail)
 
   def _pair(
     self, id_: str, sample: Sample | BadRecordError, names: Names
@@ -134,11 +138,7 @@ class Shard:
     source = self.source
     if isinstance(sample, BadRecordError):
       raise sample
-    picture = sample.picture(names)
-    if picture is None:
-      why = sample.fields.get('error_message') or 'no picture in the record'
-      raise BadRecordError('missing_image', str(why))
-    text = fields.text_field(sample.text(names, id_), '', id_)
+    picture, text = sample.picture(names, id_), sample.text(names, id_)
     return Pair(
       id_,
       source.name,

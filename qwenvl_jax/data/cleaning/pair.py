@@ -76,21 +76,6 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Broken:
-  """A record of a shard that has no pair in it.
-
-  Attributes:
-    reason: as a rule's name: counted with what rules drop.
-    detail: what a person may want to know.
-  """
-
-  id: str
-  source: str
-  reason: str
-  detail: str = ''
-
-
-@dataclasses.dataclass(frozen=True)
 class Drop:
   """A rule's answer to a pair that it does not let pass, with its reason."""
 
@@ -111,11 +96,12 @@ class Rule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What all rules together say.
+  """What reading it, or all rules together, say of a pair.
 
   Attributes:
     pair: with its text cleaned, also if it is dropped.
-    reason: name of the rule that dropped it; '' if it is kept.
+    reason: name of the rule that dropped it, or why it cannot be read (a key of
+      `bad.DROPPED`); '' if it is kept.
     detail: that rule's words.
     changed: names of the rules that changed the text, in order.
   """

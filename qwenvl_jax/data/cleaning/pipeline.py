@@ -110,11 +110,7 @@ def run(
 
 
 def begin(job: Job, again: bool = False) -> list[str]:
-  """Makes the output's folder, or removes what is out of date in it.
-
-  Args:
-    job: what to clean.
-    again: removes everything.
+  """Makes the output's folder; removes what is out of date, or (`again`) all.
 
   Returns:
     Lines that tell a person what will be cleaned again.
@@ -124,7 +120,7 @@ def begin(job: Job, again: bool = False) -> list[str]:
     DataError: it cannot be written.
   """
   work = buckets.as_path(job.output) / 'work'
-  try:
+  with sharded_job.writing(job.output):
     if again:
       buckets.remove(work)
     sharded_job.check_settings(work / 'settings.txt', describe(job))
@@ -150,10 +146,6 @@ def begin(job: Job, again: bool = False) -> list[str]:
         f'{job.name}: {len(lost)} further shards are read again, to be compared'
       )
     return said
-  except OSError as error:
-    raise DataError(
-      f'cannot write to {job.output} ({error.strerror}); name another folder'
-    ) from error
 
 
 def describe(job: Job) -> str:
@@ -185,7 +177,7 @@ def complete(job: Job) -> RuleStats:
     counts = finished.counts
     lengths.append(sum(map(counts.kept_of, counts.sources())))
     total = (total + cleaned + finished).thinned(_EXAMPLES)
-  try:
+  with sharded_job.writing(job.output):
     folder = buckets.as_path(job.output)
     buckets.write(folder / 'report.html', report.page(job, total))
     buckets.write(folder / 'report.json', report.figures(job, total))
@@ -200,9 +192,4 @@ def complete(job: Job) -> RuleStats:
       job.candidates.fingerprints_path(shard).unlink(missing_ok=True)
     for place in (folder, folder / 'work', job.folder):
       buckets.remove_partial(place)
-  except OSError as error:
-    raise DataError(
-      f'cannot write to {job.output} ({error}); free some space and run the '
-      'same command again'
-    ) from error
   return total

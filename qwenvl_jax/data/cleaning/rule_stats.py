@@ -9,7 +9,7 @@ import dataclasses
 import json
 
 from qwenvl_jax.data.bad import Counts
-from qwenvl_jax.data.cleaning.pair import Broken, Outcome, Pair, thumbnail
+from qwenvl_jax.data.cleaning.pair import Outcome, thumbnail
 
 KEPT = ''
 # Of each reason, source and shard.
@@ -56,10 +56,8 @@ class RuleStats:
     """Records by (source, reason), KEPT being one."""
     found = self._by_source('dropped')
     for source in self.counts.sources():
-      kept = self.counts.kept_of(source)
-      if kept:
-        found[source, KEPT] = kept
-    return found
+      found[source, KEPT] = self.counts.kept_of(source)
+    return +found
 
   @property
   def changed(self) -> collections.Counter:
@@ -78,33 +76,17 @@ class RuleStats:
   def add(self, outcome: Outcome, before: str) -> None:
     """Counts what the rules of a shard say of a pair.
 
-    One that passes is counted by `add_compared`, when all are compared.
-
-    Args:
-      outcome: of `pair.clean`.
-      before: its text before.
+    `before` is its text before. One that passes is counted by `add_final`, when
+    all are compared.
     """
     if outcome.reason:
-      self._count(outcome, before)
-    source = outcome.pair.source
-    self.counts.repaired(source, outcome.changed)
+      self.add_final(outcome, before)
+    self.counts.repaired(outcome.pair.source, outcome.changed)
     for name in outcome.changed:
       _keep(self.altered, name, outcome, before)
 
-  def add_compared(self, pair: Pair, reason: str) -> None:
-    """Counts a pair that passed its shard's rules: kept, or one too many."""
-    self._count(Outcome(pair, reason), pair.text)
-
-  def add_broken(self, broken: Broken) -> None:
-    """Counts a record without a pair."""
-    self.counts.seen(broken.source)
-    self.counts.dropped(broken.source, broken.reason)
-    if _count_of(self.dropped, broken.source, broken.reason) < _EXAMPLES:
-      self.dropped.append(
-        Example(broken.reason, broken.source, broken.id, '', broken.detail)
-      )
-
-  def _count(self, outcome, before):
+  def add_final(self, outcome: Outcome, before: str) -> None:
+    """Counts a pair that is dropped, or kept after all are compared."""
     source = outcome.pair.source
     self.counts.seen(source)
     if outcome.reason:
@@ -112,8 +94,8 @@ class RuleStats:
     _keep(self.dropped, outcome.reason, outcome, before)
 
   def __add__(self, other: 'RuleStats') -> 'RuleStats':
-    counts = Counts(self.counts.as_dict())
-    counts.add(other.counts.as_dict())
+    counts = Counts(self.counts)
+    counts.update(other.counts)
     return RuleStats(
       counts, self.dropped + other.dropped, self.altered + other.altered
     )
@@ -122,26 +104,17 @@ class RuleStats:
     """With at most so many examples of each reason and source."""
 
     def thin(kept):
-      seen, chosen = collections.Counter(), []
+      chosen = []
       for example in kept:
-        key = example.source, example.reason
-        seen[key] += 1
-        if seen[key] <= examples:
+        if _count_of(chosen, example.source, example.reason) < examples:
           chosen.append(example)
       return chosen
 
-    return dataclasses.replace(
-      self, dropped=thin(self.dropped), altered=thin(self.altered)
-    )
+    return RuleStats(self.counts, thin(self.dropped), thin(self.altered))
 
   def to_json(self) -> str:
     return json.dumps(
-      {
-        'counts': self.counts.as_dict(),
-        'dropped': [dataclasses.asdict(x) for x in self.dropped],
-        'altered': [dataclasses.asdict(x) for x in self.altered],
-      },
-      ensure_ascii=False,
+      vars(self), default=dataclasses.asdict, ensure_ascii=False
     )
 
   @classmethod

@@ -7,7 +7,6 @@ file that says that it is done; a shard with that file is not done again, and
 whatever a killed run leaves besides is overwritten.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping
@@ -17,15 +16,10 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import shard_files, sharded_job, storage
+from qwenvl_jax.data import sharded_job, storage
 from qwenvl_jax.data.cleaning import unique
 from qwenvl_jax.data.cleaning.inputs import Shard
-from qwenvl_jax.data.cleaning.pair import (
-  Broken,
-  Pair,
-  Picture,
-  clean,
-)
+from qwenvl_jax.data.cleaning.pair import Outcome, Pair, Picture, clean
 from qwenvl_jax.data.cleaning.rule_stats import KEPT, RuleStats
 from qwenvl_jax.data.languages import language_of
 from qwenvl_jax.data.records import Record
@@ -152,8 +146,8 @@ def clean_shard(job: Job, shard: int) -> int:
   if job.candidates.is_finished(shard):
     return shard
   tally, prints = RuleStats(), []
-  with _writing(job):
-    shard_files.write_records(
+  with sharded_job.writing(job.output):
+    storage.write_records(
       job.candidates.path(shard), _candidates(job, shard, tally, prints)
     )
     table = np.array(prints, unique.FINGERPRINT)
@@ -168,8 +162,8 @@ def clean_shard(job: Job, shard: int) -> int:
 
 def _candidates(job, shard, tally, prints) -> Iterator[bytes]:
   for record in job.shards[shard].read():
-    if isinstance(record, Broken):
-      tally.add_broken(record)
+    if isinstance(record, Outcome):
+      tally.add(record, record.pair.text)
       continue
     outcome = clean(record, job.rules)
     tally.add(outcome, record.text)
@@ -191,11 +185,8 @@ def finish_shard(
 ) -> int:
   """Writes what is kept of a cleaned shard; returns the shard's number.
 
-  Args:
-    job: as for `clean_shard`.
-    shard: its number.
-    kept: name of each rule of `job.unique` -> indices of the candidates that
-      it keeps, of those that the rules before it keep.
+  `kept` holds for each rule of `job.unique` the indices of the candidates that
+  it keeps, of those that the rules before it keep.
 
   Raises:
     DataError: the candidates are damaged, or nothing can be written.
@@ -203,9 +194,9 @@ def finish_shard(
   if job.finished.is_finished(shard):
     return shard
   tally = RuleStats()
-  with _writing(job):
+  with sharded_job.writing(job.output):
     path = job.finished.path(shard)
-    shard_files.write_records(path, _kept(job, shard, kept, tally))
+    storage.write_records(path, _kept(job, shard, kept, tally))
     job.finished.finish(shard, {'tally': tally.to_json()})
   return shard
 
@@ -213,29 +204,15 @@ def finish_shard(
 def _kept(job, shard, kept, tally) -> Iterator[bytes]:
   path = job.candidates.path(shard)
   try:
-    for index, data in enumerate(shard_files.read_records(path)):
-      reason = KEPT
-      for rule in job.unique:
-        if index not in kept[rule.name]:
-          reason = rule.name
-          break
-      tally.add_compared(decode(data), reason)
+    for index, data in enumerate(storage.read_records(path)):
+      names = (rule.name for rule in job.unique)
+      reason = next((x for x in names if index not in kept[x]), KEPT)
+      pair = decode(data)
+      tally.add_final(Outcome(pair, reason), pair.text)
       if reason == KEPT:
         yield data
   except (RuntimeError, ValueError, IndexError, BadRecordError) as error:
     raise DataError(
       f'{path} is damaged ({error}); delete {path.with_suffix(".json")} and '
       'run the same command again'
-    ) from error
-
-
-@contextlib.contextmanager
-def _writing(job: Job) -> Iterator[None]:
-  """Turns failures to write into errors for people."""
-  try:
-    yield
-  except OSError as error:
-    raise DataError(
-      f'cannot write to {job.output} ({error}); free some space or name '
-      'another folder, then run the same command again: finished shards stay'
     ) from error

@@ -11,6 +11,7 @@ import unicodedata
 from typing import ClassVar
 
 import numpy as np
+import scipy.fft
 from PIL import Image
 
 from qwenvl_jax.data.cleaning.pair import Pair
@@ -46,15 +47,10 @@ class Entry:
     return self.shard, self.index
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DuplicatePairs:
-  """Keeps one of the pairs with the same picture and the same text."""
+class _First:
+  """Of alike pairs, keeps one: the first."""
 
-  name: ClassVar[str] = 'duplicate_pair'
-  keep: ClassVar[int] = 1
-
-  def key(self, entry: Entry) -> bytes:
-    return entry.image[_FINE:] + entry.text
+  keep = 1
 
   def rank(self, entry: Entry) -> tuple:
     """Smaller is better; ends in the place, so that no two are equal."""
@@ -62,11 +58,20 @@ class DuplicatePairs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LongestText:
+class DuplicatePairs(_First):
+  """Keeps one of the pairs with the same picture and the same text."""
+
+  name: ClassVar[str] = 'duplicate_pair'
+
+  def key(self, entry: Entry) -> bytes:
+    return entry.image[_FINE:] + entry.text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongestText(_First):
   """Of a picture with several texts, keeps the longest."""
 
   name: ClassVar[str] = 'longest_text'
-  keep: ClassVar[int] = 1
 
   def key(self, entry: Entry) -> bytes:
     return entry.image[:_FINE]
@@ -76,7 +81,7 @@ class LongestText:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DuplicateTexts:
+class DuplicateTexts(_First):
   """Keeps a few pictures of a text that stands under many.
 
   Attributes:
@@ -93,9 +98,6 @@ class DuplicateTexts:
 
   def key(self, entry: Entry) -> bytes:
     return entry.text
-
-  def rank(self, entry: Entry) -> tuple:
-    return entry.place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,8 +147,8 @@ def perceptual_hash(picture: Image.Image) -> bytes | None:
   for pictures so plain that they have no look of their own.
   """
   small = picture.convert('L').resize((_SIDE, _SIDE), Image.Resampling.BOX)
-  cosines = _cosines()
-  waves = cosines @ np.asarray(small, np.float64) @ cosines.T
+  waves = scipy.fft.dctn(np.asarray(small, np.float64), norm='ortho')
+  waves = waves[:_FREQUENCIES, :_FREQUENCIES]
   lowest = waves[:_COARSE_FREQUENCIES, :_COARSE_FREQUENCIES].ravel()[1:]
   waves = waves.ravel()[1:]
   if (np.abs(waves) > _STRENGTH).sum() < _LEAST_STRONG:
@@ -154,16 +156,6 @@ def perceptual_hash(picture: Image.Image) -> bytes | None:
   fine = np.packbits(waves > _STRENGTH).tobytes().ljust(_FINE, b'\0')
   coarse = np.packbits(lowest > _COARSE_STRENGTH).tobytes()
   return (fine + coarse).ljust(16, b'\0')
-
-
-@functools.lru_cache(maxsize=1)
-def _cosines() -> np.ndarray:
-  """[_FREQUENCIES,_SIDE], the first rows of the orthonormal cosine basis."""
-  wave = np.arange(_FREQUENCIES)[:, None]
-  place = np.arange(_SIDE)[None] + 0.5
-  basis = np.cos(np.pi * wave * place / _SIDE) * np.sqrt(2 / _SIDE)
-  basis[0] /= np.sqrt(2)
-  return basis
 
 
 def text_key(text: str) -> bytes:

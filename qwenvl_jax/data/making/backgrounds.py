@@ -9,7 +9,7 @@ import pathlib
 import random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from qwenvl_jax import image
 from qwenvl_jax.errors import DataError
@@ -47,20 +47,9 @@ def photograph(
   Raises:
     DataError: there is none, or the chosen one cannot be opened.
   """
-  path = rng.choice(pictures(folder))
-  picture = image.load(path)
-  width, height = size
-  scale = max(width / picture.width, height / picture.height)
-  scale *= rng.uniform(1.0, 1.5)
-  picture = picture.resize(
-    (
-      max(width, round(picture.width * scale)),
-      max(height, round(picture.height * scale)),
-    )
-  )
-  left = rng.randint(0, picture.width - width)
-  top = rng.randint(0, picture.height - height)
-  return picture.crop((left, top, left + width, top + height))
+  picture = image.load(rng.choice(pictures(folder)))
+  zoom, centre = rng.uniform(1.0, 1.5), (rng.random(), rng.random())
+  return ImageOps.fit(picture, size, bleed=(1 - 1 / zoom) / 2, centering=centre)
 
 
 @functools.lru_cache(maxsize=8)

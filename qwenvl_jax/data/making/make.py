@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 
 from qwenvl_jax import buckets
-from qwenvl_jax.data import shard_files, sharded_job, storage
+from qwenvl_jax.data import sharded_job, storage
 from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.data.languages import language_of
 from qwenvl_jax.data.making import (
@@ -125,8 +125,13 @@ class Maker:
     """
     making = self._making
     rng = random.Random(f'{making.kind}-{making.seed}-{number}')
-    draw = self._draw if making.kind == 'pages' else self._document
-    page, language = draw(rng, number)
+    language = 'zh' if rng.random() < making.chinese else 'en'
+    side = rng.randint(*making.side)
+    if making.kind == 'pages':
+      page = self._draw(rng, number, language)
+    else:
+      page = self._document(rng, number, side)
+      language = language_of(''.join(line.word for line in page.lines))
     # As it can be read again: the picture is what it is after compression.
     return storage.serialize(
       Record(
@@ -134,54 +139,44 @@ class Maker:
         images=(page.jpeg(making.quality),),
         size=page.picture.size,
         language=language,
-        words=tuple(
-          Word(
-            line.text,
-            tuple((round(x, 2), round(y, 2)) for x, y in line.quad),
-          )
-          for line in page.lines
-        ),
+        words=tuple(map(_rounded, page.lines)),
       )
     )
 
-  def _draw(self, rng, number) -> tuple[Page, str]:
+  def _draw(self, rng, number, language) -> Page:
     for _ in range(_TRIES):
-      language, _ = self._language_and_side(rng)
       page = pages.draw(
         rng, self._style, self._words, self._faces, language,
         self._making.backgrounds,
       )  # fmt: skip
       if page.lines:  # Else it was too narrow for what was chosen.
-        return page, language
+        return page
     raise DataError(
       f'page {number}: nothing could be written on it in {_TRIES} tries; give '
       'other --text or more --fonts'
     )
 
-  def _language_and_side(self, rng) -> tuple[str, int]:
-    language = 'zh' if rng.random() < self._making.chinese else 'en'
-    return language, rng.randint(*self._making.side)
-
-  def _document(self, rng, number) -> tuple[Page, str]:
+  def _document(self, rng, number, side) -> Page:
     path, index = _chosen(self._making)[number]
-    _, side = self._language_and_side(rng)
     try:
       if self._making.kind == 'pdf':
-        page = pdf.read(path, index, side)
-      else:
-        with buckets.open_regular(pathlib.Path(path)) as file:
-          markup = file.read(_MAX_HTML).decode('utf-8', 'replace')
-        page = self._browser.show(markup, _window(rng, side))
+        return pdf.read(path, index, side)
+      with buckets.open_regular(pathlib.Path(path)) as file:
+        markup = file.read(_MAX_HTML).decode('utf-8', 'replace')
     except (DataError, OSError) as error:
       raise RefusedError('unreadable_file') from error
+    shorter = round(side * rng.uniform(0.6, 1.0))
+    window = rng.choice(((side, shorter), (shorter, side)))
+    page = self._browser.show(markup, window)
     if page is None:
       raise RefusedError('no_text')
-    return page, language_of(''.join(line.text for line in page.lines))
+    return page
 
 
-def _window(rng, side) -> tuple[int, int]:
-  shorter = round(side * rng.uniform(0.6, 1.0))
-  return rng.choice(((side, shorter), (shorter, side)))
+def _rounded(line: Word) -> Word:
+  return Word(
+    line.word, tuple((round(x, 2), round(y, 2)) for x, y in line.quad)
+  )
 
 
 @functools.lru_cache(maxsize=4)
@@ -264,7 +259,7 @@ def make(
   ]
   origins = tuple(_origin(making, numbers) for numbers in ranges)
   job = ShardedJob(folder, output.name, 'train', origins)
-  try:
+  with sharded_job.writing(output):
     sharded_job.check_settings(
       output / 'settings.txt', _settings(making), again
     )
@@ -274,9 +269,7 @@ def make(
     if left:
       (folder / storage.INFO).unlink(missing_ok=True)
     # Alone, this process tells of every page.
-    tell = None
-    if workers == 1:
-      tell = functools.partial(_tell, progress, total)
+    tell = (lambda page: progress(page + 1, total)) if workers == 1 else None
     sharded_job.run(
       {
         shard: functools.partial(
@@ -299,11 +292,6 @@ def make(
       {'train': lengths},
       description=f'Pages with text and its places: {making.kind}.',
     )
-  except OSError as error:
-    raise DataError(
-      f'cannot write to {output} ({error}); free some space or name another '
-      'folder: finished shards stay'
-    ) from error
   return Made(folder, tuple(lengths), refused)
 
 
@@ -334,10 +322,6 @@ def _files(paths: Iterable[str]) -> str:
   return f'files {sharded_job.digest(found)}'
 
 
-def _tell(progress: Progress, total: int, number: int) -> None:
-  progress(number + 1, total)
-
-
 def _write_shard(
   making: Making,
   job: ShardedJob,
@@ -359,5 +343,5 @@ def _write_shard(
         tell(number)
 
   with contextlib.closing(Maker(making)) as maker:
-    length = shard_files.write_records(job.path(shard), records(maker))
-  job.finish(shard, {'length': length, 'counts': counts.as_dict()})
+    length = storage.write_records(job.path(shard), records(maker))
+  job.finish(shard, {'length': length, 'counts': counts})

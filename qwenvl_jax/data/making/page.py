@@ -6,6 +6,7 @@ import re
 
 from PIL import Image
 
+from qwenvl_jax.data.records import Word
 from qwenvl_jax.text import special_tokens
 
 Quad = tuple[tuple[float, float], ...]
@@ -21,25 +22,11 @@ class RefusedError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-  """A line of text.
-
-  Attributes:
-    text: as it is read.
-    quad: its corners in pixels, clockwise from the upper left of the text, as
-      (x, y).
-  """
-
-  text: str
-  quad: Quad
-
-
-@dataclasses.dataclass(frozen=True)
 class Page:
-  """A picture and its lines, in reading order."""
+  """A picture and its lines of text (pixels), in reading order."""
 
   picture: Image.Image
-  lines: tuple[Line, ...]
+  lines: tuple[Word, ...]
 
   def jpeg(self, quality: int) -> bytes:
     encoded = io.BytesIO()

@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from qwenvl_jax.data.making import backgrounds
-from qwenvl_jax.data.making.page import Line, Page, Quad, readable, upright
+from qwenvl_jax.data.making.page import Page, Quad, readable, upright
 from qwenvl_jax.data.making.typefaces import Typeface, of_language
 from qwenvl_jax.data.making.words import Words
+from qwenvl_jax.data.records import Word
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def draw(
   else:
     _lay(picture, Image.new('RGB', sheet_size, ink), mask, to_picture)
   placed = tuple(
-    Line(line.text, transform(to_picture, line.quad)) for line in lines
+    Word(line.word, transform(to_picture, line.quad)) for line in lines
   )
   return Page(_photograph(rng, style, picture), placed)
 
@@ -195,7 +196,7 @@ def _ink_for(ground) -> tuple[int, int, int]:
   return (255, 255, 255) if 255 - high > low else (0, 0, 0)
 
 
-def _write(rng, style, words, faces, language, mask) -> list[Line]:
+def _write(rng, style, words, faces, language, mask) -> list[Word]:
   """Writes on a sheet, white on black; gives lines in the sheet's pixels."""
   width, height = mask.size
   margin = rng.uniform(0.03, 0.08) * min(mask.size)
@@ -230,7 +231,7 @@ def _write(rng, style, words, faces, language, mask) -> list[Line]:
   return lines
 
 
-def _block(rng, words, face, size, language, mask, place, count) -> list[Line]:
+def _block(rng, words, face, size, language, mask, place, count) -> list[Word]:
   left, top, column, bottom = place
   font = face.font(size)
   pieces = words.pieces(rng, language, face.characters)
@@ -254,7 +255,7 @@ def _block(rng, words, face, size, language, mask, place, count) -> list[Line]:
     quad = upright(*(v + (x, y)[i % 2] for i, v in enumerate(box)))
     ink = _ink(pen, mask, (x, y), text, font, quad)
     if ink is not None:
-      lines.append(Line(text, upright(*ink)))
+      lines.append(Word(text, upright(*ink)))
   return lines
 
 

@@ -4,19 +4,15 @@ import ctypes
 import dataclasses
 import math
 
-from qwenvl_jax.data.making.page import (
-  Line,
-  Page,
-  RefusedError,
-  readable,
-  upright,
-)
+from qwenvl_jax.data.making.page import Page, RefusedError, readable, upright
+from qwenvl_jax.data.records import Word
 from qwenvl_jax.errors import ConfigError, DataError
 
 # Device units a pixel: pdfium gives whole ones.
 _FINE = 64
-# Gaps of so many letter heights part a line, as between columns or cells.
-_GAP = 1.6
+# Gaps of so many letter heights part a line, as between columns or cells; and
+# gaps with a space in them.
+_GAP, _WIDE_SPACE = 1.6, 3.2
 # Radians that text may be turned by, as on pages scanned a little askew.
 _ASKEW = 0.03
 # Pages are refused if more of their letters have no meaning in Unicode.
@@ -45,12 +41,7 @@ def pages_in(path: str) -> int:
 
 
 def read(source: str | bytes, number: int, side: int) -> Page:
-  """A page of a PDF.
-
-  Args:
-    source: path or contents.
-    number: of the page, from 0.
-    side: pixels of the longer side of the picture.
+  """Page `number`, from 0, of a PDF (path or contents), `side` pixels long.
 
   Raises:
     DataError: the file cannot be opened.
@@ -92,30 +83,32 @@ def _opened(source):
     ) from error
 
 
-def _lines(page, size) -> list[Line]:
+def _lines(page, size) -> list[Word]:
   """Lines of a page, in the order of the document."""
-  lines, run, unknown, known = [], [], 0, 0
+  runs, unknown, known = [[]], 0, 0
   for glyph in _glyphs(page, size):
     if glyph is None:  # A line ends.
-      lines += _line(run)
-      run = []
+      runs.append([])
     elif glyph.text == '\ufffd' or '\ue000' <= glyph.text <= '\uf8ff':
       unknown += 1
     else:
       known += 1
-      if run and _apart(run[-1], glyph):
-        lines += _line(run)
-        run = []
-      run.append(glyph)
-  lines += _line(run)
+      if _apart(runs[-1], glyph):
+        runs.append([])
+      runs[-1].append(glyph)
   if unknown > _MOST_UNKNOWN * (known + unknown):
     raise RefusedError('unknown_characters')
-  inside = []
-  for line in lines:
-    (left, top), _, (right, bottom), _ = line.quad
+  lines = []
+  for run in runs:
+    text = readable(''.join(x.text for x in run))
+    shown = [x for x in run if not x.text.isspace()]
+    if not text or not shown:
+      continue
+    left, top = min(x.left for x in shown), min(x.top for x in shown)
+    right, bottom = max(x.right for x in shown), max(x.bottom for x in shown)
     if left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1]:
-      inside.append(line)
-  return inside
+      lines.append(Word(text, upright(left, top, right, bottom)))
+  return lines
 
 
 def _glyphs(page, size):
@@ -152,42 +145,14 @@ def _to_pixels(page, size, x, y) -> tuple[float, float]:
   return device_x.value / _FINE, device_y.value / _FINE
 
 
-def _apart(before: _Glyph, glyph: _Glyph) -> bool:
-  """Whether a gap or a jump parts two characters that follow each other."""
-  height = max(before.bottom - before.top, glyph.bottom - glyph.top, 1.0)
-  if glyph.text.isspace() or before.text.isspace():
+def _apart(run: list[_Glyph], glyph: _Glyph) -> bool:
+  """Whether a gap or a jump parts a character from those before it."""
+  before = next((x for x in reversed(run) if not x.text.isspace()), None)
+  if glyph.text.isspace() or before is None:
     return False
-  back = glyph.right < before.left
-  return back or glyph.left - before.right > _GAP * height
-
-
-def _line(run: list[_Glyph]) -> list[Line]:
-  """The line of a run; two or more where spaces are wide."""
-  shown = [g for g in run if not g.text.isspace()]
-  if not shown:
-    return []
-  parts, text, last = [[]], [''], None
-  for glyph in run:
-    if glyph.text.isspace():
-      text[-1] += ' '
-      continue
-    height = max(glyph.bottom - glyph.top, 1.0)
-    if last is not None and glyph.left - last.right > 2 * _GAP * height:
-      parts.append([])
-      text.append('')
-    parts[-1].append(glyph)
-    text[-1] += glyph.text
-    last = glyph
-  return [
-    Line(
-      readable(words),
-      upright(
-        min(g.left for g in part),
-        min(g.top for g in part),
-        max(g.right for g in part),
-        max(g.bottom for g in part),
-      ),
-    )
-    for part, words in zip(parts, text)
-    if readable(words)
-  ]
+  height = max(glyph.bottom - glyph.top, 1.0)
+  gap = glyph.left - before.right
+  if run[-1] is not before:
+    return gap > _WIDE_SPACE * height
+  height = max(height, before.bottom - before.top)
+  return glyph.right < before.left or gap > _GAP * height

@@ -67,12 +67,10 @@ def find(folders: Sequence[str | os.PathLike] = ()) -> tuple[Typeface, ...]:
     if not found:
       raise DataError(f'{folder} holds no .ttf, .ttc or .otf file')
     paths.update(found)
-  for folder in FOLDERS:
-    paths = {**_files(folder), **paths}
   spec = importlib.util.find_spec('matplotlib')
-  if spec is not None and spec.origin:
-    shipped = pathlib.Path(spec.origin).parent / 'mpl-data' / 'fonts' / 'ttf'
-    paths = {**_files(shipped), **paths}
+  shipped = [pathlib.Path(spec.origin).parent / 'mpl-data/fonts/ttf']
+  for folder in (*FOLDERS, *shipped):
+    paths = {**_files(folder), **paths}
   paths[fonts.PACKAGED_FONT.name] = str(fonts.PACKAGED_FONT)
   made = (_typeface(paths[name]) for name in sorted(paths))
   return tuple(face for face in made if face is not None)

@@ -10,7 +10,8 @@ import shutil
 
 from PIL import Image
 
-from qwenvl_jax.data.making.page import Line, Page, readable, upright
+from qwenvl_jax.data.making.page import Page, readable, upright
+from qwenvl_jax.data.records import Word
 from qwenvl_jax.errors import ConfigError
 
 # Where distributions put it; `--chromium` and CHROMIUM come first.
@@ -82,11 +83,7 @@ _COLLECT = """() => {
 
 
 def find_chromium(path: str | None = None) -> str:
-  """The browser's program.
-
-  Args:
-    path: where a person says it is; else the variable CHROMIUM, else the
-      places where it usually is.
+  """The browser's program: `path`, else $CHROMIUM, else where it usually is.
 
   Raises:
     ConfigError: it is not there.
@@ -133,12 +130,7 @@ class Browser:
     self._playwright.stop()
 
   def show(self, markup: str, size: tuple[int, int]) -> Page | None:
-    """What fits the window of a page; None if it shows no text.
-
-    Args:
-      markup: the page, as HTML.
-      size: width and height of the window, in pixels.
-    """
+    """What fits a window of so many pixels of HTML; None if it has no text."""
     context = self._browser.new_context(
       viewport={'width': size[0], 'height': size[1]},
       offline=True,
@@ -173,7 +165,7 @@ def _cut(picture, found) -> Page | None:
   if bottom >= _LEAST_HEIGHT * picture.height:
     picture = picture.crop((0, 0, picture.width, bottom))
   lines = tuple(
-    Line(text, upright(x1, y1, x2, y2))
+    Word(text, upright(x1, y1, x2, y2))
     for text, x1, y1, x2, y2 in found
     if text
     and x1 >= 0

@@ -50,12 +50,8 @@ class Words:
   ) -> Iterator[str]:
     """Endless text in pieces that a line may end after.
 
-    An English piece ends with a space. Pieces joined are running text.
-
-    Args:
-      rng: decides everything.
-      language: 'en' or 'zh'.
-      held: code points that a font has; what has others is left out.
+    An English piece ends with a space. Pieces joined are running text. What has
+    other code points than a font (`held`) is left out.
     """
     refused = 0
     while True:
@@ -173,7 +169,9 @@ def from_file(path: str | os.PathLike) -> Words:
   try:
     with buckets.open_regular(pathlib.Path(path)) as file:
       for name, line in itertools.islice(fields.lines(file, path), _MOST_LINES):
-        text = readable(fields.decode(line or b'', name))
+        if isinstance(line, BadRecordError):  # Too long for a sentence.
+          continue
+        text = readable(fields.decode(line, name))
         if is_chinese(text):
           sentences['zh'].append(text)
         elif text.isascii() and ' ' in text:

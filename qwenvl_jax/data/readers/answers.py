@@ -5,7 +5,7 @@ import csv
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwenvl_jax.data.readers import fields
@@ -63,18 +63,11 @@ def qa(question: str, answers: Any, record: str, id_: str = '') -> Qa:
 
 
 class _Asked(fields.Annotated):
-  """What readers of questions share: pairs of an image and a question."""
+  """What readers of questions share: entries hold (image, Qa) pairs."""
 
-  def pairs(self, root: pathlib.Path):
+  def pairs(self, root: pathlib.Path) -> Iterator:
     """(image, Qa) pairs, and errors."""
-    found = fields.load_json(root, self.file)
-    for key, entry in fields.entries(found):
-      record = f'{self.file}, {key}'
-      yield from fields.guarded(self._pairs(key, entry, record), record)
-
-  def _pairs(self, key: str, entry: Any, record: str):
-    """(image, Qa) pairs of an entry of the annotations."""
-    raise NotImplementedError
+    return super().records(root)
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record an image, with all its questions."""
@@ -95,11 +88,7 @@ class QaTable(_Asked):
   GQA, DVQA, DocVQA, TextVQA, ChartQA and VizWiz differ in names only.
 
   Attributes:
-    file: the annotations.
     image: path of an image below `folder`; `{}` is what the entry holds.
-    folder: where the images are.
-    at: key of the list; '' if the file is the list (or a dict of entries by
-      the question's id).
     image_key, question_key, answer_key, id_key: names of the fields.
   """
 
@@ -112,21 +101,13 @@ class QaTable(_Asked):
   answer_key: str = 'answer'
   id_key: str = 'question_id'
 
-  def pairs(self, root: pathlib.Path):
-    """(image, Qa) pairs, and errors."""
-    found = fields.load_json(root, self.file)
-    for key, entry in fields.entries(fields.field(found, self.at, self.file)):
-      yield from fields.attempt(
-        self._pair, key, entry, record=f'{self.file}, question {key}'
-      )
-
-  def _pair(self, key: str, entry: Any) -> tuple[str, Qa]:
+  def _entry(self, key: str, entry: Any, record: str):
     id_ = str(entry.get(self.id_key, key))
     record = f'{self.file}, question {id_}'
     image = fields.text_field(entry, self.image_key, record)
     question = fields.text_field(entry, self.question_key, record)
     answers = fields.field(entry, self.answer_key, record)
-    return self.image.format(image), qa(question, answers, record, id_)
+    yield self.image.format(image), qa(question, answers, record, id_)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,21 +133,21 @@ class VqaPair(_Asked):
     )
 
   def pairs(self, root: pathlib.Path):
-    """(image, Qa) pairs, and errors."""
-    annotations = fields.load_json(root, self.annotations)
-    answers = {}
-    for _, entry in fields.entries(
-      fields.field(annotations, 'annotations', self.annotations)
-    ):
-      # What has none, or none that can be one, is a question without answers.
-      if isinstance(entry, dict) and isinstance(
-        entry.get('question_id'), (int, str)
-      ):
-        answers[entry['question_id']] = entry.get('answers')
-    questions = fields.load_json(root, self.questions)
-    for key, entry in fields.entries(
-      fields.field(questions, 'questions', self.questions)
-    ):
+    questions, annotations = (
+      fields.entries(fields.field(fields.load_json(root, file), key, file))
+      for file, key in (
+        (self.questions, 'questions'),
+        (self.annotations, 'annotations'),
+      )
+    )
+    # What has no id, or none that can be one, leaves its question unanswered.
+    answers = {
+      entry['question_id']: entry.get('answers')
+      for _, entry in annotations
+      if isinstance(entry, dict)
+      and isinstance(entry.get('question_id'), (int, str))
+    }
+    for key, entry in questions:
       yield from fields.attempt(
         self._pair, entry, answers, record=f'{self.questions}, number {key}'
       )
@@ -193,7 +174,7 @@ class OcrVqa(_Asked):
   file: str = 'dataset.json'
   folder: str = 'images'
 
-  def _pairs(self, key: str, entry: Any, record: str):
+  def _entry(self, key: str, entry: Any, record: str):
     if fields.field(entry, 'split', record) != self.split:
       return
     # Its own script stores each cover by key, with the URL's ending.
@@ -221,7 +202,7 @@ class VisualGenomeQa(_Asked):
   file: str = 'question_answers.json'
   folder: str = 'images'
 
-  def _pairs(self, key: str, entry: Any, record: str):
+  def _entry(self, key: str, entry: Any, record: str):
     for asked in entry.get('qas', ()):
       yield from fields.attempt(self._pair, asked, record=record)
 
@@ -252,16 +233,15 @@ class Ai2d(_Asked):
     return self.questions, self.folder, self.test_ids
 
   def pairs(self, root: pathlib.Path):
-    """(image, Qa) pairs, and errors."""
     with open(root / self.test_ids, newline='', encoding='utf-8-sig') as file:
       held_out = {row[0].strip() for row in csv.reader(file) if row}
     for file in sorted((root / self.questions).glob('*.json')):
       found = fields.load_json(root, f'{self.questions}/{file.name}')
       yield from fields.guarded(
-        self._asked(found, file.stem, held_out), file.name
+        self._of_file(found, file.stem, held_out), file.name
       )
 
-  def _asked(self, found: Any, stem: str, held_out: set[str]):
+  def _of_file(self, found: Any, stem: str, held_out: set[str]):
     image = str(found.get('imageName', stem))
     if (image.partition('.')[0] in held_out) != self.test:
       return
@@ -290,7 +270,7 @@ class ScienceQa(_Asked):
   def files(self) -> tuple[str, ...]:
     return self.file, self.split
 
-  def _pairs(self, key: str, entry: Any, record: str):
+  def _entry(self, key: str, entry: Any, record: str):
     if entry.get('split') != self.split or not entry.get('image'):
       return
     question = fields.text_field(entry, 'question', record)

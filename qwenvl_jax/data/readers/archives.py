@@ -85,25 +85,32 @@ class Sample:
           return value
     return None
 
-  def picture(self, names: Names) -> bytes | None:
-    """Returns the encoded picture, or None. Text is never one."""
+  def picture(self, names: Names, record: str) -> bytes:
+    """Returns the encoded picture. Text is never one.
+
+    Raises:
+      BadRecordError: there is none.
+    """
     value = self.first(names.pictures)
     if isinstance(value, dict):  # As the package `datasets` writes them.
       value = value.get('bytes')
-    return value if isinstance(value, bytes) and value else None
+    if isinstance(value, bytes) and value:
+      return value
+    why = self.fields.get('error_message') or 'its bytes are not there'
+    raise BadRecordError('missing_image', f'{record}: no picture ({why!s:.99})')
 
-  def text(self, names: Names, record: str) -> Any:
-    """Returns the text, decoded if it is bytes; '' if there is none.
+  def text(self, names: Names, record: str) -> str:
+    """Returns the text, decoded if it is bytes.
 
     Raises:
-      BadRecordError: not UTF-8, or too long.
+      BadRecordError: none, not UTF-8, or too long.
     """
     value = self.first(names.texts)
     if isinstance(value, (bytes, str)) and len(value) > _MAX_TEXT:
       raise _too_large(record, len(value))
     if isinstance(value, bytes):
-      return fields.decode(value, record)
-    return '' if value is None else value
+      value = fields.decode(value, record)
+    return fields.text_field('' if value is None else value, '', record)
 
 
 class NoPicturesError(DataError):
@@ -329,13 +336,7 @@ def _parquet(file, path, names: Names) -> Samples:
 
 
 def _batch_rows(table, number: int, most: int, name: str) -> int:
-  """Rows of a row group that are decoded at once.
-
-  Args:
-    table: the file.
-    number: of the row group.
-    most: bytes that it may decode to.
-    name: of the file.
+  """Rows of a row group, of `most` bytes, that are decoded at once.
 
   Raises:
     BadRecordError: it would decode to more than the file can mean.

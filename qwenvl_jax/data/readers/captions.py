@@ -13,12 +13,7 @@ from qwenvl_jax.errors import BadRecordError
 
 @dataclasses.dataclass(frozen=True)
 class CocoCaptions(fields.Annotated):
-  """COCO captions and NoCaps: `images` and `annotations` in one file.
-
-  Attributes:
-    file: the annotations.
-    folder: where the images are; '' for the download folder.
-  """
+  """COCO captions and NoCaps: `images` and `annotations` in one file."""
 
   file: str
   folder: str = ''
@@ -57,26 +52,15 @@ def _caption(note: Any, record: str) -> tuple[Hashable, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Karpathy(fields.Annotated):
-  """Flickr30k (and others) in Karpathy's splits.
-
-  Attributes:
-    file: `dataset_flickr30k.json`.
-    folder: where the images are.
-    split: 'train', 'val' or 'test'.
-  """
+  """Flickr30k (and others) in Karpathy's splits: 'train', 'val', 'test'."""
 
   file: str
   folder: str
   split: str
 
-  def records(self, root: pathlib.Path) -> fields.Found:
-    """One record an image, with all its captions."""
-    found = fields.load_json(root, self.file)
-    for key, entry in fields.entries(fields.field(found, 'images', self.file)):
-      record = f'{self.file}, image {key}'
-      yield from fields.guarded(self._records(entry), record)
+  at = 'images'
 
-  def _records(self, entry: Any) -> fields.Found:
+  def _entry(self, key: str, entry: Any, record: str) -> fields.Found:
     record = f'{self.file}/{entry.get("imgid", entry.get("filename"))}'
     if fields.field(entry, 'split', record) == self.split:
       yield Record(

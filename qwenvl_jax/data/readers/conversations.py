@@ -46,7 +46,7 @@ _SHARES = re.compile(rf'[\[(]{_SHARE}(?:,{_SHARE}){{3}}[\])]')
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversations:
+class Conversations(fields.Reader):
   """Every `.json` and `.jsonl` file of a folder.
 
   Attributes:
@@ -55,24 +55,15 @@ class Conversations:
 
   folder: str = ''
 
-  files = ()
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
-
   def records(self, root: pathlib.Path) -> fields.Found:
     """Yields a record for each conversation."""
-    for file in json_lines.files(root):
+    for file in fields.files(root, ('.json', '.jsonl')):
       for record, entry in json_lines.entries(file):
         yield from fields.attempt(conversation, entry, record, record=record)
 
 
 def conversation(entry: Any, record: str) -> Record:
-  """Reads a conversation.
-
-  Args:
-    entry: what JSON holds, or the error in its place.
-    record: names it.
+  """Reads a conversation: what JSON holds, or raises the error in its place.
 
   Raises:
     BadRecordError: it cannot be learned from as it is.

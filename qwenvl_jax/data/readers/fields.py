@@ -18,36 +18,72 @@ Found = Iterator[Record | BadRecordError]
 MAX_LINE = 16 << 20
 
 
-class Annotated:
+class Reader:
+  """What lies in a download folder; see `readers`.
+
+  Attributes:
+    files: names that have to be there.
+    folder: where the pictures are that records name.
+  """
+
+  files: tuple[str, ...] = ()
+  folder: str
+
+  def images_in(self, root: pathlib.Path) -> pathlib.Path:
+    return root / self.folder
+
+  def parts(self, root: pathlib.Path) -> list[pathlib.Path] | None:
+    """What shards are made of, each by `read`; None if `records` gives all."""
+    del root
+    return None
+
+
+class Annotated(Reader):
   """A data set whose annotations, in one file, name pictures in a folder.
 
   Attributes:
     file: the annotations.
     folder: where the pictures are; '' for the download folder.
+    at: key of the list of entries; '' if the file is the list (or a dict).
   """
 
   file: str
-  folder: str
+  at = ''
 
   @property
   def files(self) -> tuple[str, ...]:
     """What has to be there."""
     return tuple(x for x in (self.file, self.folder) if x)
 
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
+  def records(self, root: pathlib.Path) -> Found:
+    """Yields what the entries of the file hold."""
+    found = field(load_json(root, self.file), self.at, self.file)
+    for key, entry in entries(found):
+      record = f'{self.file}, {key}'
+      yield from guarded(self._entry(key, entry, record), record)
+
+  def _entry(self, key: str, entry: Any, record: str) -> Iterator:
+    """What an entry holds; `record` names it in errors."""
+    raise NotImplementedError
 
 
 def files(
   root: pathlib.Path, endings: tuple[str, ...], pattern: str = '*'
 ) -> list[pathlib.Path]:
-  """Returns the files of a folder that have one of some endings, in order."""
-  return sorted(
+  """Returns the files of a folder that have one of some endings, in order.
+
+  Raises:
+    DataError: there is none.
+  """
+  found = sorted(
     x
     for x in root.glob(pattern)
     # What macOS lays beside each file begins with a dot.
     if x.name.lower().endswith(endings) and x.name[0] != '.'
   )
+  if not found:
+    raise DataError(f'{root} holds no file that ends in {" or ".join(endings)}')
+  return found
 
 
 def load_json(root: pathlib.Path, name: str) -> Any:
@@ -107,26 +143,28 @@ def entries(found: Any) -> Iterator[tuple[str, Any]]:
     raise TypeError(f'{found!r:.80} is no list')
 
 
-def lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes | None]]:
+def lines(
+  file: BinaryIO, name: str
+) -> Iterator[tuple[str, bytes | BadRecordError]]:
   """Yields the lines of a file with what errors call them.
 
-  None stands for a line of more than `MAX_LINE` bytes, which is passed over.
+  An error stands for a line of more than `MAX_LINE` bytes.
   """
   for number in itertools.count(1):
-    line = file.readline(MAX_LINE + 1)
+    line, record = file.readline(MAX_LINE + 1), f'{name}, line {number}'
     if not line:
       return
-    is_whole = len(line) <= MAX_LINE
+    if len(line) <= MAX_LINE:
+      yield record, line
+      continue
     while len(line) > MAX_LINE and not line.endswith(b'\n'):
       line = file.readline(MAX_LINE + 1)
-    yield f'{name}, line {number}', line if is_whole else None
-
-
-def too_long(record: str) -> BadRecordError:
-  """Returns the error of a line for which `lines` yields None."""
-  return BadRecordError(
-    'too_large', f'{record}: more than {MAX_LINE:,} bytes; divide it'
-  )
+    yield (
+      record,
+      BadRecordError(
+        'too_large', f'{record}: more than {MAX_LINE:,} bytes; divide it'
+      ),
+    )
 
 
 def field(entry: Any, key: Any, record: str) -> Any:

@@ -1,5 +1,6 @@
 """What img2dataset writes: WebDataset tar files, or Parquet with pictures."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -15,7 +16,7 @@ _NAMES = archives.Names(
 
 
 @dataclasses.dataclass(frozen=True)
-class Img2Dataset:
+class Img2Dataset(fields.Reader):
   """A folder of `00000.tar` or `00000.parquet` files.
 
   Attributes:
@@ -25,23 +26,21 @@ class Img2Dataset:
 
   language: str = 'en'
   grounded: bool = False
-
-  files = ()
+  folder = ''
 
   def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
-    """The archives, in order.
+    """The archives, in order; of Parquet files, only where there is no tar.
 
     Raises:
       DataError: there is none.
     """
-    found = fields.files(root, archives.TAR_SUFFIXES, '**/*')
-    found = found or fields.files(root, ('.parquet',), '**/*')
-    if not found:
-      raise DataError(
-        f'{root} holds neither .tar nor .parquet files; run img2dataset with '
-        '--output_format webdataset (or parquet) into it'
-      )
-    return found
+    for endings in (archives.TAR_SUFFIXES, ('.parquet',)):
+      with contextlib.suppress(DataError):
+        return fields.files(root, endings, '**/*')
+    raise DataError(
+      f'{root} holds neither .tar nor .parquet files; run img2dataset with '
+      '--output_format webdataset (or parquet) into it'
+    )
 
   def read(self, part: pathlib.Path) -> fields.Found:
     """The records of an archive; one that is cut off ends with an error."""
@@ -53,16 +52,11 @@ class Img2Dataset:
         yield from fields.attempt(self._record, sample, record, record=record)
 
   def _record(self, sample: archives.Sample, record: str) -> Record:
-    picture = sample.picture(_NAMES)
-    if picture is None:
-      why = sample.fields.get('error_message') or 'its bytes are not there'
-      raise BadRecordError('missing_image', f'{record}: no picture ({why:.99})')
-    caption = fields.text_field(sample.text(_NAMES, record), '', record)
     made = Record(
       id=record,
-      images=(picture,),
+      images=(sample.picture(_NAMES, record),),
       language=self.language,
-      captions=(caption,),
+      captions=(sample.text(_NAMES, record),),
     )
     return _with_boxes(made, sample.fields) if self.grounded else made
 

@@ -37,7 +37,7 @@ DOCUMENT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Interleaved:
+class Interleaved(fields.Reader):
   """Every `.jsonl`, `.json` and `.parquet` file of a folder.
 
   Attributes:
@@ -48,10 +48,8 @@ class Interleaved:
   folder: str = ''
   language: str = 'en'
 
-  files = ()
-
   def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
-    return json_lines.files(root, ('.jsonl', '.json', '.parquet'))
+    return fields.files(root, ('.jsonl', '.json', '.parquet'))
 
   def read(self, part: pathlib.Path) -> fields.Found:
     """Yields a record for each document, its pictures read."""

@@ -20,20 +20,6 @@ PICTURE_KEYS = ('image', 'image_url', 'url', 'path')
 MAX_PICTURES = 256
 
 
-def files(
-  root: pathlib.Path, endings: tuple[str, ...] = ('.json', '.jsonl')
-) -> list[pathlib.Path]:
-  """Returns the files of a folder that have one of some endings, in order.
-
-  Raises:
-    DataError: there is none.
-  """
-  found = fields.files(root, endings)
-  if not found:
-    raise DataError(f'{root} holds no file that ends in {" or ".join(endings)}')
-  return found
-
-
 def lines(file: pathlib.Path) -> Iterator[tuple[str, bytes | BadRecordError]]:
   """Yields a name and the bytes of every line; an error if it is too long.
 
@@ -42,8 +28,7 @@ def lines(file: pathlib.Path) -> Iterator[tuple[str, bytes | BadRecordError]]:
   """
   try:
     with buckets.open_regular(file) as stream:
-      for record, line in fields.lines(stream, file.name):
-        yield record, fields.too_long(record) if line is None else line
+      yield from fields.lines(stream, file.name)
   except OSError as error:
     raise DataError(f'{file} cannot be read ({error.strerror})') from error
 

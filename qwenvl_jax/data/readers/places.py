@@ -111,13 +111,8 @@ class VisualGenomeRegions(fields.Annotated):
   file: str = 'region_descriptions.json'
   folder: str = 'images'
 
-  def records(self, root: pathlib.Path) -> fields.Found:
-    """One record an image; its size comes from the picture."""
-    for key, entry in fields.entries(fields.load_json(root, self.file)):
-      record = f'{self.file}, number {key}'
-      yield from fields.guarded(self._records(entry), record)
-
-  def _records(self, entry: Any) -> fields.Found:
+  def _entry(self, key: str, entry: Any, record: str) -> fields.Found:
+    # The size comes from the picture.
     record = f'{self.file}, image {entry.get("id")}'
     regions = []
     for region in fields.field(entry, 'regions', record):

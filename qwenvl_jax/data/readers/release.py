@@ -17,7 +17,7 @@ _REFERRED = re.compile(r'<ref>(.*?)</ref>')
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationLines:
+class EvaluationLines(fields.Reader):
   """The release's evaluation files: JSON lines.
 
   `image` and `question` with `answer` (text, a list, or a list with
@@ -29,11 +29,7 @@ class EvaluationLines:
   """
 
   file: str = '*.jsonl'
-
-  files = ()
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root
+  folder = ''
 
   def records(self, root: pathlib.Path) -> fields.Found:
     """One record a line."""
@@ -68,7 +64,7 @@ def _line(line: bytes | BadRecordError, record: str) -> Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainText:
+class PlainText(fields.Reader):
   """Documents without pictures: `.txt` and `.jsonl` files (`{'text': ..}`).
 
   In `.txt` files blank lines divide documents. What is longer is divided at
@@ -81,8 +77,7 @@ class PlainText:
 
   language: str = 'en'
   longest: int = 4000
-
-  files = ()
+  folder = ''
 
   def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
     return fields.files(root, ('.txt', '.jsonl'), '**/*')

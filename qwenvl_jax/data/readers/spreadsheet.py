@@ -23,7 +23,7 @@ _MAX_CELL = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
-class Spreadsheet:
+class Spreadsheet(fields.Reader):
   """Every `.csv` and `.tsv` file of a folder: a picture's question a row.
 
   The first row names the columns, in any order and case, others beside them:
@@ -37,18 +37,13 @@ class Spreadsheet:
 
   folder: str = ''
 
-  files = ()
-
-  def images_in(self, root: pathlib.Path) -> pathlib.Path:
-    return root / self.folder
-
   def records(self, root: pathlib.Path) -> fields.Found:
     """Yields a record for each row that is not blank.
 
     Raises:
       DataError: a file is not UTF-8, or has no column of a kind.
     """
-    for file in json_lines.files(root, ('.csv', '.tsv')):
+    for file in fields.files(root, ('.csv', '.tsv')):
       for record, row in _rows(file):
         yield from fields.attempt(_record, row, record, record=record)
 

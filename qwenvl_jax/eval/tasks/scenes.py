@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.data import conversations, questions, sources
-from qwenvl_jax.data import tasks as formats
-from qwenvl_jax.data.examples import Question
+from qwenvl_jax.data import formats, questions, sources
+from qwenvl_jax.data.examples import END, Question
+from qwenvl_jax.data.records import Qa, ScenePair
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.eval.metrics import boxes as box_metrics
 from qwenvl_jax.eval.task import (
@@ -161,25 +161,22 @@ class SceneTask(Task):
   ) -> Iterator[tuple[list[Picture], list[Question]]]:
     if self.split == 'easy_vqa':
       for record in sources.EasyVqa('test', limit=self.scenes).open():
-        asked = [formats.vqa(record, i) for i in range(len(record.questions))]
-        yield [Picture(record.image, record.id)], asked
+        asked = [_of_easy_vqa(record.id, x) for x in record.questions]
+        yield [Picture(record.images[0], record.id)], asked
       return
     split = sources.Scenes(
       str(data_dir), self.split, self.config, limit=self.scenes
     )
     before = None
     for scene in split.open():
-      shown = [scene]
-      if not self.pairs:
-        asked = questions.exam(
-          scene, self.kinds, classes=CLASSES, chat=self.chat
-        )
-      elif before is None:
+      shown, about, kinds = [scene], scene, self.kinds
+      if self.pairs and before is None:
         before = scene
         continue
-      else:
+      if self.pairs:
         shown = [before, scene]
-        asked, before = conversations.exam_pair(*shown), None
+        about, kinds, before = ScenePair(*shown), questions.PAIR_KINDS, None
+      asked = questions.exam(about, kinds, classes=CLASSES, chat=self.chat)
       yield [Picture(x.image, x.id) for x in shown], asked
 
   def _example(
@@ -220,6 +217,12 @@ class SceneTask(Task):
       answer = blind[question.prompt]
       scores['blank'] = float(judge(question, answer).correct)
     return scores
+
+
+def _of_easy_vqa(record: str, asked: Qa) -> Question:
+  prompt, answer = formats.vqa('en', asked.question, asked.answer)
+  answer = answer.text.removesuffix(END)
+  return Question('vqa', 'easy_vqa', 'en', prompt.text, answer, record)
 
 
 def _grey() -> Image.Image:

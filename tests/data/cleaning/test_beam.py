@@ -53,7 +53,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert reason in shown
   found = set()
   for path in sorted((output / '1.0.0').glob('*array_record*')):
-    for data in shards.shard_files.read_records(path):
+    for data in shards.storage.read_records(path):
       pair = shards.decode(data)
       found.add(f'{pair.source}/{pair.id}')
   assert found == {name for name, x in corpus.FATES.items() if not x}

@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from qwenvl_jax.data.cleaning.inputs import Source
-from qwenvl_jax.data.cleaning.pair import Broken, Pair
+from qwenvl_jax.data.cleaning.pair import Outcome, Pair
 from qwenvl_jax.errors import DataError
 
 
@@ -16,7 +16,7 @@ def read(path, **fields):
 
 
 def reasons(records):
-  return [x.reason if isinstance(x, Broken) else '' for x in records]
+  return [x.reason if isinstance(x, Outcome) else '' for x in records]
 
 
 def test_tar(tmp_path):

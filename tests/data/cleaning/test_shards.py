@@ -123,7 +123,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_result(
   job = corpus.job(folder, tmp_path / 'pairs')
   writes = []
   limit = [0]
-  real = shards.shard_files.write_records
+  real = shards.storage.write_records
 
   class KilledError(BaseException):
     """As a signal would, it passes every `except Exception`."""
@@ -135,7 +135,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_result(
       real(path, _then(records, KilledError))
     return real(path, records)
 
-  monkeypatch.setattr(shards.shard_files, 'write_records', write)
+  monkeypatch.setattr(shards.storage, 'write_records', write)
   for stop in range(1, 6):
     limit[0] = len(writes) + 1
     with pytest.raises(KilledError):

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from qwenvl_jax.data import cli, formats, shard_files, sources
+from qwenvl_jax.data import cli, formats, sources, storage
 from qwenvl_jax.data.making import make, typefaces
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.text import fonts, grounding
@@ -93,7 +93,7 @@ def test_refused_documents_are_counted(tmp_path):
   # Again from what is written: the same account.
   assert make.make(making, tmp_path / 'out') == result
   (data,) = result.folder.glob('*-of-00001')
-  assert len(list(shard_files.read_records(data))) == 1
+  assert len(list(storage.read_records(data))) == 1
   (folder / 'good.pdf').unlink()
   with pytest.raises(DataError, match='none of'):
     make.make(

@@ -46,7 +46,7 @@ def test_quads_lie_within_the_picture_and_clockwise(packaged):
       # Twice the area by the shoelace formula: positive if clockwise.
       area = np.sum(xs * np.roll(ys, -1) - ys * np.roll(xs, -1))
       assert area > 0
-      assert line.text == ' '.join(line.text.split())
+      assert line.word == ' '.join(line.word.split())
 
 
 def test_quads_hold_all_ink_and_touch_it(packaged, monkeypatch):

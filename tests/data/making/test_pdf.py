@@ -33,7 +33,7 @@ def test_lines_and_their_boxes():
   made.text(300, 140, 'right')
   page = pdf.read(bytes(made.output()), 0, 800)
   assert page.picture.size == (800, 600)
-  assert [x.text for x in page.lines] == [
+  assert [x.word for x in page.lines] == [
     'First line',
     '第二行',
     'left',
@@ -65,7 +65,7 @@ def test_a_turned_page_is_read_as_it_is_shown():
     made.text(40, 100, 'upright again')
   page = pdf.read(turned(made), 0, 800)
   (line,) = page.lines
-  assert line.text == 'upright again'
+  assert line.word == 'upright again'
   ys, xs = np.nonzero(ink(page))
   (left, top), _, (right, bottom), _ = line.quad
   assert abs(xs.min() - left) < 4 and abs(xs.max() + 1 - right) < 4

@@ -31,7 +31,7 @@ def test_lines_and_their_boxes(browser):
     '<p style="width: 150px">one two three four five six seven</p>'
     '<p style="text-transform: uppercase">loud</p>',
   )
-  texts = [x.text for x in page.lines]
+  texts = [x.word for x in page.lines]
   assert texts[-1] == 'LOUD'
   assert ' '.join(texts[:-1]) == 'one two three four five six seven'
   assert len(texts) >= 3
@@ -56,13 +56,13 @@ def test_what_cannot_be_seen_is_not_read(browser):
     'absolute; inset: 0; background: white"></div></div>'
     '<script>document.body.append("made by a script")</script>',
   )
-  assert [x.text for x in page.lines] == ['seen']
+  assert [x.word for x in page.lines] == ['seen']
 
 
 def test_the_lower_edge_goes_through_no_line(browser):
   lines = ''.join(f'<div>line {i}</div>' for i in range(60))
   page = show(browser, f'<body style="font: 21px/33px serif">{lines}')
-  shown = [x.text for x in page.lines]
+  shown = [x.word for x in page.lines]
   assert shown == [f'line {i}' for i in range(len(shown))] and len(shown) > 4
   last = max(y for _, y in page.lines[-1].quad)
   assert last <= page.picture.height <= 300
@@ -88,7 +88,7 @@ def test_nothing_is_fetched(browser):
       '<img src="file:///etc/hostname"><p>text</p>',
     )
     server.shutdown()
-  assert [x.text for x in page.lines] == ['text'] and not asked
+  assert [x.word for x in page.lines] == ['text'] and not asked
 
 
 def test_a_page_without_text(browser):

@@ -30,7 +30,7 @@ def reasons(found):
 def pairs(path):
   """Key, picture and text of each sample."""
   return [
-    (x.key, x.picture(_NAMES), x.text(_NAMES, x.key))
+    (x.key, x.picture(_NAMES, x.key), x.text(_NAMES, x.key))
     for x in archives.read(path, _NAMES)
   ]
 
@@ -81,7 +81,7 @@ def test_compressed_archives_and_members(tmp_path, suffix):
   path = tmp_path / f'0{suffix}'
   path.write_bytes(gzip.compress((tmp_path / 'plain').read_bytes()))
   (found, error) = archives.read(path, _NAMES)
-  assert found.text(_NAMES, '') == 'one' and found.picture(_NAMES) == _JPEG
+  assert found.text(_NAMES, '') == 'one' and found.picture(_NAMES, '') == _JPEG
   assert error.reason == 'malformed' and 'b.txt.gz' in str(error)
   path.write_bytes(path.read_bytes()[:-100])
   assert reasons(read(path)) == ['unreadable_record']

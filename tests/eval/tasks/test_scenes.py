@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qwenvl_jax.data import conversations, prepare
+from qwenvl_jax.data import prepare, questions
 from qwenvl_jax.data.examples import Question
 from qwenvl_jax.eval import registry
 from qwenvl_jax.eval.task import Item, Picture, units
@@ -154,5 +154,5 @@ def test_two_pictures_are_asked_about_in_one_chat(tmp_path):
   blank = next(x for x in task.examples(tmp_path) if not x.meta)
   assert len(blank.prompt.pictures) == 2
   rows = scenes.tabulate(items(task, tmp_path, lambda x: x.target or ''))
-  assert {row.name for row in rows} == set(conversations.PAIR_KINDS)
+  assert {row.name for row in rows} == set(questions.PAIR_KINDS)
   assert all(row.accuracy == 1 and row.blank == 0 for row in rows)

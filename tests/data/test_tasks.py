@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 
-from qwenvl_jax.data import conversations, questions, records, tasks
+from qwenvl_jax.data import questions, records, tasks
 from qwenvl_jax.data.examples import encode_sample, plain
 from qwenvl_jax.text import chatml
 from qwenvl_jax.text.chatml import TextSpan
@@ -38,20 +38,21 @@ def test_conversations_are_what_fine_tuning_sees(two_apples_and_a_cat):
   span = [TextSpan('<img>0</img>')]
   for i in range(len(asked) - 1):
     turns = asked[i : i + 2]
-    sample = conversations.sample('x', span, [turns], [b''])
+    sample = tasks.chat('x', span, [turns], [b''])
     _assert_same(sample, _turns(turns, pictures=1))
 
 
 def test_two_pictures_and_none(two_apples_and_a_cat):
   scene = two_apples_and_a_cat
   spans = [TextSpan('<img>0</img>'), TextSpan('<img>1</img>')]
-  for question in conversations.enumerate_pair(scene, scene):
-    sample = conversations.sample('x', spans, [[question]], [b'', b''])
+  pair = records.ScenePair(scene, scene)
+  for question in questions.enumerate_all(
+    pair, 3, chat=True, kinds=questions.PAIR_KINDS
+  ):
+    sample = tasks.chat('x', spans, [[question]], [b'', b''])
     _assert_same(sample, _turns([question], pictures=2))
   talk = questions.ask('translate', scene, 'en', 0, chat=True)
-  _assert_same(
-    conversations.sample('x', [], [[talk]]), _turns([talk], pictures=0)
-  )
+  _assert_same(tasks.chat('x', [], [[talk]]), _turns([talk], pictures=0))
 
 
 def test_pair_answers(two_apples_and_a_cat):
@@ -60,11 +61,13 @@ def test_pair_answers(two_apples_and_a_cat):
     'other', b'', 112, [records.Object(1, (0, 0, 30, 30))], colour=3
   )
 
+  pair = records.ScenePair(first, second)
+
   def ask(kind, language, subject):
-    question = conversations.ask_pair(kind, first, second, language, subject)
+    question = questions.ask(kind, pair, language, subject, chat=True)
     return question.prompt, question.answer
 
-  assert conversations.pair_subjects('which', first, second) == [(0,)]
+  assert questions.subjects('which', pair, 3) == [(0,)]
   assert ask('which', 'en', (0,)) == ('Which picture has an apple?', '1')
   assert ask('nth_count', 'en', (2, 0)) == (
     'How many apples are in picture 2?',
