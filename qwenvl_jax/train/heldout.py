@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import check_at_least_1
 from qwenvl_jax.sharding import put_batch
 from qwenvl_jax.train.data_shard import Data, DataShard
 from qwenvl_jax.train.objective import Objective
@@ -32,13 +32,7 @@ class HeldOut:
   patience: int | None = None
 
   def __post_init__(self):
-    for name in ('every', 'batches'):
-      if getattr(self, name) < 1:
-        raise ConfigError(
-          f'HeldOut.{name}={getattr(self, name)} must be at least 1'
-        )
-    if self.patience is not None and self.patience < 1:
-      raise ConfigError(f'HeldOut.patience={self.patience} must be at least 1')
+    check_at_least_1(self, 'every', 'batches', 'patience')
 
 
 class HeldOutLoss:
@@ -52,15 +46,7 @@ class HeldOutLoss:
     shard: DataShard,
     params: Any,
   ):
-    """Compiles nothing yet.
-
-    Args:
-      config: see `HeldOut`.
-      objective: model and loss.
-      mesh: see `make_mesh`.
-      shard: the part of the data that this process reads.
-      params: nested dict of what has shardings.
-    """
+    """Compiles nothing yet; `params` is a nested dict of what has shardings."""
     self._config, self._objective = config, objective
     self._mesh, self._shard = mesh, shard
     self._sums = compile_loss(objective, mesh, params)

@@ -7,8 +7,11 @@ import time
 import pytest
 
 from qwenvl_jax.train import coordinator as coordinator_module
-from qwenvl_jax.train.coordinator import Coordinator
-from qwenvl_jax.train.lost_process import LOST, LostProcessError
+from qwenvl_jax.train.coordinator import (
+  LOST,
+  Coordinator,
+  LostProcessError,
+)
 
 
 def free_port():
