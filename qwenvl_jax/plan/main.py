@@ -168,8 +168,6 @@ def pod_settings(
   """What to read for these chips.
 
   Args:
-    files: config files, that of the stage first.
-    wanted: the chips.
     what: the program, one of `jobs.WHATS`. How training uses a pod is of no
       use to inference.
     plain: nothing else.

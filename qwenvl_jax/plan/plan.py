@@ -129,10 +129,7 @@ class Plan:
 def make_plan(job: Job, topology: Topology, quick: bool = False) -> Plan:
   """Compiles a job and reads what it will cost.
 
-  Args:
-    job: from `jobs.make`.
-    topology: whose devices the job was made for.
-    quick: as `compiling.compile_program`; times are left out.
+  `quick` is that of `compiling.compile_program`; times are left out.
   """
   began = time.perf_counter()
   compiled = compiling.compile_program(job.lower(), quick)
@@ -278,7 +275,6 @@ def advice(job: Job, topology: Topology) -> list[str]:
   found = []
   shards = data_shards(job.mesh)
   rows = job.work.rows // job.accumulation // shards
-  config = job.config
   if job.what == 'train' and rows > 1:
     smaller = next(n for n in range(2, rows + 1) if rows % n == 0)
     found.append(
@@ -286,9 +282,10 @@ def advice(job: Job, topology: Topology) -> list[str]:
       f'{job.accumulation * smaller} leaves {rows // smaller} of {rows} rows '
       'a shard'
     )
-  if job.what == 'train' and config.remat != 'full':
+  if job.what == 'train' and job.config.remat != 'full':
     found.append(
-      f"recompute more: QwenVLConfig.remat='full' instead of {config.remat!r}"
+      "recompute more: QwenVLConfig.remat='full' instead of "
+      f'{job.config.remat!r}'
     )
   copies, tensor = job.mesh.shape['data'], job.mesh.shape['tensor']
   if copies > topology.slices:
