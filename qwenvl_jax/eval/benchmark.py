@@ -56,7 +56,6 @@ class Split:
     """Yields (image, `Qa`); DataError for the first that cannot be used.
 
     Args:
-      data_dir: has the data set's folder.
       leave_out_empty: those without question or answer; their number is
         logged.
     """
@@ -168,9 +167,7 @@ def each(
   """Yields what is made of each entry of a list or dict.
 
   Args:
-    found: what an annotation file holds.
     make: of an entry, and what errors call it.
-    name: of the file.
 
   Raises:
     DataError: it is no list, or an entry has fields of another type.

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
-from rich.table import Column, Table
+from rich.table import Column
 
 from qwenvl_jax import api, buckets, checkpoint_options, entry
 from qwenvl_jax.errors import ConfigError
@@ -22,7 +22,7 @@ from qwenvl_jax.eval.predictions import Shard
 from qwenvl_jax.eval.run import Run
 from qwenvl_jax.eval.task import Task
 from qwenvl_jax.infer.engine import EngineConfig
-from qwenvl_jax.progress import PrintableConsole, RateColumn, bars
+from qwenvl_jax.progress import RateColumn, bars, print_table
 from qwenvl_jax.sharding import use_all_devices
 
 _KEY = 'OPENAI_API_KEY'
@@ -162,9 +162,8 @@ def _run(argv: Sequence[str]) -> int:
   if argv and argv[0] == 'compare':
     return _compare(argv[1:])
   args, _ = entry.parse(_parser(), argv)
-  console = PrintableConsole()
   if args.list:
-    _print_list(console)
+    _print_list()
     return 0
   tasks, data_dir = _tasks(args)
   with use_all_devices():
@@ -187,7 +186,7 @@ def _run(argv: Sequence[str]) -> int:
         if outcome.missing:
           waiting[task.name] = outcome.missing
   summaries = run.write_tables()
-  _print_scores(console, summaries)
+  print_table(*tables.rows(summaries))
   for name, count in waiting.items():
     print(f'{name}: {count} examples are left to other processes (--shard)')
   if summaries:
@@ -313,10 +312,7 @@ def _compare(argv: Sequence[str]) -> int:
     for name in compare.common_tasks(args.first, args.second)
   ]
   found = [compare.compare(task, args.first, args.second) for task in tasks]
-  shown = Table(*compare.HEAD)
-  for row in compare.rows(found):
-    shown.add_row(*row)
-  PrintableConsole().print(shown)
+  print_table(compare.HEAD, compare.rows(found))
   out = args.out or args.second / 'compare.html'
   buckets.write(out, compare.page(found, args.data_dir, args.pictures))
   print(f'what flipped: {out}')
@@ -357,24 +353,15 @@ def _positive(args: argparse.Namespace, name: str) -> int | None:
   return value
 
 
-def _print_list(console: Console) -> None:
+def _print_list() -> None:
   # A name that is cut cannot be copied to --tasks.
   name = Column('task', no_wrap=True)
-  shown = Table(name, 'benchmark', 'metric', 'files in --data_dir', box=None)
-  for task in registry.all_tasks().values():
-    files = ', '.join(file.path for file in task.files)
-    shown.add_row(task.name, task.title, task.metric, files)
-  console.print(shown)
-
-
-def _print_scores(
-  console: Console, summaries: Sequence[Mapping[str, Any]]
-) -> None:
-  head, rows = tables.rows(summaries)
-  shown = Table(*head)
-  for row in rows:
-    shown.add_row(*row)
-  console.print(shown)
+  rows = (
+    (task.name, task.title, task.metric, ', '.join(x.path for x in task.files))
+    for task in registry.all_tasks().values()
+  )
+  head = (name, 'benchmark', 'metric', 'files in --data_dir')
+  print_table(head, rows, box=None)
 
 
 if __name__ == '__main__':
