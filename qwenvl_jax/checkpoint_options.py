@@ -11,11 +11,7 @@ NAMES = ('dtype', 'keep_int4', 'int8')
 
 
 def add_options(parser: Any) -> None:
-  """Adds `--dtype`, `--keep_int4` and `--int8`.
-
-  Args:
-    parser: an `argparse.ArgumentParser` or a group of one.
-  """
+  """Adds `--dtype`, `--keep_int4` and `--int8`."""
   parser.add_argument(
     '--dtype',
     choices=('bfloat16', 'float16', 'float32'),
@@ -38,10 +34,6 @@ def add_options(parser: Any) -> None:
 
 def load(args: argparse.Namespace, **more: Any) -> api.Handle:
   """Opens the checkpoint of a command line.
-
-  Args:
-    args: `checkpoint` and what `add_options` adds.
-    **more: for `api.load`.
 
   Returns:
     A handle with a tokenizer.

@@ -57,9 +57,6 @@ def parser(prog: str, description: str, examples: str = '', gin_help=True):
   """An argument parser in the manner of all commands.
 
   Args:
-    prog: name of the command.
-    description: what it does, for a newcomer.
-    examples: shown at the end of the help.
     gin_help: whether the command takes `--gin_file` and `--gin.NAME=VALUE`.
 
   Returns:
@@ -88,10 +85,6 @@ def parse(
   arguments: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses a command line into flags and gin bindings.
-
-  Args:
-    arguments: from `parser`.
-    argv: without the program's name.
 
   Returns:
     (flags, bindings such as 'STEPS=100').

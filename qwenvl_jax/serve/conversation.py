@@ -37,11 +37,6 @@ def check_messages(
 
   Looked at before anything is made of it, for each picture stands for hundreds
   of ids.
-
-  Args:
-    messages: of a request.
-    limits: of it.
-    most_chars: of all texts together.
   """
   if len(messages) > limits.messages:
     raise ApiError(

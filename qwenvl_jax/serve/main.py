@@ -1,7 +1,6 @@
 """`qwenvl-serve`: an HTTP server with OpenAI's API."""
 
 import argparse
-import inspect
 import pathlib
 import socket
 import ssl
@@ -28,27 +27,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='qwenvl-serve',
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-    description=inspect.cleandoc("""
-      Serve a Qwen-VL model with OpenAI's API.
+  parser = entry.parser(
+    'qwenvl-serve',
+    """
+    Serve a Qwen-VL model with OpenAI's API.
 
-      Answers many requests at a time, from any OpenAI client. /docs in a
-      browser shows all routes.
-    """),
-    epilog=inspect.cleandoc("""
-      a first question, once the server says that it is ready:
-        curl http://127.0.0.1:8000/v1/chat/completions \\
-          -H 'Content-Type: application/json' \\
-          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    Answers many requests at a time, from any OpenAI client. /docs in a browser
+    shows all routes. A first question, once the server says that it is ready:
 
-      examples:
-        qwenvl-serve --checkpoint runs/quickstart/stage3
-        qwenvl-serve --checkpoint Qwen-VL-Chat --host 0.0.0.0 \\
-            --api_key_file key.txt --slots 32
-    """),
+      curl http://127.0.0.1:8000/v1/chat/completions \\
+        -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    """,
+    """
+    qwenvl-serve --checkpoint runs/quickstart/stage3
+    qwenvl-serve --checkpoint Qwen-VL-Chat --host 0.0.0.0 \\
+        --api_key_file key.txt --slots 32
+    """,
+    gin_help=False,
   )
   add = parser.add_argument
   add(

@@ -148,7 +148,6 @@ async def finish(answers: Answers, gone) -> None:
   """Waits until all answers have ended; cancels them if nobody waits.
 
   Args:
-    answers: to wait for.
     gone: coroutine function that tells whether the client has gone.
 
   Raises:
