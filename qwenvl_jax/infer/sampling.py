@@ -134,18 +134,11 @@ class Settings:
   """`Sampling` of B rows as arrays.
 
   Attributes:
-    temperature: [B] float32; all fields are named as in `Sampling`.
-    top_k: [B] int32.
-    top_p: [B] float32.
-    min_p: [B] float32.
-    repetition_penalty: [B] float32.
-    presence_penalty: [B] float32.
-    frequency_penalty: [B] float32.
     bias_ids: [B,MAX_BIASES] int32.
     bias_values: [B,MAX_BIASES] float32, 0 at unset places.
-    min_new_tokens: [B] int32.
     stop_ids: [B,MAX_STOPS] int32, -1 at unset places.
-    key: [B,2] uint32, data of a PRNG key.
+    key: [B,2] uint32, data of a PRNG key. Other fields are [B], int32 or
+      float32, as in `Sampling`.
   """
 
   temperature: jax.Array

@@ -103,13 +103,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """Instructions in the order in which they run, by name.
-
-  Attributes:
-    name: unique in the program.
-    instructions: by name.
-    root: the one that gives the result.
-  """
+  """Instructions in the order in which they run; `root` gives the result."""
 
   name: str
   instructions: dict[str, Instruction]
@@ -137,8 +131,6 @@ class Visit:
   """An instruction where it is run.
 
   Attributes:
-    instruction: which.
-    computation: that it stands in.
     times: how often it runs.
     fused: whether it is part of a fusion or an asynchronous operation.
   """

@@ -39,10 +39,8 @@ class Sizes:
   """Of a configuration's parameters; a mesh does not change them.
 
   Attributes:
-    trained: number of parameters.
-    frozen: number of parameters.
+    trained: number of parameters, as `frozen`.
     shapes: by path.
-    trained_paths: of them.
   """
 
   trained: int

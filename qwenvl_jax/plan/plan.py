@@ -18,7 +18,7 @@ _LARGE = 2**23
 _COSTLIEST = 20
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
   """Figures are per chip and step unless their names say otherwise.
 
@@ -90,39 +90,41 @@ class Plan:
   peak_hbm_bytes: int
   hbm_limit_bytes: int
   hbm_bytes_per_second: float
-  hbm_read_bytes: float | None
-  hbm_share: float | None
+  hbm_read_bytes: float | None = None
+  hbm_share: float | None = None
   argument_bytes: int
   ideal_argument_bytes: float
   kept_bytes: dict[str, int]
   parameters: int
   trained_parameters: int
   parameters_per_chip: float
-  program_flops: float | None
-  kernel_flops: float | None
+  program_flops: float | None = None
+  kernel_flops: float | None = None
   model_flops: float
-  flops_ratio: float | None
-  estimated_step_seconds: float | None
-  estimated_compute_seconds: float | None
-  estimated_kernel_seconds: float | None
-  estimated_memory_seconds: float | None
-  estimated_exposed_seconds: float | None
-  estimated_mfu: float | None
-  collective_bytes: float | None
-  overlapped_share: float | None
-  collectives: dict[str, dict[str, float]]
-  float32_gather_bytes: float | None
-  gather_ratio: float | None
-  full_gradient_all_reduces: int | None
-  gather_overlapped_share: float | None
-  estimated_tokens_per_second: float | None
-  estimated_images_per_second: float | None
-  steps: int | None
-  estimated_days: float | None
-  estimated_chip_hours: float | None
-  costliest: dict[str, float]
+  flops_ratio: float | None = None
+  estimated_step_seconds: float | None = None
+  estimated_compute_seconds: float | None = None
+  estimated_kernel_seconds: float | None = None
+  estimated_memory_seconds: float | None = None
+  estimated_exposed_seconds: float | None = None
+  estimated_mfu: float | None = None
+  collective_bytes: float | None = None
+  overlapped_share: float | None = None
+  collectives: dict[str, dict[str, float]] = dataclasses.field(
+    default_factory=dict
+  )
+  float32_gather_bytes: float | None = None
+  gather_ratio: float | None = None
+  full_gradient_all_reduces: int | None = None
+  gather_overlapped_share: float | None = None
+  estimated_tokens_per_second: float | None = None
+  estimated_images_per_second: float | None = None
+  steps: int | None = None
+  estimated_days: float | None = None
+  estimated_chip_hours: float | None = None
+  costliest: dict[str, float] = dataclasses.field(default_factory=dict)
   compile_seconds: float
-  unknown_kernels: list[str]
+  unknown_kernels: list[str] = dataclasses.field(default_factory=list)
   advice: list[str]
 
 
@@ -134,9 +136,7 @@ def make_plan(job: Job, topology: Topology, quick: bool = False) -> Plan:
   began = time.perf_counter()
   compiled = compiling.compile_program(job.lower(), quick)
   seconds = time.perf_counter() - began
-  figures = {field.name: None for field in dataclasses.fields(Plan)}
-  figures |= _setting(job, topology)
-  figures |= {
+  figures = _setting(job, topology) | {
     'fits': compiled.fits,
     'peak_hbm_bytes': compiled.peak_bytes,
     'hbm_limit_bytes': topology.chip.hbm_bytes,
@@ -144,14 +144,11 @@ def make_plan(job: Job, topology: Topology, quick: bool = False) -> Plan:
     'hbm_read_bytes': job.hbm_read_bytes,
     'argument_bytes': compiled.argument_bytes
     or round(job.ideal_argument_bytes),
-    'collectives': {},
-    'costliest': {},
     'compile_seconds': seconds,
-    'unknown_kernels': [],
     'advice': [] if compiled.fits else advice(job, topology),
   }
   if compiled.fits:
-    figures |= _reading(compiled.text, job, topology, timed=not quick)
+    figures |= _reading(compiled.text, job, topology, figures, not quick)
   return Plan(**figures)
 
 
@@ -200,13 +197,12 @@ def _setting(job: Job, topology: Topology) -> dict[str, Any]:
   }
 
 
-def _reading(text, job, topology, timed) -> dict[str, Any]:
+def _reading(text, job, topology, setting, timed) -> dict[str, Any]:
   program = hlo.parse(text)
   waits_for_memory = job.hbm_read_bytes is not None
   played = estimate.estimate(program, topology.chip, waits_for_memory)
   kernels, unknown = flops.kernel_flops(program)
   total = flops.product_flops(program) + kernels
-  setting = _setting(job, topology)
   needed = setting['model_flops']
   gathers = played.traffic.get('all-gather', estimate.Traffic())
   figures = {

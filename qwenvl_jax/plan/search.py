@@ -29,14 +29,9 @@ class Candidate:
   """What a search may change of a configuration.
 
   Attributes:
-    data: see `MeshConfig`, as the two that follow.
-    fsdp: see there.
-    tensor: see there.
-    accumulation: microbatches a step.
     rows: of a microbatch on each shard of the batch; follows from the others.
-    remat: see `QwenVLConfig`.
-    vision_remat: see there.
-    inner: see `MeshConfig`; follows from the topology.
+    inner: follows from the topology. Other fields are those of `MeshConfig`,
+      `TrainConfig` and `QwenVLConfig`.
   """
 
   data: int

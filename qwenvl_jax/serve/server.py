@@ -29,13 +29,7 @@ class Server:
 
   Attributes:
     name: that clients call it by.
-    config: of the model.
-    tokenizer: its vocabulary.
-    compiler: of grammars.
-    worker: what answers.
-    metrics: what is counted.
-    limits: of a request.
-    key: that clients must send, None for none.
+    key: that they must send, None for none.
   """
 
   name: str

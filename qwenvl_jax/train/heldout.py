@@ -1,6 +1,8 @@
 """The loss on data that is not trained on, while training."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,31 +37,30 @@ class HeldOut:
     check_at_least_1(self, 'every', 'batches', 'patience')
 
 
-class HeldOutLoss:
-  """Computes the mean loss of a label on the held-out data."""
+def heldout_loss(
+  config: HeldOut, objective: Objective, mesh: Mesh, shard: DataShard, like: Any
+) -> Callable[[Any], float]:
+  """Makes what computes the mean loss of a label on the held-out data.
 
-  def __init__(
-    self,
-    config: HeldOut,
-    objective: Objective,
-    mesh: Mesh,
-    shard: DataShard,
-    params: Any,
-  ):
-    """Compiles nothing yet; `params` is a nested dict of what has shardings."""
-    self._config, self._objective = config, objective
-    self._mesh, self._shard = mesh, shard
-    self._sums = compile_loss(objective, mesh, params)
+  Args:
+    config: see `HeldOut`.
+    objective: model and loss.
+    mesh: see `make_mesh`.
+    shard: the part of the data that this process reads.
+    like: nested dict of what has the shardings of the parameters.
 
-  def __call__(self, params: Any) -> float:
-    """Returns the loss of parameters; NaN if no label has a weight."""
-    iterator = self._config.data.iterator(self._shard.index, self._shard.count)
+  Returns:
+    A function of parameters; NaN if no label has a weight.
+  """
+  sums = compile_loss(objective, mesh, like)
+
+  def loss(params: Any) -> float:
     total = weight = 0.0
-    for _ in range(self._config.batches):
-      batch = next(iterator, None)
-      if batch is None:
-        break
-      self._objective.check(batch)
-      sums = jax.device_get(self._sums(params, put_batch(batch, self._mesh)))
-      total, weight = total + float(sums[0]), weight + float(sums[1])
+    iterator = config.data.iterator(shard.index, shard.count)
+    for batch in itertools.islice(iterator, config.batches):
+      objective.check(batch)
+      found = jax.device_get(sums(params, put_batch(batch, mesh)))
+      total, weight = total + float(found[0]), weight + float(found[1])
     return total / weight if weight else float('nan')
+
+  return loss

@@ -80,7 +80,7 @@ class LogUpload:
         raise
       if not self._failed:
         self._warn(
-          f'warning: {self._place}: nothing can be copied there '
-          f'({reason or error}); trying again until the end'
+          f'warning: {self._place}: files cannot be copied there '
+          f'({reason or error}); the log is tried again until the end'
         )
       self._failed = True

@@ -27,7 +27,7 @@ from qwenvl_jax.train.guard import (
   LossSpikeDetector,
   SpikeReport,
 )
-from qwenvl_jax.train.heldout import HeldOut, HeldOutLoss
+from qwenvl_jax.train.heldout import HeldOut, heldout_loss
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.optimizer import split
 from qwenvl_jax.train.profile import FOLDER as PROFILE
@@ -145,7 +145,7 @@ def train(
 
     def report_heldout(step: int, state: TrainState) -> None:
       with metrics.not_counted():
-        note(step, state, {'heldout_loss': heldout_loss(state.params)})
+        note(step, state, {'heldout_loss': compute_loss(state.params)})
 
     def report_scores(step: int, state: TrainState) -> None:
       with metrics.not_counted():
@@ -165,7 +165,7 @@ def train(
 
     hooks: list[tuple[int, Callable[[int, TrainState], None]]] = []
     if config.heldout:
-      heldout_loss = HeldOutLoss(
+      compute_loss = heldout_loss(
         config.heldout, config.objective, mesh, shard, state.params
       )
       hooks.append((config.heldout.every, report_heldout))

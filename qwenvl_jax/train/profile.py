@@ -59,6 +59,7 @@ class Profiler:
       if buckets.in_bucket(folder):
         self._upload = LogUpload(folder, self._say)
         folder = self._upload.folder
+      folder.mkdir(parents=True, exist_ok=True)
       jax.profiler.start_trace(folder)
       self._tracing = True
     if not self._tracing:
