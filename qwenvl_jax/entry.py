@@ -151,6 +151,20 @@ def from_flags(kind: type, flags: argparse.Namespace) -> Any:
   return kind(**{k: v for k, v in vars(flags).items() if k in names})
 
 
+def read_key(path: str) -> str:
+  """Reads the key that `--api_key_file` names.
+
+  Raises:
+    ConfigError: there is no such file, or it is no text.
+  """
+  try:
+    return Path(path).read_text('utf-8').strip()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(
+      f'--api_key_file={path} cannot be read ({error}); it holds one key'
+    ) from error
+
+
 def run(
   command: Callable[[Sequence[str]], int | None],
   argv: Sequence[str] | None = None,

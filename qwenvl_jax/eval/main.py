@@ -21,7 +21,6 @@ from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.predictions import Shard
 from qwenvl_jax.eval.run import Run
 from qwenvl_jax.eval.task import Task
-from qwenvl_jax.infer.engine import EngineConfig
 from qwenvl_jax.progress import RateColumn, bars, print_table
 from qwenvl_jax.sharding import use_all_devices
 
@@ -119,22 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     help='examples of each task on the page (default: %(default)s)',
   )  # fmt: skip
   engine = parser.add_argument_group('with --checkpoint')
-  add = engine.add_argument
-  add(
-    '--slots',
-    type=int,
-    default=32,
-    metavar='N',
-    help='answers at a time (default: %(default)s)',
-  )
-  add(
-    '--max_len',
-    type=int,
-    metavar='N',
-    help='tokens of a prompt and its answer (default: what training rows have)',
-  )
+  checkpoint_options.add_engine_options(engine, slots=32)
   checkpoint_options.add_options(engine)
-  add('--cache_dtype', choices=('int8',), help='of the key-value cache')
   endpoint = parser.add_argument_group('with --base_url')
   add = endpoint.add_argument
   add('--model', metavar='NAME', help='default: the first that is listed')
@@ -238,20 +223,13 @@ def _model(
     'digest': api.digest(args.checkpoint),
     **settings,
   }
-  return identity, lambda: _engine(args, identity)
 
+  def open_model() -> Model:
+    handle = checkpoint_options.load(args)
+    engine = checkpoint_options.make_engine(args, handle, _READ_ROWS)
+    return EngineModel(engine, handle.tokenizer, identity)
 
-def _engine(args: argparse.Namespace, identity: Mapping[str, Any]) -> Model:
-  handle = checkpoint_options.load(args)
-  engine = handle.engine(
-    EngineConfig(
-      slots=args.slots,
-      max_len=args.max_len or handle.config.decoder.seq_length,
-      read_rows=min(args.slots, _READ_ROWS),
-      cache_dtype=args.cache_dtype,
-    )
-  )
-  return EngineModel(engine, handle.tokenizer, dict(identity))
+  return identity, open_model
 
 
 def _endpoint(args: argparse.Namespace) -> Model:
@@ -263,13 +241,7 @@ def _endpoint(args: argparse.Namespace) -> Model:
     ) from error
   key = os.environ.get(_KEY)
   if args.api_key_file:
-    try:
-      key = Path(args.api_key_file).read_text('utf-8').strip()
-    except (OSError, UnicodeDecodeError) as error:
-      raise ConfigError(
-        f'--api_key_file={args.api_key_file} cannot be read ({error}); it '
-        'holds one key'
-      ) from error
+    key = entry.read_key(args.api_key_file)
   return Endpoint(
     args.base_url,
     key=key,
