@@ -153,6 +153,11 @@ class Benchmark(Task):
       )
 
 
+def figures(metric: str, *values: float) -> dict[str, dict[str, float]]:
+  """The paper's figures of Qwen-VL and Qwen-VL-Chat, for `Task.paper`."""
+  return {m: {metric: x} for m, x in zip(('Qwen-VL', 'Qwen-VL-Chat'), values)}
+
+
 def usable(found: Iterable[Any]) -> Iterator[Any]:
   """Yields what a reader finds; raises the first error that it yields."""
   for one in found:
