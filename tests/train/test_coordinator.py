@@ -85,7 +85,7 @@ class Group:
     dead._leaving = True
     # The loop's thread forgets a connection as soon as it is closed.
     for writer in list(dead._writers.values()):
-      dead._call(writer.transport.abort)
+      dead._loop.call_soon_threadsafe(writer.transport.abort)
 
 
 def test_values_of_all_reach_all():
