@@ -82,15 +82,19 @@ def parser(prog: str, description: str, examples: str = '', gin_help=True):
 
 
 def parse(
-  arguments: argparse.ArgumentParser, argv: Sequence[str]
+  arguments: argparse.ArgumentParser, argv: Sequence[str], config: str = ''
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses a command line into flags and gin bindings.
+
+  Args:
+    config: name of a config file, for a command that needs one.
 
   Returns:
     (flags, bindings such as 'STEPS=100').
 
   Raises:
-    ConfigError: an unknown argument, or a binding without a value.
+    ConfigError: an unknown argument, a binding without a value, or no config
+      file where one is needed.
   """
   plain, bindings = [], []
   rest = iter(argv)
@@ -116,6 +120,10 @@ def parse(
       f'unknown argument {unknown[0]}'
       + did_you_mean(unknown[0].split('=')[0], known)
       + f'; see {arguments.prog} --help'
+    )
+  if config and not flags.gin_file:
+    raise ConfigError(
+      f'no --gin_file given: name a config file, e.g. --gin_file={config}'
     )
   return flags, bindings
 
