@@ -35,7 +35,8 @@ from qwenvl_jax.infer import prompts
 from qwenvl_jax.infer.beam import Hypothesis, beam_search
 from qwenvl_jax.infer.engine import Engine, EngineConfig
 from qwenvl_jax.infer.scheduler import Scheduler
-from qwenvl_jax.infer.score import Scored, score
+from qwenvl_jax.infer.score import score
+from qwenvl_jax.infer.state import Scores
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.loss import next_token_loss
 from qwenvl_jax.model.qwen_vl import QwenVL
@@ -340,11 +341,8 @@ class Handle:
     """Finds the best continuations of prompts by beam search.
 
     Args:
-      tokens: as in `generate`.
-      images: as in `generate`.
+      tokens: as in `generate`; images, max_new_tokens and stop, too.
       beams: continuations kept for a prompt.
-      max_new_tokens: upper bound on the new tokens.
-      stop: ids that end a row; they are not returned.
       slots: most beams at a time, at least those of one prompt.
       **settings: see `infer.beam.beam_search`.
     """
@@ -370,13 +368,12 @@ class Handle:
     images=None,
     top: int = 0,
     adapter: str | None = None,
-  ) -> list[Scored]:
+  ) -> list[Scores]:
     """Log-probabilities of given continuations.
 
     Args:
-      tokens: as in `generate`.
+      tokens: as in `generate`, as are images.
       continuations: ids after each prompt.
-      images: [I,R,R,3] pixels for all spans of the prompts in reading order.
       top: how many of the most likely tokens to tell beside each.
       adapter: name of the adapter that is asked, None for none.
 

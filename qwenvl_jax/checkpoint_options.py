@@ -5,17 +5,14 @@ from typing import Any
 
 from qwenvl_jax import api
 from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.infer.engine import Engine, EngineConfig
 
 # Those that change what a model says.
 NAMES = ('dtype', 'keep_int4', 'int8')
 
 
 def add_options(parser: Any) -> None:
-  """Adds `--dtype`, `--keep_int4` and `--int8`.
-
-  Args:
-    parser: an `argparse.ArgumentParser` or a group of one.
-  """
+  """Adds `--dtype`, `--keep_int4` and `--int8`."""
   parser.add_argument(
     '--dtype',
     choices=('bfloat16', 'float16', 'float32'),
@@ -36,12 +33,41 @@ def add_options(parser: Any) -> None:
   )
 
 
+def add_engine_options(parser: Any, slots: int) -> None:
+  """Adds `--slots` of so many by default, `--max_len` and `--cache_dtype`."""
+  parser.add_argument(
+    '--slots',
+    type=int,
+    default=slots,
+    metavar='N',
+    help='answers at a time (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--max_len',
+    type=int,
+    metavar='N',
+    help='tokens of a prompt and its answer (default: what training rows have)',
+  )
+  parser.add_argument(
+    '--cache_dtype', choices=('int8',), help='of the key-value cache'
+  )
+
+
+def make_engine(
+  args: argparse.Namespace, handle: api.Handle, read_rows: int = 1
+) -> Engine:
+  """Makes the engine that `add_engine_options` asks for."""
+  sizes = EngineConfig(
+    slots=args.slots,
+    max_len=args.max_len or handle.config.decoder.seq_length,
+    read_rows=min(args.slots, read_rows),
+    cache_dtype=args.cache_dtype,
+  )
+  return handle.engine(sizes)
+
+
 def load(args: argparse.Namespace, **more: Any) -> api.Handle:
   """Opens the checkpoint of a command line.
-
-  Args:
-    args: `checkpoint` and what `add_options` adds.
-    **more: for `api.load`.
 
   Returns:
     A handle with a tokenizer.

@@ -57,9 +57,6 @@ def parser(prog: str, description: str, examples: str = '', gin_help=True):
   """An argument parser in the manner of all commands.
 
   Args:
-    prog: name of the command.
-    description: what it does, for a newcomer.
-    examples: shown at the end of the help.
     gin_help: whether the command takes `--gin_file` and `--gin.NAME=VALUE`.
 
   Returns:
@@ -85,19 +82,19 @@ def parser(prog: str, description: str, examples: str = '', gin_help=True):
 
 
 def parse(
-  arguments: argparse.ArgumentParser, argv: Sequence[str]
+  arguments: argparse.ArgumentParser, argv: Sequence[str], config: str = ''
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses a command line into flags and gin bindings.
 
   Args:
-    arguments: from `parser`.
-    argv: without the program's name.
+    config: name of a config file, for a command that needs one.
 
   Returns:
     (flags, bindings such as 'STEPS=100').
 
   Raises:
-    ConfigError: an unknown argument, or a binding without a value.
+    ConfigError: an unknown argument, a binding without a value, or no config
+      file where one is needed.
   """
   plain, bindings = [], []
   rest = iter(argv)
@@ -123,6 +120,10 @@ def parse(
       f'unknown argument {unknown[0]}'
       + did_you_mean(unknown[0].split('=')[0], known)
       + f'; see {arguments.prog} --help'
+    )
+  if config and not flags.gin_file:
+    raise ConfigError(
+      f'no --gin_file given: name a config file, e.g. --gin_file={config}'
     )
   return flags, bindings
 
@@ -156,6 +157,20 @@ def from_flags(kind: type, flags: argparse.Namespace) -> Any:
   """Makes a dataclass of the flags that are called as its fields."""
   names = {field.name for field in dataclasses.fields(kind)}
   return kind(**{k: v for k, v in vars(flags).items() if k in names})
+
+
+def read_key(path: str) -> str:
+  """Reads the key that `--api_key_file` names.
+
+  Raises:
+    ConfigError: there is no such file, or it is no text.
+  """
+  try:
+    return Path(path).read_text('utf-8').strip()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(
+      f'--api_key_file={path} cannot be read ({error}); it holds one key'
+    ) from error
 
 
 def run(

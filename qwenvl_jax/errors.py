@@ -7,7 +7,8 @@ other exception is a bug and keeps its traceback.
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 # A terminal obeys these instead of showing them; lines and tabs may stay.
 _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
@@ -44,6 +45,21 @@ class BadRecordError(DataError):
     return BadRecordError, (self.reason, str(self))
 
 
+def check_fields(
+  config: Any, fits: Callable[[Any], bool], rule: str, *names: str
+) -> None:
+  """Raises ConfigError for a field that is set and breaks a rule, in words."""
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and not fits(value):
+      raise ConfigError(f'{type(config).__name__}.{name}={value} {rule}')
+
+
+def check_at_least_1(config: Any, *names: str) -> None:
+  """Raises ConfigError for a field that is set and below 1."""
+  check_fields(config, lambda x: x >= 1, 'must be at least 1', *names)
+
+
 def printable(text: str) -> str:
   """Spells out control characters of a text for a terminal.
 
@@ -59,8 +75,6 @@ def did_you_mean(
   """The end of a message about a name that does not exist.
 
   Args:
-    name: as it was written.
-    known: names that exist.
     also: what else may have been meant.
 
   Returns:

@@ -216,11 +216,7 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def whole_vectors(params: Any) -> Any:
-  """Gathers norms' scales and all biases, which layers use as they are.
-
-  Args:
-    params: nested dict.
-  """
+  """Gathers norms' scales and all biases, which layers use as they are."""
   if not splits_params():
     return params
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -11,6 +11,7 @@ from rich.progress import (
   ProgressColumn,
   Task,
 )
+from rich.table import Column, Table
 from rich.text import Text
 
 from qwenvl_jax.errors import printable
@@ -24,6 +25,16 @@ class PrintableConsole(Console):
 
   def render_str(self, text: str, **options) -> Text:
     return super().render_str(printable(text), **options)
+
+
+def print_table(
+  head: Iterable[str | Column], rows: Iterable[Sequence[str]], **style
+) -> None:
+  """Prints a table; `style` is Rich's."""
+  shown = Table(*head, **style)
+  for row in rows:
+    shown.add_row(*row)
+  PrintableConsole().print(shown)
 
 
 class RateColumn(ProgressColumn):

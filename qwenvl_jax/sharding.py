@@ -227,9 +227,6 @@ def rows_over_tensor(rows: int) -> Iterator[None]:
   row that is less to send than sums of activations over 'tensor', and other
   work goes on beside it. Does nothing where the rows do not divide by the
   devices.
-
-  Args:
-    rows: B.
   """
   mesh = mesh_in_use()
   split = mesh is not None and mesh.shape['tensor'] > 1

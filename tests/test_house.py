@@ -41,7 +41,7 @@ ROOMS = {
     'text',
     'image',
   ),
-  'checkpoint_options': ('api',),
+  'checkpoint_options': ('api', 'infer'),
   'progress': (),
   'notebook': ('data', 'eval', 'image', 'text'),
 }

@@ -87,9 +87,6 @@ class Ahead:
     """Begins.
 
     Args:
-      function: of one input.
-      inputs: taken as they are needed.
-      threads: at a time.
       most: results that may wait.
     """
     self._function, self._inputs, self._most = function, iter(inputs), most

@@ -56,7 +56,6 @@ class Split:
     """Yields (image, `Qa`); DataError for the first that cannot be used.
 
     Args:
-      data_dir: has the data set's folder.
       leave_out_empty: those without question or answer; their number is
         logged.
     """
@@ -154,6 +153,11 @@ class Benchmark(Task):
       )
 
 
+def figures(metric: str, *values: float) -> dict[str, dict[str, float]]:
+  """The paper's figures of Qwen-VL and Qwen-VL-Chat, for `Task.paper`."""
+  return {m: {metric: x} for m, x in zip(('Qwen-VL', 'Qwen-VL-Chat'), values)}
+
+
 def usable(found: Iterable[Any]) -> Iterator[Any]:
   """Yields what a reader finds; raises the first error that it yields."""
   for one in found:
@@ -168,9 +172,7 @@ def each(
   """Yields what is made of each entry of a list or dict.
 
   Args:
-    found: what an annotation file holds.
     make: of an entry, and what errors call it.
-    name: of the file.
 
   Raises:
     DataError: it is no list, or an entry has fields of another type.

@@ -72,12 +72,6 @@ def common_tasks(first: Path, second: Path) -> list[str]:
 def compare(task: Task, first: Path, second: Path, seed: int = 0) -> Comparison:
   """Compares two runs of a task.
 
-  Args:
-    task: how items count.
-    first: folder of run A.
-    second: of run B.
-    seed: of the bootstrap.
-
   Raises:
     DataError: predictions cannot be read, or the runs share none.
   """
@@ -180,7 +174,6 @@ def page(found: Sequence[Comparison], data_dir: Path | None, count: int) -> str:
   """A page of what flipped: of each task half of either kind.
 
   Args:
-    found: the comparisons.
     data_dir: files of the tasks, for pictures; None for none.
     count: flipped items of a task at most.
   """

@@ -17,9 +17,6 @@ def draw(runs: Mapping[str, Path]) -> Figure:
   Where a run was evaluated while it trained, the loss on what was held out is
   drawn, too.
 
-  Args:
-    runs: title to a run's folder, with `log.jsonl`.
-
   Raises:
     DataError: a run has no log yet.
   """

@@ -62,13 +62,7 @@ class EngineModel:
   def __init__(
     self, engine: Engine, tokenizer: Tokenizer, identity: dict[str, Any]
   ):
-    """Takes an engine into use.
-
-    Args:
-      engine: what answers.
-      tokenizer: the vocabulary.
-      identity: see `answering.Model`.
-    """
+    """Takes an engine into use."""
     self._engine, self._tokenizer = engine, tokenizer
     self._identity = identity
     self._scheduler = Scheduler(

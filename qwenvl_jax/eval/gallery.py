@@ -49,14 +49,7 @@ class Shown(NamedTuple):
 def worst(
   task: Task, items: Sequence[Item], examples: Sequence[Example], count: int
 ) -> list[Shown]:
-  """The items of the lowest scores, in order; of equals the first ones.
-
-  Args:
-    task: whose metric counts.
-    items: of a run, perhaps without pictures.
-    examples: with pictures.
-    count: how many at most.
-  """
+  """The items of the lowest scores, in order; of equals the first ones."""
   by_key = {example.key: example for example in examples}
   scored = [item for item in items if task.metric in item.scores]
   scored = scored or [item for item in items if item.scores]
@@ -72,9 +65,7 @@ def page(
   """A page of figures, with a filter by task where there are several.
 
   Args:
-    title: of the page.
     figures: name of a task to its title and the HTML of its `figures`.
-    first: HTML before them.
   """
   choice = ''
   if len(figures) > 1:

@@ -21,11 +21,6 @@ def of_task(
 ) -> dict[str, Interval]:
   """The interval of each score of a task.
 
-  Args:
-    task: how units are aggregated.
-    units: all of a run; so many are drawn with replacement, again and again.
-    seed: of the draws.
-
   Returns:
     Metric to the bounds that hold `LEVEL` of the resamples' scores. Linear in
     the number of units.

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
-from rich.table import Column, Table
+from rich.table import Column
 
 from qwenvl_jax import api, buckets, checkpoint_options, entry
 from qwenvl_jax.errors import ConfigError
@@ -21,8 +21,7 @@ from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.predictions import Shard
 from qwenvl_jax.eval.run import Run
 from qwenvl_jax.eval.task import Task
-from qwenvl_jax.infer.engine import EngineConfig
-from qwenvl_jax.progress import PrintableConsole, RateColumn, bars
+from qwenvl_jax.progress import RateColumn, bars, print_table
 from qwenvl_jax.sharding import use_all_devices
 
 _KEY = 'OPENAI_API_KEY'
@@ -119,22 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     help='examples of each task on the page (default: %(default)s)',
   )  # fmt: skip
   engine = parser.add_argument_group('with --checkpoint')
-  add = engine.add_argument
-  add(
-    '--slots',
-    type=int,
-    default=32,
-    metavar='N',
-    help='answers at a time (default: %(default)s)',
-  )
-  add(
-    '--max_len',
-    type=int,
-    metavar='N',
-    help='tokens of a prompt and its answer (default: what training rows have)',
-  )
+  checkpoint_options.add_engine_options(engine, slots=32)
   checkpoint_options.add_options(engine)
-  add('--cache_dtype', choices=('int8',), help='of the key-value cache')
   endpoint = parser.add_argument_group('with --base_url')
   add = endpoint.add_argument
   add('--model', metavar='NAME', help='default: the first that is listed')
@@ -162,9 +147,8 @@ def _run(argv: Sequence[str]) -> int:
   if argv and argv[0] == 'compare':
     return _compare(argv[1:])
   args, _ = entry.parse(_parser(), argv)
-  console = PrintableConsole()
   if args.list:
-    _print_list(console)
+    _print_list()
     return 0
   tasks, data_dir = _tasks(args)
   with use_all_devices():
@@ -187,7 +171,7 @@ def _run(argv: Sequence[str]) -> int:
         if outcome.missing:
           waiting[task.name] = outcome.missing
   summaries = run.write_tables()
-  _print_scores(console, summaries)
+  print_table(*tables.rows(summaries))
   for name, count in waiting.items():
     print(f'{name}: {count} examples are left to other processes (--shard)')
   if summaries:
@@ -239,20 +223,13 @@ def _model(
     'digest': api.digest(args.checkpoint),
     **settings,
   }
-  return identity, lambda: _engine(args, identity)
 
+  def open_model() -> Model:
+    handle = checkpoint_options.load(args)
+    engine = checkpoint_options.make_engine(args, handle, _READ_ROWS)
+    return EngineModel(engine, handle.tokenizer, identity)
 
-def _engine(args: argparse.Namespace, identity: Mapping[str, Any]) -> Model:
-  handle = checkpoint_options.load(args)
-  engine = handle.engine(
-    EngineConfig(
-      slots=args.slots,
-      max_len=args.max_len or handle.config.decoder.seq_length,
-      read_rows=min(args.slots, _READ_ROWS),
-      cache_dtype=args.cache_dtype,
-    )
-  )
-  return EngineModel(engine, handle.tokenizer, dict(identity))
+  return identity, open_model
 
 
 def _endpoint(args: argparse.Namespace) -> Model:
@@ -264,13 +241,7 @@ def _endpoint(args: argparse.Namespace) -> Model:
     ) from error
   key = os.environ.get(_KEY)
   if args.api_key_file:
-    try:
-      key = Path(args.api_key_file).read_text('utf-8').strip()
-    except (OSError, UnicodeDecodeError) as error:
-      raise ConfigError(
-        f'--api_key_file={args.api_key_file} cannot be read ({error}); it '
-        'holds one key'
-      ) from error
+    key = entry.read_key(args.api_key_file)
   return Endpoint(
     args.base_url,
     key=key,
@@ -313,10 +284,7 @@ def _compare(argv: Sequence[str]) -> int:
     for name in compare.common_tasks(args.first, args.second)
   ]
   found = [compare.compare(task, args.first, args.second) for task in tasks]
-  shown = Table(*compare.HEAD)
-  for row in compare.rows(found):
-    shown.add_row(*row)
-  PrintableConsole().print(shown)
+  print_table(compare.HEAD, compare.rows(found))
   out = args.out or args.second / 'compare.html'
   buckets.write(out, compare.page(found, args.data_dir, args.pictures))
   print(f'what flipped: {out}')
@@ -357,24 +325,15 @@ def _positive(args: argparse.Namespace, name: str) -> int | None:
   return value
 
 
-def _print_list(console: Console) -> None:
+def _print_list() -> None:
   # A name that is cut cannot be copied to --tasks.
   name = Column('task', no_wrap=True)
-  shown = Table(name, 'benchmark', 'metric', 'files in --data_dir', box=None)
-  for task in registry.all_tasks().values():
-    files = ', '.join(file.path for file in task.files)
-    shown.add_row(task.name, task.title, task.metric, files)
-  console.print(shown)
-
-
-def _print_scores(
-  console: Console, summaries: Sequence[Mapping[str, Any]]
-) -> None:
-  head, rows = tables.rows(summaries)
-  shown = Table(*head)
-  for row in rows:
-    shown.add_row(*row)
-  console.print(shown)
+  rows = (
+    (task.name, task.title, task.metric, ', '.join(x.path for x in task.files))
+    for task in registry.all_tasks().values()
+  )
+  head = (name, 'benchmark', 'metric', 'files in --data_dir')
+  print_table(head, rows, box=None)
 
 
 if __name__ == '__main__':

@@ -114,12 +114,6 @@ def make_task(
 ) -> Task:
   """Makes the task of a file.
 
-  Args:
-    file: lines of JSON.
-    metric: one of `METRICS`.
-    chat: ask in chats.
-    max_tokens: of an answer.
-
   Raises:
     ConfigError: there is no such metric.
   """

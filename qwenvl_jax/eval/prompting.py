@@ -26,13 +26,7 @@ def chat_parts(prompt: Prompt) -> list[str | Picture]:
 def token_ids(
   tokenizer: Tokenizer, prompt: Prompt, image_tokens: int
 ) -> list[int]:
-  """Ids of a prompt, up to where the answer begins.
-
-  Args:
-    tokenizer: the vocabulary.
-    prompt: raw, or the turn of a chat, which stands in ChatML.
-    image_tokens: ids in the span of a picture.
-  """
+  """Ids of a prompt, up to where the answer begins."""
 
   def encode(parts: Sequence[str | Picture]) -> list[int]:
     texts = [None if isinstance(x, Picture) else x for x in parts]

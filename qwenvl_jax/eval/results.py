@@ -41,7 +41,6 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
   """Says what a folder's answers are of; one of others is refused.
 
   Args:
-    folder: of a run, or of a task in it.
     about: the model and versions, or the decoding; JSON values.
 
   Raises:

@@ -43,8 +43,6 @@ def take(task: Task, data_dir: Path, limit: int | None = None) -> list[Example]:
   """Makes a task's examples.
 
   Args:
-    task: what to run.
-    data_dir: has its files.
     limit: only so many, but whole groups; None for all.
 
   Raises:
@@ -91,12 +89,8 @@ def ask(
   """Asks what has no answer in a folder yet.
 
   Args:
-    task: says how answers are decoded.
-    examples: all of them.
     model: opens what answers; called only if there is something to ask.
     folder: of the task; receives the answers.
-    shard: which of the examples are this process's.
-    progress: told after each answer.
 
   Raises:
     ConfigError: the folder's answers are to other prompts.
@@ -141,13 +135,7 @@ def read_answers(
 
 
 def score(task: Task, examples: Sequence[Example], folder: Path) -> Outcome:
-  """Scores the answers that a folder has.
-
-  Args:
-    task: parses and scores.
-    examples: all of them.
-    folder: of the task.
-  """
+  """Scores the answers that a folder has."""
   known = read_answers(task, examples, folder)
   items, problems = [], {}
   for example in examples:

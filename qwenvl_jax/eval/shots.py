@@ -19,12 +19,6 @@ def draw(pool: Sequence[T], count: int, seed: int, key: str) -> list[T]:
   depend on the number of processes and workers; here they depend on the
   question's key.
 
-  Args:
-    pool: to draw from, each at most once.
-    count: how many.
-    seed: of the run.
-    key: of the question.
-
   Raises:
     DataError: there are not so many.
   """

@@ -251,8 +251,6 @@ class Task:
     """Checks examples, before a model is opened.
 
     Args:
-      data_dir: what they were made from.
-      examples: that will be asked.
       limited: whether these are only the first.
 
     Raises:
@@ -274,7 +272,6 @@ class Task:
     the mean is the corpus's score (CIDEr).
 
     Args:
-      items: all of a run, without scores.
       folder: of the run's task, where slow metrics keep what they have.
     """
     return [self.score(item.answer, item.example) for item in items]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data.sources import VOCABULARY
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import ConfigError, DataError, check_at_least_1
 from qwenvl_jax.eval import registry, runner
 from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.task import Example, Scores, Task, units
@@ -52,11 +52,7 @@ class DuringTraining:
   def __post_init__(self):
     if not self.tasks:
       raise ConfigError('DuringTraining.tasks is empty; name some')
-    for name in ('every', 'limit', 'slots'):
-      if getattr(self, name) < 1:
-        raise ConfigError(
-          f'DuringTraining.{name}={getattr(self, name)} must be at least 1'
-        )
+    check_at_least_1(self, 'every', 'limit', 'slots')
 
   @property
   def measure(self) -> str:

@@ -48,14 +48,9 @@ def beam_search(
 
   Args:
     engine: with at least `beams` slots; each prompt takes so many.
-    prompts: token ids, of any lengths.
-    images: as in `generate`.
     beams: continuations kept for a prompt.
-    max_new_tokens: most tokens of an answer.
-    stop_ids: end tokens; not part of the ids returned.
     length_penalty: 0 for the sum of log-probabilities, 1 for their mean; more
       favours longer answers.
-    min_new_tokens: no end token before this many.
 
   Returns:
     A hypothesis a prompt, in order.

@@ -187,14 +187,7 @@ def answer(
   settings: ChatSettings = ChatSettings(),
   seed: int | tuple[int, ...] = 0,
 ) -> Iterator[str]:
-  """The answer, piece by piece.
-
-  Args:
-    model: what answers.
-    prompt: from `build_prompt`.
-    settings: of sampling.
-    seed: for temperatures above 0.
-  """
+  """The answer, piece by piece."""
   tokenizer = model.tokenizer
   request = Request.create(
     model.config,
@@ -244,11 +237,8 @@ def chat(
   """One turn.
 
   Args:
-    model: what answers.
-    query: what the user says.
     images: pictures that come with it, see `ask`.
     history: what the last call returned, None to start.
-    seed: for temperatures above 0.
     **settings: see `ChatSettings`.
 
   Returns:

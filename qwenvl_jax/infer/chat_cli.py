@@ -1,7 +1,6 @@
 """`qwenvl-chat`: a conversation about pictures in the terminal."""
 
 import argparse
-import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -24,28 +23,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='qwenvl-chat',
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-    description=inspect.cleandoc("""
-      Chat with a Qwen-VL model about pictures, in the terminal.
+  parser = entry.parser(
+    'qwenvl-chat',
+    """
+    Chat with a Qwen-VL model about pictures, in the terminal.
 
-      Answers appear as they are written, in words. Ask for a place ("Where is
-      the dog? Give its box.") and the boxes of the answer are drawn on the
-      picture, in a file whose name is told; --raw prints their numbers instead.
-    """),
-    epilog=inspect.cleandoc("""
-      examples:
-        qwenvl-chat --checkpoint runs/quickstart/stage3 --image dog.jpg
-        qwenvl-chat --checkpoint Qwen-VL-Chat --dtype bfloat16
-        qwenvl-chat --checkpoint runs/quickstart/stage3 --image dog.jpg \\
-            --prompt 'What is this?'
-        qwenvl-chat --checkpoint runs/quickstart/stage3 < questions.txt
-
-      While chatting, /help lists the commands. Lines that come from a file or a
-      pipe are a script: the first that cannot be done ends it with status 2.
-    """),
+    Answers appear as they are written, in words. Ask for a place ("Where is the
+    dog? Give its box.") and the boxes of the answer are drawn on the picture,
+    in a file whose name is told; --raw prints their numbers instead. Lines that
+    come from a file or a pipe are a script: the first that cannot be done ends
+    it with status 2. While chatting, /help lists the commands.
+    """,
+    """
+    qwenvl-chat --checkpoint runs/quickstart/stage3 --image dog.jpg
+    qwenvl-chat --checkpoint Qwen-VL-Chat --dtype bfloat16
+    qwenvl-chat --checkpoint runs/quickstart/stage3 --image dog.jpg \\
+        --prompt 'What is this?'
+    qwenvl-chat --checkpoint runs/quickstart/stage3 < questions.txt
+    """,
+    gin_help=False,
   )
   parser.add_argument(
     '--checkpoint',
@@ -77,49 +73,34 @@ def _parser() -> argparse.ArgumentParser:
     help='print answers as the model writes them, with the tags and numbers of '
     'boxes, rather than in words',
   )
-  settings = ChatSettings()
-  parser.add_argument(
-    '--system',
-    metavar='TEXT',
-    default=settings.system,
-    help='what the model is told about itself (default: %(default)s)',
-  )
-  parser.add_argument(
-    '--temperature',
-    type=float,
-    metavar='T',
-    default=settings.temperature,
-    help='0 always gives the most likely answer; higher varies more, and the '
-    'released chat model was meant for 1 (default: %(default)s)',
-  )
-  parser.add_argument(
-    '--top_p',
-    type=float,
-    metavar='P',
-    default=settings.top_p,
-    help='with a temperature: choose among the most likely words that together '
-    'have this probability (default: %(default)s)',
-  )
-  parser.add_argument(
-    '--top_k',
-    type=int,
-    metavar='K',
-    default=settings.top_k,
-    help='with a temperature: choose among the K most likely words; 0 for all '
-    '(default: %(default)s)',
-  )
-  parser.add_argument(
-    '--max_new_tokens',
-    type=int,
-    metavar='N',
-    default=settings.max_new_tokens,
-    help='longest answer, in tokens (default: %(default)s)',
+  entry.add_fields(
+    parser,
+    ChatSettings,
+    {
+      'system': ('TEXT', 'what the model is told about itself'),
+      'temperature': (
+        'T',
+        '0 always gives the most likely answer; higher varies more, and the '
+        'released chat model was meant for 1',
+      ),
+      'top_p': (
+        'P',
+        'with a temperature: choose among the most likely words that together '
+        'have this probability',
+      ),
+      'top_k': (
+        'K',
+        'with a temperature: choose among the K most likely words; 0 for all',
+      ),
+      'max_new_tokens': ('N', 'longest answer, in tokens'),
+    },
   )
   parser.add_argument(
     '--window',
     type=int,
     metavar='N',
-    default=settings.max_window_size,
+    dest='max_window_size',
+    default=ChatSettings.max_window_size,
     help='tokens of the conversation that the model still sees; older turns '
     'are forgotten (default: %(default)s)',
   )
@@ -132,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
   checkpoint_options.add_options(parser)
   parser.add_argument(
     '--adapter',
+    dest='adapter_folder',
     metavar='DIR',
     help='a low-rank adapter of this checkpoint: a run of finetune/lora.gin or '
     "PEFT's folder (a run as --checkpoint finds its base itself)",
@@ -145,14 +127,7 @@ def _run(argv: Sequence[str]) -> int:
   for stream in (sys.stdin, sys.stdout, sys.stderr):
     if hasattr(stream, 'reconfigure'):
       stream.reconfigure(errors='replace')
-  settings = ChatSettings(
-    system=args.system,
-    max_window_size=args.window,
-    max_new_tokens=args.max_new_tokens,
-    temperature=args.temperature,
-    top_k=args.top_k,
-    top_p=args.top_p,
-  )
+  settings = entry.from_flags(ChatSettings, args)
   if args.save and args.prompt is None:
     raise DataError('--save needs --prompt; in a conversation, type /save')
   if args.save and not args.image:
@@ -167,7 +142,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _converse(args, settings, pictures) -> int:
   with spinner(f'opening {args.checkpoint}'):
-    model = checkpoint_options.load(args, adapter=args.adapter)
+    model = checkpoint_options.load(args, adapter=args.adapter_folder)
   seed = args.seed
   if seed is None:
     seed = int.from_bytes(os.urandom(4), 'little')

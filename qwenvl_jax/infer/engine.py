@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from qwenvl_jax.errors import ConfigError, did_you_mean
+from qwenvl_jax.errors import ConfigError, check_at_least_1, did_you_mean
 from qwenvl_jax.infer.programs import programs
 from qwenvl_jax.infer.prompts import MIN_LENGTH, bucket
 from qwenvl_jax.infer.sampling import Sampling, Settings
@@ -65,10 +65,8 @@ class EngineConfig:
   cache_dtype: str | None = None
 
   def __post_init__(self):
-    for name in ('slots', 'max_len', 'chunk', 'read_rows', 'images'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ConfigError(f'EngineConfig.{name}={value}: must be at least 1')
+    sizes = ('slots', 'max_len', 'chunk', 'read_rows', 'images')
+    check_at_least_1(self, *sizes)
     if self.chunk is not None and self.chunk % (4 * MIN_LENGTH):
       raise ConfigError(
         f'EngineConfig.chunk={self.chunk} is not a multiple of {4 * MIN_LENGTH}'
@@ -119,9 +117,7 @@ class Engine:
     """Takes a model into use.
 
     Args:
-      config: of the model.
       params: its parameters, layers stacked or apart.
-      sizes: of the engine.
       adapters: by name, of parameters with several (`LoraConfig.by_row`).
 
     Raises:
@@ -213,7 +209,6 @@ class Engine:
     Args:
       state: given up; all slots free.
       bank: given up.
-      top: how many of the most likely tokens may be asked for.
       scores: whether prompts may be scored, too: one more program for each
         length of a piece.
 

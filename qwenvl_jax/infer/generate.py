@@ -31,12 +31,7 @@ def engine_for(
   """Makes an engine that has room for these prompts and their answers.
 
   Args:
-    config: of the model.
-    params: its parameters.
-    prompts: token ids.
-    max_new_tokens: most tokens of an answer.
     slots: most prompts answered at a time.
-    adapters: see `Engine`.
     **sizes: other attributes of `EngineConfig`.
   """
   prompts_lib.check_count('max_new_tokens', max_new_tokens)
@@ -76,14 +71,10 @@ def generate(
 
   Args:
     engine: with room for the longest, see `engine_for`.
-    prompts: token ids, of any lengths.
     images: per prompt [I,R,R,3] pixels, uint8 or normalized float, that fill
       its `<img>` spans in reading order, or None; None for no images at all.
-    max_new_tokens: most tokens of an answer.
     seed: of sampling; the row's number is part of its seed, so that equal
       prompts differ. The same call gives the same answers.
-    adapter: see `Request`.
-    progress: told how many prompts are done.
     **sampling: see `Sampling`.
 
   Returns:
@@ -117,11 +108,6 @@ def run(
 ) -> list[Answer]:
   """Answers requests, as many at a time as the engine has slots.
 
-  Args:
-    engine: answers them.
-    requests: what is asked.
-    progress: told how many answers are finished.
-
   Raises:
     DataError: the engine has no room for a request; names the row.
     GenerationError: the first request that could not be answered.
@@ -147,10 +133,6 @@ def stream(scheduler: Scheduler, request: Request) -> Iterator[int]:
   """Answers one request and yields each id as soon as it is known.
 
   The prompt is checked at the call, and read when the first id is asked for.
-
-  Args:
-    scheduler: answers it; used by nobody else meanwhile.
-    request: what is asked.
 
   Returns:
     An iterator that may be left at any time, which cancels the request.

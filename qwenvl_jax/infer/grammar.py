@@ -93,9 +93,6 @@ class GrammarCompiler:
 
     Properties come in the schema's order. `{'type': 'object'}` is any object.
 
-    Args:
-      schema: an object, or its JSON text.
-
     Raises:
       DataError: not a JSON schema, one that llguidance does not support in all
         its keywords, one that nothing satisfies, or one that is too large.
@@ -205,10 +202,7 @@ class GrammarCompiler:
   def _compile(self, name: str, source: str, check: bool) -> Grammar:
     """Compiles what llguidance understands.
 
-    Args:
-      name: what an error calls the grammar.
-      source: in one of llguidance's own forms.
-      check: whether others wrote it, so that it may do harm.
+    Sources that others wrote may do harm: these are checked.
     """
     if check:
       _check(name, source)

@@ -39,9 +39,6 @@ class ImageBank:
   def find(self, key: bytes) -> int | None:
     """Holds the features of an image, if they are there.
 
-    Args:
-      key: from `image_key`.
-
     Returns:
       Their place, or None.
     """

@@ -66,12 +66,6 @@ class Grammar:
   ):
     """Compiles a grammar.
 
-    Args:
-      name: what errors call it.
-      source: the grammar in one of llguidance's own forms.
-      tokenizer: tells the bytes of each id.
-      vocab_size: V of the model's logits, at least the tokenizer's.
-
     Raises:
       DataError: llguidance does not accept it, or it has no answers.
     """
@@ -150,13 +144,7 @@ class Matcher:
   """Follows one answer; not for two threads at the same time."""
 
   def __init__(self, grammar: Grammar, inner, stop_ids: tuple[int, ...]):
-    """See `Grammar.matcher`.
-
-    Args:
-      grammar: what the answer follows.
-      inner: llguidance's matcher, at the beginning.
-      stop_ids: ids that end the answer.
-    """
+    """See `Grammar.matcher`."""
     self._grammar = grammar
     self._inner = inner
     self._stop_ids = stop_ids
@@ -313,12 +301,7 @@ def prepare_vocabulary(tokenizer: Tokenizer):
 
 
 def refusal(name: str, message: str) -> DataError:
-  """The error for a grammar that llguidance does not accept.
-
-  Args:
-    name: what errors call the grammar.
-    message: llguidance's, of several lines.
-  """
+  """The error for a grammar that llguidance does not accept."""
   return DataError(
     f'{name} cannot be used: {_one_line(message)}; docs/serving.md, '
     '"Grammars", says what is supported'

@@ -64,12 +64,7 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def programs(config: QwenVLConfig, cache_dtype: str | None = None) -> Programs:
-  """The programs of a model, shared by all engines of it.
-
-  Args:
-    config: of the model, with layers apart.
-    cache_dtype: see `EngineConfig`.
-  """
+  """The programs of a model, shared by all engines of it."""
   functions = Functions(config, cache_dtype)
   return Programs(
     init_state=jax.jit(functions.init_state, static_argnums=(0, 1)),

@@ -29,9 +29,7 @@ class Reading:
     """Begins to read.
 
     Args:
-      engine: reads the prompts.
       bank: of image features; those of the prompts are held until `release`.
-      requests: have the prompts, see `Engine.joins`.
       top: to score the tokens of one prompt, how many of the most likely ones
         to tell beside each; None for no scores.
     """

@@ -100,10 +100,8 @@ class Request:
     """Makes a request that the model can read.
 
     Args:
-      config: of the model.
       tokens: [T] ids.
       images: [I,R,R,3] pixels, an array or a list; None for none.
-      name: what an error calls the prompt.
       **settings: the other attributes.
 
     Raises:
@@ -177,7 +175,6 @@ class Answer:
     """Makes an empty answer.
 
     Args:
-      request: what is asked.
       listener: called in the scheduler's thread after each token, and when the
         answer ends.
     """
@@ -222,12 +219,6 @@ class Answer:
 
 def check_fits(request: Request, max_len: int, images: int, name: str) -> None:
   """Checks that an engine has room for a request.
-
-  Args:
-    request: the prompt, its images and the length of the answer.
-    max_len: tokens that the engine has room for.
-    images: places for image features.
-    name: what an error calls the prompt.
 
   Raises:
     DataError: says what is too much.

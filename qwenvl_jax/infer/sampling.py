@@ -73,37 +73,33 @@ class Sampling:
   seed: int | tuple[int, ...] = 0
 
   def __post_init__(self):
+    def check(name: str, fits: bool, wrong: str) -> None:
+      if not fits:
+        raise ConfigError(f'{name}={getattr(self, name)} is {wrong}')
+
     t = self.temperature
-    if t != 0 and not MIN_TEMPERATURE <= t <= MAX_TEMPERATURE:
-      raise ConfigError(
-        f'temperature={t} is neither 0 (always the most likely token) nor from '
-        f'{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}'
-      )
-    if self.top_k < 0:
-      raise ConfigError(f'top_k={self.top_k} is negative; 0 means no limit')
-    if not 0 < self.top_p <= 1:
-      raise ConfigError(
-        f'top_p={self.top_p} is not in (0, 1]; 1 means no limit'
-      )
-    if not 0 <= self.min_p <= 1:
-      raise ConfigError(
-        f'min_p={self.min_p} is not in [0, 1]; 0 means no limit'
-      )
-    if not 1 / _MAX_FACTOR <= self.repetition_penalty <= _MAX_FACTOR:
-      raise ConfigError(
-        f'repetition_penalty={self.repetition_penalty} is not between '
-        f'{1 / _MAX_FACTOR:g} and {_MAX_FACTOR:g}; 1 means none'
-      )
+    check(
+      'temperature',
+      t == 0 or MIN_TEMPERATURE <= t <= MAX_TEMPERATURE,
+      'neither 0 (always the most likely token) nor from '
+      f'{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}',
+    )
+    check('top_k', self.top_k >= 0, 'negative; 0 means no limit')
+    check('top_p', 0 < self.top_p <= 1, 'not in (0, 1]; 1 means no limit')
+    check('min_p', 0 <= self.min_p <= 1, 'not in [0, 1]; 0 means no limit')
+    check(
+      'repetition_penalty',
+      1 / _MAX_FACTOR <= self.repetition_penalty <= _MAX_FACTOR,
+      f'not between {1 / _MAX_FACTOR:g} and {_MAX_FACTOR:g}; 1 means none',
+    )
     for name in ('presence_penalty', 'frequency_penalty'):
-      if not abs(getattr(self, name)) <= _MAX_PENALTY:
-        raise ConfigError(
-          f'{name}={getattr(self, name)} is not between -{_MAX_PENALTY:g} and '
-          f'{_MAX_PENALTY:g}; 0 means none'
-        )
-    if self.min_new_tokens < 0:
-      raise ConfigError(
-        f'min_new_tokens={self.min_new_tokens} is negative; 0 means no minimum'
+      check(
+        name,
+        abs(getattr(self, name)) <= _MAX_PENALTY,
+        f'not between -{_MAX_PENALTY:g} and {_MAX_PENALTY:g}; 0 means none',
       )
+    few = self.min_new_tokens
+    check('min_new_tokens', few >= 0, 'negative; 0 means no minimum')
     if len(self.stop_ids) > MAX_STOPS:
       raise ConfigError(
         f'{len(self.stop_ids)} stop ids are more than {MAX_STOPS}'
@@ -138,18 +134,11 @@ class Settings:
   """`Sampling` of B rows as arrays.
 
   Attributes:
-    temperature: [B] float32; all fields are named as in `Sampling`.
-    top_k: [B] int32.
-    top_p: [B] float32.
-    min_p: [B] float32.
-    repetition_penalty: [B] float32.
-    presence_penalty: [B] float32.
-    frequency_penalty: [B] float32.
     bias_ids: [B,MAX_BIASES] int32.
     bias_values: [B,MAX_BIASES] float32, 0 at unset places.
-    min_new_tokens: [B] int32.
     stop_ids: [B,MAX_STOPS] int32, -1 at unset places.
-    key: [B,2] uint32, data of a PRNG key.
+    key: [B,2] uint32, data of a PRNG key. Other fields are [B], int32 or
+      float32, as in `Sampling`.
   """
 
   temperature: jax.Array

@@ -98,12 +98,10 @@ class Scheduler:
     """Makes all slots free.
 
     Args:
-      engine: what answers.
       max_waiting: requests that may wait; None for any number.
       max_waiting_tokens: tokens of the prompts that may wait; None for any.
       read_tokens: of prompts, before each step of the running answers; an image
         counts as its patches. None for the engine's `chunk`.
-      clock: seconds, for time-outs.
     """
     self.engine = engine
     self._bank = ImageBank(engine)
@@ -133,11 +131,6 @@ class Scheduler:
     name: str = 'the prompt',
   ) -> Answer:
     """Puts a request into the queue.
-
-    Args:
-      request: what is asked.
-      listener: see `Answer`.
-      name: what an error calls the request.
 
     Returns:
       The answer, which grows as `step` is called.

@@ -1,29 +1,13 @@
 """How likely the model finds given continuations."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
 
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.infer.image_bank import ImageBank
 from qwenvl_jax.infer.reading import Reading
 from qwenvl_jax.infer.request import MAX_TOP_LOGPROBS, Request, check_fits
-
-
-class Scored(NamedTuple):
-  """What the model says of a continuation of C tokens.
-
-  Attributes:
-    logprobs: [C] float32, log-probability of each token.
-    top_ids: [C,K] int32, the most likely tokens in their places.
-    top_logprobs: [C,K] float32.
-  """
-
-  logprobs: np.ndarray
-  top_ids: np.ndarray
-  top_logprobs: np.ndarray
+from qwenvl_jax.infer.state import Scores
 
 
 def score(
@@ -34,20 +18,16 @@ def score(
   *,
   top: int = 0,
   adapter: str | None = None,
-) -> list[Scored]:
+) -> list[Scores]:
   """Scores a continuation of every prompt.
 
   Args:
-    engine: with room for the longest prompt with its continuation.
-    prompts: token ids, at least one each.
     continuations: token ids, one list a prompt.
-    images: per prompt [I,R,R,3] pixels or None; or None.
     top: how many of the most likely tokens to tell beside each.
-    adapter: see `Request`.
 
   Returns:
-    One `Scored` a prompt. NTK and LogN follow the length of prompt and
-    continuation together, which are read as one.
+    The scores of each continuation. NTK and LogN follow the length of prompt
+    and continuation together, which are read as one.
 
   Raises:
     DataError: a prompt, a continuation or images that cannot be used; names
@@ -86,6 +66,6 @@ def score(
     reading = Reading(engine, bank, [request], top)
     while not reading.finished:
       reading.step()
-    results.append(Scored(*(x[len(prompt) - 1 :] for x in reading.scores())))
+    results.append(Scores(*(x[len(prompt) - 1 :] for x in reading.scores())))
     reading.release()
   return results

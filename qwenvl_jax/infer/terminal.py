@@ -68,8 +68,6 @@ class Session:
     """Begins one.
 
     Args:
-      chat: what answers.
-      pictures: shown with the first question.
       raw: print answers as the model writes them, rather than in words.
     """
     self._chat = chat
@@ -144,7 +142,6 @@ class Session:
     """Asks, and prints the answer as it comes.
 
     Args:
-      question: what to ask.
       save: where to write the latest picture with the answer's boxes.
     """
     known = len(self._chat.history)

@@ -60,20 +60,14 @@ def begun_by(
 ) -> tuple[Collective | None, str | None]:
   """What an instruction does to collectives.
 
-  Args:
-    instruction: of any kind.
-    computation: that it stands in.
-    program: the whole.
-
   Returns:
     (the collective that it begins or None, what ends it): 'itself' if it runs
     alone; 'done' if a `-done` of the result does; a chain's id if the fusion
     that ends that chain does.
   """
   opcode = instruction.opcode
-  base = opcode.removesuffix('-start')
-  if base in KINDS:
-    made = _collective(base, instruction, computation)
+  if _kind(instruction) in KINDS:
+    made = _collective(_kind(instruction), instruction, computation)
     return made, 'done' if opcode.endswith('-start') else 'itself'
   if opcode == 'recv' and '_xla_megascale_transfer_type' in instruction.rest:
     return _between_slices(instruction), 'done'
@@ -81,12 +75,10 @@ def begun_by(
     return None, None
   for name in instruction.called:
     inner = program.computations[name]
-    for part in inner:
-      if part.opcode.removesuffix('-start') in KINDS:
-        break
-    else:
+    part = next((x for x in inner if _kind(x) in KINDS), None)
+    if part is None:
       continue
-    kind = part.opcode.removesuffix('-start')
+    kind = _kind(part)
     if kind == 'all-reduce' and _is_scatter(inner, instruction):
       kind = 'reduce-scatter'
     made = _collective(kind, part, inner, instruction)
@@ -98,6 +90,10 @@ def begun_by(
     if _has_target(inner, 'AsyncCollectiveStart'):
       return made, chain
   return None, None
+
+
+def _kind(instruction: Instruction) -> str:
+  return instruction.opcode.removesuffix('-start')
 
 
 def ends_chain(instruction: Instruction, program: Program) -> str | None:

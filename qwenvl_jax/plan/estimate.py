@@ -102,12 +102,10 @@ def estimate(
   """Plays a program through.
 
   Args:
-    program: as compiled for the chip.
-    chip: gives clock, peak and bandwidths.
     memory: whether copies that are begun ahead keep memory busy.
   """
   result = Estimate()
-  _play(program, program.entry, 1, chip, result, memory)
+  _Run(program, chip, result, memory, program.entry).play()
   return result
 
 
@@ -127,68 +125,6 @@ def seconds_on_links(collective: Collective, chip: Chip) -> float:
   return collective.wire_bytes / bandwidth
 
 
-class _Play:
-  """One run through a computation: a clock, and links that are busy until.
-
-  `memory` is None where nobody asks for it, else a `_Memory`.
-  """
-
-  def __init__(self, memory: bool):
-    self.now = 0.0
-    self.busy_until = 0.0
-    self.under_way = {}
-    self.memory = _Memory() if memory else None
-
-
-def _play(program, name, times, chip, result, memory) -> float:
-  """Adds a computation's costs to the result; returns the seconds of a run."""
-  computation = program.computations[name]
-  play = _Play(memory)
-  for instruction in computation:
-    opcode = instruction.opcode
-    if opcode == 'while':
-      trips = hlo.trips(program, instruction, computation)
-      body = instruction.attribute(r'body=%?([\w.\-]+)')
-      play.now += trips * _play(
-        program, body, times * trips, chip, result, memory
-      )
-      continue
-    if opcode in ('call', 'conditional'):
-      for called in instruction.called:
-        play.now += _play(program, called, times, chip, result, memory)
-      continue
-    _end(instruction, program, play, times, result)
-    _compute(instruction, computation, play, times, chip, result)
-    _begin(instruction, computation, program, play, times, chip, result)
-  for key in list(play.under_way):
-    _wait(key, play, times, result)
-  return play.now
-
-
-def _compute(instruction, computation, play, times, chip, result) -> None:
-  cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')
-  seconds = int(cycles) / chip.clock if cycles else 0.0
-  if instruction.opcode == 'custom-call' and not cycles:
-    work = flops.kernel_call_flops(instruction, computation) or 0.0
-    seconds = work / (KERNEL_EFFICIENCY * chip.peak_flops)
-    if flops.is_decode_attention(instruction):
-      read = flops.decode_attention_bytes(instruction, computation)
-      reading = read / (MEMORY_EFFICIENCY * chip.hbm_bandwidth)
-      seconds = max(seconds, reading)
-    result.kernel_seconds += times * seconds
-  else:
-    result.compute_seconds += times * seconds
-  if play.memory is not None:
-    waited = play.memory.wait(instruction, computation, play.now, seconds, chip)
-    play.now += waited
-    result.memory_seconds += times * waited
-  if seconds:
-    play.now += seconds
-    result.by_operation[instruction.op_name or instruction.name] += (
-      times * seconds
-    )
-
-
 class _Memory:
   """Who uses memory, one after the other."""
 
@@ -201,12 +137,8 @@ class _Memory:
   def wait(self, instruction, computation, now, seconds, chip) -> float:
     """Seconds that an instruction waits for memory.
 
-    Args:
-      instruction: may begin a copy, wait for one, or use memory itself.
-      computation: that it stands in.
-      now: when it begins.
-      seconds: that it takes alone.
-      chip: gives the bandwidth.
+    It may begin a copy, wait for one, or use memory itself. It begins `now`,
+    and takes `seconds` alone.
     """
     base, _, end = instruction.opcode.rpartition('-')
     if base in self._COPIES and end == 'start':
@@ -246,41 +178,111 @@ class _Memory:
     return self._busy_until
 
 
-def _begin(instruction, computation, program, play, times, chip, result):
-  collective, end = begun_by(instruction, computation, program)
-  if collective is None:
-    return
-  kind = collective.kind
-  if collective.crosses_slices:
-    kind = f'{kind} between slices'
-  traffic = result.traffic[kind]
-  traffic.count += times
-  traffic.bytes += times * collective.bytes
-  beside = end != 'itself'
-  if beside:
-    traffic.overlapped += times * collective.bytes
-  result.collectives.append((collective, times, beside))
-  play.busy_until = max(play.busy_until, play.now) + seconds_on_links(
-    collective, chip
-  )
-  key = instruction.name if end == 'done' else end
-  play.under_way[key] = kind, play.busy_until
-  if not beside:
-    _wait(key, play, times, result)
+@dataclasses.dataclass
+class _Run:
+  """A run through a computation: a clock, and links that are busy until.
 
+  Attributes:
+    result: receives the costs, times how often the computation runs.
+    counts_memory: see `estimate`.
+    name: of the computation.
+    times: how often it runs.
+  """
 
-def _end(instruction, program, play, times, result) -> None:
-  """Waits for what ends here."""
-  keys = [ends_chain(instruction, program)]
-  if instruction.opcode.endswith('-done'):
-    keys += instruction.operands
-  for key in keys:
-    if key in play.under_way:
-      _wait(key, play, times, result)
+  program: hlo.Program
+  chip: Chip
+  result: Estimate
+  counts_memory: bool
+  name: str
+  times: int = 1
 
+  def __post_init__(self):
+    self.computation = self.program.computations[self.name]
+    self.now = 0.0
+    self.busy_until = 0.0
+    self.under_way = {}
+    self.memory = _Memory() if self.counts_memory else None
 
-def _wait(key, play, times, result) -> None:
-  kind, ready = play.under_way.pop(key)
-  exposed = max(0.0, ready - play.now)
-  play.now += exposed
-  result.traffic[kind].exposed_seconds += times * exposed
+  def play(self) -> float:
+    """Adds the costs to the result; returns the seconds of a run."""
+    for instruction in self.computation:
+      if instruction.opcode == 'while':
+        trips = hlo.trips(self.program, instruction, self.computation)
+        body = instruction.attribute(r'body=%?([\w.\-]+)')
+        self.now += trips * self._inner(body, trips)
+      elif instruction.opcode in ('call', 'conditional'):
+        self.now += sum(map(self._inner, instruction.called))
+      else:
+        self._end(instruction)
+        self._compute(instruction)
+        self._begin(instruction)
+    for key in list(self.under_way):
+      self._wait(key)
+    return self.now
+
+  def _inner(self, name: str, trips: int = 1) -> float:
+    return dataclasses.replace(self, name=name, times=self.times * trips).play()
+
+  def _compute(self, instruction: hlo.Instruction) -> None:
+    cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')
+    seconds = int(cycles) / self.chip.clock if cycles else 0.0
+    if instruction.opcode == 'custom-call' and not cycles:
+      seconds = self._kernel_seconds(instruction)
+      self.result.kernel_seconds += self.times * seconds
+    else:
+      self.result.compute_seconds += self.times * seconds
+    if self.memory is not None:
+      waited = self.memory.wait(
+        instruction, self.computation, self.now, seconds, self.chip
+      )
+      self.now += waited
+      self.result.memory_seconds += self.times * waited
+    if seconds:
+      self.now += seconds
+      where = instruction.op_name or instruction.name
+      self.result.by_operation[where] += self.times * seconds
+
+  def _kernel_seconds(self, call: hlo.Instruction) -> float:
+    work = flops.kernel_call_flops(call, self.computation) or 0.0
+    seconds = work / (KERNEL_EFFICIENCY * self.chip.peak_flops)
+    if flops.is_decode_attention(call):
+      read = flops.decode_attention_bytes(call, self.computation)
+      bandwidth = MEMORY_EFFICIENCY * self.chip.hbm_bandwidth
+      seconds = max(seconds, read / bandwidth)
+    return seconds
+
+  def _begin(self, instruction: hlo.Instruction) -> None:
+    collective, end = begun_by(instruction, self.computation, self.program)
+    if collective is None:
+      return
+    kind = collective.kind
+    if collective.crosses_slices:
+      kind = f'{kind} between slices'
+    traffic = self.result.traffic[kind]
+    traffic.count += self.times
+    traffic.bytes += self.times * collective.bytes
+    beside = end != 'itself'
+    if beside:
+      traffic.overlapped += self.times * collective.bytes
+    self.result.collectives.append((collective, self.times, beside))
+    self.busy_until = max(self.busy_until, self.now)
+    self.busy_until += seconds_on_links(collective, self.chip)
+    key = instruction.name if end == 'done' else end
+    self.under_way[key] = kind, self.busy_until
+    if not beside:
+      self._wait(key)
+
+  def _end(self, instruction: hlo.Instruction) -> None:
+    """Waits for what ends here."""
+    keys = [ends_chain(instruction, self.program)]
+    if instruction.opcode.endswith('-done'):
+      keys += instruction.operands
+    for key in keys:
+      if key in self.under_way:
+        self._wait(key)
+
+  def _wait(self, key: str) -> None:
+    kind, ready = self.under_way.pop(key)
+    exposed = max(0.0, ready - self.now)
+    self.now += exposed
+    self.result.traffic[kind].exposed_seconds += self.times * exposed

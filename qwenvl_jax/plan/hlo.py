@@ -103,13 +103,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """Instructions in the order in which they run, by name.
-
-  Attributes:
-    name: unique in the program.
-    instructions: by name.
-    root: the one that gives the result.
-  """
+  """Instructions in the order in which they run; `root` gives the result."""
 
   name: str
   instructions: dict[str, Instruction]
@@ -137,24 +131,18 @@ class Visit:
   """An instruction where it is run.
 
   Attributes:
-    instruction: which.
-    computation: that it stands in.
     times: how often it runs.
-    fused: the name of the fusion it is part of, or of the asynchronous
-      operation; '' for none.
+    fused: whether it is part of a fusion or an asynchronous operation.
   """
 
   instruction: Instruction
   computation: Computation
   times: int
-  fused: str
+  fused: bool
 
 
 def parse(text: str) -> Program:
-  """Reads a program.
-
-  Args:
-    text: from `compiled.as_text()`.
+  """Reads a program from the text of `compiled.as_text()`.
 
   Raises:
     ValueError: this is not a program.
@@ -224,11 +212,6 @@ def trips(program: Program, loop: Instruction, around: Computation) -> int:
   what the body adds to it and what the condition compares it with. A loop whose
   length depends on values, as that of a decoder that may stop early, counts
   once.
-
-  Args:
-    program: the whole.
-    loop: a `while`.
-    around: the computation that the loop stands in.
   """
   known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
   if known:
@@ -276,24 +259,19 @@ def walk(program: Program) -> Iterator[Visit]:
 
   Of a conditional, all branches count as taken: an upper bound.
   """
-  yield from _visit(program, program.entry, 1, '')
+  yield from _visit(program, program.entry, 1, False)
 
 
 def _visit(program, name, times, fused) -> Iterator[Visit]:
   computation = program.computations[name]
   for instruction in computation:
     yield Visit(instruction, computation, times, fused)
-    inner = times
-    around = fused
-    if instruction.opcode == 'while':
+    inner, opcode = times, instruction.opcode
+    if opcode == 'while':
       inner *= trips(program, instruction, computation)
-    elif instruction.opcode == 'fusion' or instruction.opcode.startswith(
-      'async-'
-    ):
-      around = fused or instruction.name
-    elif instruction.opcode not in ('call', 'conditional'):
-      continue  # What reductions and collectives apply to their elements.
-    if instruction.opcode in ('async-update', 'async-done'):
+    # Not what reductions and collectives apply to their elements.
+    elif opcode not in ('call', 'conditional', 'fusion', 'async-start'):
       continue
+    around = fused or opcode in ('fusion', 'async-start')
     for called in instruction.called:
       yield from _visit(program, called, inner, around)

@@ -106,16 +106,13 @@ def make(
       f'{type(data).__name__}'
     )
   for name, value in (('rows', rows), ('length', length)):
-    if value is not None and (what == 'train' or value < 1):
+    if value is not None and value < 1:
+      raise ConfigError(f'--{name}={value}: must be at least 1')
+    if value is not None and what == 'train':
       raise ConfigError(
-        f'--{name}={value}: '
-        + (
-          'must be at least 1'
-          if value < 1
-          else f'the configuration says that of a training step '
-          f'(Pipeline.batch_size={data.batch_size}, '
-          f'sequence_length={data.sequence_length})'
-        )
+        f'--{name}={value}: the configuration says that of a training step '
+        f'(Pipeline.batch_size={data.batch_size}, '
+        f'sequence_length={data.sequence_length})'
       )
   mesh = make_mesh(config.mesh, devices)
   if what == 'train':
@@ -271,15 +268,10 @@ def _decode(
 def _job(
   config: TrainConfig, mesh: Mesh, program: Any, arguments: tuple, **about: Any
 ) -> Job:
-  """The job of a jitted program.
+  """The job of a jitted program, and other fields of it.
 
-  Args:
-    config: of the run.
-    mesh: see `make_mesh`.
-    program: has `lower`.
-    arguments: abstract; first what is kept, then what is split as the batch is
-      (the engine's state also by 'tensor'), then what is too small to count.
-    **about: the other fields of `Job`.
+  First of its abstract arguments is what is kept, then what is split as the
+  batch is (the engine's state also by 'tensor'); more is too small to count.
   """
 
   def lower():
@@ -344,11 +336,6 @@ def _read_bytes(params: Any, state: State, mesh: Mesh) -> float:
 
   The decoder's parameters but for the embedding, of which it takes a row for
   each token, and the whole cache.
-
-  Args:
-    params: abstract, as the program takes them.
-    state: abstract; its cache counts as filled.
-    mesh: of these.
   """
   decoder = {k: x for k, x in params['decoder'].items() if k != 'embed'}
 
@@ -357,20 +344,14 @@ def _read_bytes(params: Any, state: State, mesh: Mesh) -> float:
     split = 'tensor' in jax.tree.leaves(tuple(x.sharding.spec))
     return _bytes(x) / (mesh.shape['tensor'] if split else 1)
 
-  held = (
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(state.cache.layers)
-  )
-  return sum(map(read, jax.tree.leaves(decoder))) + sum(held)
+  held = _shard_bytes(state.cache.layers)
+  return sum(map(read, jax.tree.leaves(decoder))) + held
 
 
 def _ideal_bytes(kept: Any, batch: Any, mesh: Mesh) -> float:
   """Bytes a chip of arguments that are split as far as the mesh goes.
 
-  Args:
-    kept: parameters, or the whole state; 'data' repeats them.
-    batch: split over the axes of the batch; the engine's state over all.
-    mesh: see `make_mesh`.
+  'data' repeats what is kept; the engine's state is split over all axes.
   """
   copies = mesh.shape['data']
   ways = mesh.size if isinstance(batch, State) else data_shards(mesh)

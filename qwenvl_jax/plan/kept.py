@@ -23,12 +23,6 @@ def kept_plan(
   A plan is found again for the same configuration and topology as long as
   neither this package nor the compiler changes.
 
-  Args:
-    config: of a training run.
-    topology: of the devices.
-    devices: from `topology.devices`.
-    folder: made if absent.
-
   Raises:
     ConfigError: a mesh or a batch that the devices do not allow.
   """

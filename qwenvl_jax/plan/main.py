@@ -127,12 +127,7 @@ def command(argv: Sequence[str]) -> int:
     help='compile several times faster with a schedule of no use: memory and '
     'FLOPs, no times',
   )
-  flags, bindings = entry.parse(arguments, argv)
-  if not flags.gin_file:
-    raise ConfigError(
-      'no --gin_file given: name the config file of a stage, e.g. '
-      '--gin_file=stage2.gin'
-    )
+  flags, bindings = entry.parse(arguments, argv, config='stage2.gin')
   wanted = topology.parse(flags.topology, flags.slices)
   # The chips that this machine may have are not those that are planned for.
   jax.config.update('jax_platforms', 'cpu')
@@ -168,8 +163,6 @@ def pod_settings(
   """What to read for these chips.
 
   Args:
-    files: config files, that of the stage first.
-    wanted: the chips.
     what: the program, one of `jobs.WHATS`. How training uses a pod is of no
       use to inference.
     plain: nothing else.

@@ -10,14 +10,14 @@ from typing import Any
 
 from qwenvl_jax.plan.model_flops import model_flops, work_of
 from qwenvl_jax.plan.topology import Topology
-from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.loop import TrainConfig
 from qwenvl_jax.train.optimizer import flatten, split
 
-# By remat policy, at least: what a layer keeps beside its input, in widths of
-# the model and of the MLP's hidden units (a vision layer has no gate); the work
-# of a step, in units of one that recomputes nothing.
-_POLICIES = {
+# By remat policy of `QwenVLConfig`, from the most that a layer keeps to the
+# least: what it keeps beside its input, at least, in widths of the model and of
+# the MLP's hidden units (a vision layer has no gate); the work of a step, in
+# units of one that recomputes nothing.
+POLICIES = {
   'none': (6, 3, 1.0),
   'products': (5, 2, 1.02),
   'dots': (5, 2, 1.05),
@@ -39,10 +39,8 @@ class Sizes:
   """Of a configuration's parameters; a mesh does not change them.
 
   Attributes:
-    trained: number of parameters.
-    frozen: number of parameters.
+    trained: number of parameters, as `frozen`.
     shapes: by path.
-    trained_paths: of them.
   """
 
   trained: int
@@ -82,12 +80,12 @@ def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
   one copy of the logits: all there when the backward pass begins.
   """
   model, data = config.objective.config, config.data
-  copies, fsdp, tensor = _mesh(config.mesh, chips)
+  copies, fsdp, tensor = config.mesh.sizes(chips)
   compute, master = model.dtype.itemsize, model.param_dtype.itemsize
   # Parameter and two moments; the gradient, summed up if in microbatches.
   summed = master if config.accumulation > 1 else compute
   state = sizes.trained * (3 * master + summed) + sizes.frozen * compute
-  widths, hidden, _ = _POLICIES[model.remat]
+  widths, hidden, _ = POLICIES[model.remat]
   decoder, vision = model.decoder, model.vision
   inner = widths * decoder.dim + hidden * decoder.mlp_dim
   kept = (
@@ -95,7 +93,7 @@ def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
     + data.sequence_length * decoder.vocab_size / tensor
   )
   if sizes.trains_vision:
-    widths, hidden, _ = _POLICIES[model.vision_remat or model.remat]
+    widths, hidden, _ = POLICIES[model.vision_remat or model.remat]
     inner = widths * vision.width + min(hidden, 1) * vision.mlp_dim
     kept += vision.layers * _patches(config) * (vision.width + inner / tensor)
   rows = data.batch_size / config.accumulation / (copies * fsdp)
@@ -105,15 +103,15 @@ def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
 def promise(config: TrainConfig, sizes: Sizes, topology: Topology) -> float:
   """Seconds a step might take: an order of candidates, not an estimate."""
   model, chip = config.objective.config, topology.chip
-  copies, fsdp, tensor = _mesh(config.mesh, topology.chips)
+  copies, fsdp, tensor = config.mesh.sizes(topology.chips)
   needed = model_flops(
     model, sizes.shapes, sizes.trained_paths, work_of(config.data)
   )
   # Of the work, by how much each part takes.
   vision = sizes.count('vision') * _patches(config)
   decoder = sizes.count('decoder') * config.data.sequence_length
-  _, _, again = _POLICIES[model.remat]
-  _, _, seen = _POLICIES[model.vision_remat or model.remat]
+  _, _, again = POLICIES[model.remat]
+  _, _, seen = POLICIES[model.vision_remat or model.remat]
   seen = seen if sizes.trains_vision else 1.0
   factor = (again * decoder + seen * vision) / (decoder + vision)
   computing = factor * needed / topology.chips / chip.peak_flops / _PRODUCTS
@@ -124,13 +122,8 @@ def promise(config: TrainConfig, sizes: Sizes, topology: Topology) -> float:
   if tensor > 1:
     # Four sums of a layer's activations, forward and backward.
     tokens = rows * config.data.sequence_length
-    sent += (
-      8
-      * tokens
-      * model.decoder.layers
-      * model.decoder.dim
-      * (model.dtype.itemsize)
-    )
+    width = model.decoder.dim * model.dtype.itemsize
+    sent += 8 * tokens * model.decoder.layers * width
   sending = config.accumulation * sent / chip.collective_bandwidth
   longer, shorter = max(computing, sending), min(computing, sending)
   return longer + _EXPOSED * shorter
@@ -141,8 +134,3 @@ def _patches(config: TrainConfig) -> int:
   data = config.data
   side = data.image_size // config.objective.config.vision.patch_size
   return data.image_slots * side**2
-
-
-def _mesh(mesh: MeshConfig, chips: int) -> tuple[int, int, int]:
-  """(data, fsdp, tensor)."""
-  return mesh.sizes(chips)[:3]

@@ -66,12 +66,6 @@ def model_flops(
   activation functions, resizing, the optimizer. Every slot of a row counts, as
   token or as image: padding is work like any other.
 
-  Args:
-    config: of the model.
-    shapes: of the parameters, by path.
-    trained: the paths of those that are trained.
-    work: what the step works on.
-
   Raises:
     ConfigError: a matrix that this function does not know.
   """

@@ -18,7 +18,7 @@ _LARGE = 2**23
 _COSTLIEST = 20
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
   """Figures are per chip and step unless their names say otherwise.
 
@@ -90,56 +90,53 @@ class Plan:
   peak_hbm_bytes: int
   hbm_limit_bytes: int
   hbm_bytes_per_second: float
-  hbm_read_bytes: float | None
-  hbm_share: float | None
+  hbm_read_bytes: float | None = None
+  hbm_share: float | None = None
   argument_bytes: int
   ideal_argument_bytes: float
   kept_bytes: dict[str, int]
   parameters: int
   trained_parameters: int
   parameters_per_chip: float
-  program_flops: float | None
-  kernel_flops: float | None
+  program_flops: float | None = None
+  kernel_flops: float | None = None
   model_flops: float
-  flops_ratio: float | None
-  estimated_step_seconds: float | None
-  estimated_compute_seconds: float | None
-  estimated_kernel_seconds: float | None
-  estimated_memory_seconds: float | None
-  estimated_exposed_seconds: float | None
-  estimated_mfu: float | None
-  collective_bytes: float | None
-  overlapped_share: float | None
-  collectives: dict[str, dict[str, float]]
-  float32_gather_bytes: float | None
-  gather_ratio: float | None
-  full_gradient_all_reduces: int | None
-  gather_overlapped_share: float | None
-  estimated_tokens_per_second: float | None
-  estimated_images_per_second: float | None
-  steps: int | None
-  estimated_days: float | None
-  estimated_chip_hours: float | None
-  costliest: dict[str, float]
+  flops_ratio: float | None = None
+  estimated_step_seconds: float | None = None
+  estimated_compute_seconds: float | None = None
+  estimated_kernel_seconds: float | None = None
+  estimated_memory_seconds: float | None = None
+  estimated_exposed_seconds: float | None = None
+  estimated_mfu: float | None = None
+  collective_bytes: float | None = None
+  overlapped_share: float | None = None
+  collectives: dict[str, dict[str, float]] = dataclasses.field(
+    default_factory=dict
+  )
+  float32_gather_bytes: float | None = None
+  gather_ratio: float | None = None
+  full_gradient_all_reduces: int | None = None
+  gather_overlapped_share: float | None = None
+  estimated_tokens_per_second: float | None = None
+  estimated_images_per_second: float | None = None
+  steps: int | None = None
+  estimated_days: float | None = None
+  estimated_chip_hours: float | None = None
+  costliest: dict[str, float] = dataclasses.field(default_factory=dict)
   compile_seconds: float
-  unknown_kernels: list[str]
+  unknown_kernels: list[str] = dataclasses.field(default_factory=list)
   advice: list[str]
 
 
 def make_plan(job: Job, topology: Topology, quick: bool = False) -> Plan:
   """Compiles a job and reads what it will cost.
 
-  Args:
-    job: from `jobs.make`.
-    topology: whose devices the job was made for.
-    quick: as `compiling.compile_program`; times are left out.
+  `quick` is that of `compiling.compile_program`; times are left out.
   """
   began = time.perf_counter()
   compiled = compiling.compile_program(job.lower(), quick)
   seconds = time.perf_counter() - began
-  figures = {field.name: None for field in dataclasses.fields(Plan)}
-  figures |= _setting(job, topology)
-  figures |= {
+  figures = _setting(job, topology) | {
     'fits': compiled.fits,
     'peak_hbm_bytes': compiled.peak_bytes,
     'hbm_limit_bytes': topology.chip.hbm_bytes,
@@ -147,14 +144,11 @@ def make_plan(job: Job, topology: Topology, quick: bool = False) -> Plan:
     'hbm_read_bytes': job.hbm_read_bytes,
     'argument_bytes': compiled.argument_bytes
     or round(job.ideal_argument_bytes),
-    'collectives': {},
-    'costliest': {},
     'compile_seconds': seconds,
-    'unknown_kernels': [],
     'advice': [] if compiled.fits else advice(job, topology),
   }
   if compiled.fits:
-    figures |= _reading(compiled.text, job, topology, timed=not quick)
+    figures |= _reading(compiled.text, job, topology, figures, not quick)
   return Plan(**figures)
 
 
@@ -203,13 +197,12 @@ def _setting(job: Job, topology: Topology) -> dict[str, Any]:
   }
 
 
-def _reading(text, job, topology, timed) -> dict[str, Any]:
+def _reading(text, job, topology, setting, timed) -> dict[str, Any]:
   program = hlo.parse(text)
   waits_for_memory = job.hbm_read_bytes is not None
   played = estimate.estimate(program, topology.chip, waits_for_memory)
   kernels, unknown = flops.kernel_flops(program)
   total = flops.product_flops(program) + kernels
-  setting = _setting(job, topology)
   needed = setting['model_flops']
   gathers = played.traffic.get('all-gather', estimate.Traffic())
   figures = {
@@ -278,7 +271,6 @@ def advice(job: Job, topology: Topology) -> list[str]:
   found = []
   shards = data_shards(job.mesh)
   rows = job.work.rows // job.accumulation // shards
-  config = job.config
   if job.what == 'train' and rows > 1:
     smaller = next(n for n in range(2, rows + 1) if rows % n == 0)
     found.append(
@@ -286,9 +278,10 @@ def advice(job: Job, topology: Topology) -> list[str]:
       f'{job.accumulation * smaller} leaves {rows // smaller} of {rows} rows '
       'a shard'
     )
-  if job.what == 'train' and config.remat != 'full':
+  if job.what == 'train' and job.config.remat != 'full':
     found.append(
-      f"recompute more: QwenVLConfig.remat='full' instead of {config.remat!r}"
+      "recompute more: QwenVLConfig.remat='full' instead of "
+      f'{job.config.remat!r}'
     )
   copies, tensor = job.mesh.shape['data'], job.mesh.shape['tensor']
   if copies > topology.slices:

@@ -1,6 +1,6 @@
 """The plan as a table for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import filesize
 from rich.console import Console
@@ -19,9 +19,8 @@ def show(plan: Plan, console: Console) -> None:
     show_header=False,
     title_justify='left',
   )
-  table.add_column(justify='left')
-  table.add_column(justify='right')
-  table.add_column(justify='left')
+  for side in ('left', 'right', 'left'):
+    table.add_column(justify=side)
   for row in _rows(plan):
     table.add_row(*row)
   console.print(table)
@@ -43,69 +42,70 @@ def show(plan: Plan, console: Console) -> None:
     )
 
 
-def _rows(plan: Plan):
-  yield _row(
+def _rows(plan: Plan) -> Iterator[tuple[str, ...]]:
+  """Yields a name, a value and perhaps a remark for each row."""
+  yield (
     'parameters',
     f'{plan.parameters / 1e9:.2f} B',
     f'{plan.trained_parameters / 1e9:.2f} B trained; '
     f'{plan.parameters_per_chip / 1e6:.1f} M a chip',
   )
-  yield _row(
+  yield (
     'batch',
     f'{plan.rows:,} rows',
     f'{plan.accumulation} microbatches, {plan.rows_per_chip:g} rows a shard',
   )
   share = plan.peak_hbm_bytes / plan.hbm_limit_bytes
-  yield _row(
+  yield (
     'memory at the peak' if plan.fits else 'memory needed',
     f'{plan.peak_hbm_bytes / GIB:.2f} GiB',
     f'{share:.0%} of {plan.hbm_limit_bytes / GIB:.2f} GiB a chip',
   )
   for kind, size in plan.kept_bytes.items():
-    yield _row(f'  {kind}', f'{size / GIB:.2f} GiB')
+    yield (f'  {kind}', f'{size / GIB:.2f} GiB')
   if plan.kept_bytes:
     rest = plan.peak_hbm_bytes - sum(plan.kept_bytes.values())
-    yield _row('  activations and the rest', f'{rest / GIB:.2f} GiB')
+    yield ('  activations and the rest', f'{rest / GIB:.2f} GiB')
   if not plan.fits:
     return
-  yield _row(
+  yield (
     'state and batch',
     f'{plan.argument_bytes / GIB:.2f} GiB',
     f'{plan.argument_bytes / plan.ideal_argument_bytes:.2f} times the ideal',
   )
   if plan.hbm_read_bytes is not None:
     reading = plan.hbm_read_bytes / plan.hbm_bytes_per_second
-    yield _row(
+    yield (
       'read from memory',
-      _decimal(plan.hbm_read_bytes),
+      filesize.decimal(int(plan.hbm_read_bytes)),
       f'a chip and step: parameters and a full cache; {_seconds(reading)} at '
       f'{plan.hbm_bytes_per_second / 1e9:,.0f} GB/s',
     )
-  yield _row(
+  yield (
     'FLOPs of the program',
     _flops(plan.program_flops),
     f'a chip and step; {_flops(plan.kernel_flops)} in attention kernels',
   )
-  yield _row(
+  yield (
     'FLOPs of the model',
     _flops(plan.model_flops),
     f'program / model {plan.flops_ratio:.3f}; causal attention counts half',
   )
-  yield _row(
+  yield (
     'sent between chips',
-    _decimal(plan.collective_bytes),
+    filesize.decimal(int(plan.collective_bytes)),
     ''
     if plan.overlapped_share is None
     else f'{plan.overlapped_share:.0%} beside computation',
   )
   for kind, one in plan.collectives.items():
-    yield _row(f'  {kind}', _decimal(one['bytes']), _traffic(one))
+    yield (f'  {kind}', filesize.decimal(int(one['bytes'])), _traffic(one))
   if plan.estimated_step_seconds is None:
     return
   waiting = ''
   if plan.hbm_read_bytes is not None:
     waiting = f'{_seconds(plan.estimated_memory_seconds)} memory + '
-  yield _row(
+  yield (
     'estimated step',
     _seconds(plan.estimated_step_seconds),
     f'{_seconds(plan.estimated_compute_seconds)} computing + '
@@ -113,29 +113,23 @@ def _rows(plan: Plan):
     f'{_seconds(plan.estimated_exposed_seconds)} waiting for collectives',
   )
   if plan.hbm_share is not None:
-    yield _row(
+    yield (
       'share of the bandwidth',
       f'{plan.hbm_share:.0%}',
       f'the step takes {1 / plan.hbm_share:.2f} times what reading does',
     )
-  yield _row(
-    'estimated MFU', f'{plan.estimated_mfu:.1%}', 'of the bfloat16 peak'
-  )
-  yield _row(
+  yield ('estimated MFU', f'{plan.estimated_mfu:.1%}', 'of the bfloat16 peak')
+  yield (
     'estimated throughput',
     f'{plan.estimated_tokens_per_second:,.0f} tokens/s',
     f'{plan.estimated_images_per_second:,.0f} images/s',
   )
   if plan.steps is not None:
-    yield _row(
+    yield (
       f'estimated for {plan.steps:,} steps',
       f'{plan.estimated_days:,.1f} days',
       f'{plan.estimated_chip_hours:,.0f} chip-hours',
     )
-
-
-def _row(name: str, value: str, remark: str = '') -> tuple[str, str, str]:
-  return name, value, remark
 
 
 def _traffic(one: dict[str, float]) -> str:
@@ -155,10 +149,6 @@ def _flops(count: float) -> str:
 def _seconds(seconds: float) -> str:
   """A training step takes seconds, one more token milliseconds."""
   return f'{seconds:.3f} s' if seconds >= 0.1 else f'{seconds * 1e3:.2f} ms'
-
-
-def _decimal(size: float) -> str:
-  return filesize.decimal(int(size))
 
 
 def line(candidate: Candidate, plan: Plan | str) -> str:

@@ -13,26 +13,13 @@ from pathlib import Path
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan.kept import kept_plan
-from qwenvl_jax.plan.memory import Sizes, lower_bound, promise
+from qwenvl_jax.plan.memory import POLICIES, Sizes, lower_bound, promise
 from qwenvl_jax.plan.plan import Plan
 from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.sharding import MeshConfig, make_mesh
 from qwenvl_jax.train.loop import TrainConfig
 from qwenvl_jax.train.state import abstract_params
 
-# Remat policies of `QwenVLConfig`, from the most that a layer keeps to the
-# least. A search takes those that the model has.
-POLICIES = (
-  'none',
-  'products',
-  'dots',
-  'qkv_attention_residual_up',
-  'qkv_attention_up',
-  'qkv_attention_residual',
-  'qkv_attention',
-  'attention',
-  'full',
-)
 # Splitting every layer's work pays on few neighbouring chips only.
 _TENSOR = (1, 2, 4, 8)
 
@@ -42,14 +29,9 @@ class Candidate:
   """What a search may change of a configuration.
 
   Attributes:
-    data: see `MeshConfig`, as the two that follow.
-    fsdp: see there.
-    tensor: see there.
-    accumulation: microbatches a step.
     rows: of a microbatch on each shard of the batch; follows from the others.
-    remat: see `QwenVLConfig`.
-    vision_remat: see there.
-    inner: see `MeshConfig`; follows from the topology.
+    inner: follows from the topology. Other fields are those of `MeshConfig`,
+      `TrainConfig` and `QwenVLConfig`.
   """
 
   data: int
@@ -97,25 +79,23 @@ class Candidate:
 
   def needs_more_than(self, other: 'Candidate') -> bool:
     """Whether it takes no less memory than another one."""
+    kept = list(POLICIES).index
     return (
       self.tensor == other.tensor
       and self.fsdp <= other.fsdp
       and self.rows >= other.rows
-      and POLICIES.index(self.remat) <= POLICIES.index(other.remat)
-      and POLICIES.index(self.vision_remat or self.remat)
-      <= POLICIES.index(other.vision_remat or other.remat)
+      and kept(self.remat) <= kept(other.remat)
+      and kept(self.vision_remat or self.remat)
+      <= kept(other.vision_remat or other.remat)
     )
 
 
 def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
-  """All that divide.
+  """All that divide batch, heads and chips.
 
-  Args:
-    config: gives the batch and the number of heads.
-    topology: copies of the parameters reach over slices, nothing else does.
+  Copies of the parameters reach over slices, nothing else does.
   """
   found = []
-  policies = [name for name in POLICIES if _has_policy(config, name)]
   heads = config.objective.config.decoder.heads
   rows = config.data.batch_size
   chips = topology.chips
@@ -133,7 +113,7 @@ def candidates(config: TrainConfig, topology: Topology) -> list[Candidate]:
         Candidate(
           data, fsdp, tensor, microbatches, per_shard, remat, vision, inner
         )
-        for remat in policies
+        for remat in POLICIES
         for vision in ((None,) if remat == 'full' else (None, 'full'))
       ]
   return found
@@ -150,10 +130,6 @@ def search(
   """Compiles the most promising candidates.
 
   Args:
-    config: of a training run.
-    topology: of the devices.
-    devices: from `topology.devices`.
-    folder: where answers are kept, made if absent.
     budget: most answers, whether compiled now or kept from before.
     said: told (candidates tried, of how many, what comes now).
 
@@ -221,14 +197,6 @@ def _inner(topology: Topology, fsdp: int) -> int:
 def _shell(value: str | None) -> str:
   """A value of gin, quoted for the shell if it is a string."""
   return 'None' if value is None else f'\'"{value}"\''
-
-
-def _has_policy(config: TrainConfig, name: str) -> bool:
-  try:
-    config.objective.config.replace(remat=name)
-  except ConfigError:
-    return False
-  return True
 
 
 def rank(found: Iterable[tuple[Candidate, Plan | str]]):

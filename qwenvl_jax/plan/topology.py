@@ -141,11 +141,7 @@ class Topology:
 
 
 def parse(name: str, slices: int = 1) -> Topology:
-  """Reads a topology such as 'v5e:16x16'.
-
-  Args:
-    name: generation and shape of a slice.
-    slices: how many of them.
+  """Reads a topology such as 'v5e:16x16', so many slices of it.
 
   Raises:
     ConfigError: there is no such topology; says which there are.

@@ -148,11 +148,6 @@ def make(
 ) -> dict[str, float]:
   """Prepares the data and trains stages that are not there yet, in order.
 
-  Args:
-    settings: where to, and on what.
-    stages: names, of `STAGES`.
-    phases: told what begins and ends; 'data' and the stages are among them.
-
   Returns:
     How many seconds each took, as far as that is known.
   """

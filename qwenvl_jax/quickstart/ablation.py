@@ -15,18 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.table import Table
 
-from qwenvl_jax import api, buckets, entry
+from qwenvl_jax import buckets, entry
 from qwenvl_jax.data import sources
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.eval import compare, curves
-from qwenvl_jax.eval.engine_model import EngineModel
-from qwenvl_jax.eval.run import Run
-from qwenvl_jax.infer.engine import EngineConfig
-from qwenvl_jax.progress import PrintableConsole
+from qwenvl_jax.progress import print_table
 from qwenvl_jax.quickstart import __main__ as quickstart
-from qwenvl_jax.quickstart import text_exams
+from qwenvl_jax.quickstart import evaluate, text_exams
 from qwenvl_jax.quickstart.phases import Phases
 
 # Tokens of a row beside the image's.
@@ -36,7 +32,6 @@ _TEXT = 48
 _SHARE = 0.2
 
 _SLOTS = 64
-_MAX_LEN = 384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,10 +298,6 @@ def table(
   the same captions in the same order, so that differences are paired: step by
   step, with their standard error.
 
-  Args:
-    training: what was run.
-    runs: name of a variant to the folder of its run, each of as many steps.
-
   Returns:
     Head and rows.
   """
@@ -385,14 +376,7 @@ def _text(settings: quickstart.Settings, out: Path, count: int) -> None:
 
 def _evaluate(checkpoint: Path, exams: Path, out: Path) -> Path:
   """Scores a stage; what is there of an earlier call is not asked again."""
-  identity = {'checkpoint': checkpoint.name, 'digest': api.digest(checkpoint)}
-
-  def open_model():
-    handle = api.load(checkpoint)
-    sizes = EngineConfig(slots=_SLOTS, max_len=_MAX_LEN, read_rows=8)
-    return EngineModel(handle.engine(sizes), handle.tokenizer, identity)
-
-  run = Run(out, exams, identity, open_model)
+  run = evaluate.open_run(checkpoint, exams, out, slots=_SLOTS)
   found = text_exams.tasks()
   run.prepare(found)
   for task in found:
@@ -409,10 +393,7 @@ def _write(
   note: str,
 ) -> None:
   """Prints a table and writes it as Markdown."""
-  shown = Table(*head, title=title)
-  for row in rows:
-    shown.add_row(*row)
-  PrintableConsole().print(shown)
+  print_table(head, rows, title=title)
   print(note)
   lines = [f'# {title}', '']
   for cells in (head, ['---'] * len(head), *rows):

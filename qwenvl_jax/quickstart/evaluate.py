@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table as ConsoleTable
+from rich.table import Column
 
 from qwenvl_jax import api
 from qwenvl_jax.data import sources
@@ -18,6 +17,7 @@ from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.run import Run
 from qwenvl_jax.eval.tasks import scenes
 from qwenvl_jax.infer.engine import EngineConfig
+from qwenvl_jax.progress import print_table
 from qwenvl_jax.quickstart import origin, report, showing
 
 FLOORS = {
@@ -64,13 +64,6 @@ def evaluate(
 ) -> bool:
   """Scores stages 2 and 3 and writes `report.html` and `scores.json`.
 
-  Args:
-    out: the quickstart's folder, with `data` and a run for each stage.
-    stages: names of the runs, in order.
-    seconds: how long each took, where known.
-    config: which set of scenes.
-    scenes_count: how many held-out scenes.
-
   Returns:
     Whether every score reaches its floor.
 
@@ -86,7 +79,7 @@ def evaluate(
   handles = {name: api.load(out / name) for name in _TASKS}
   tables, items = [], {}
   for stage, titles in _TASKS.items():
-    run = _run(out, stage, handles[stage])
+    run = open_run(out / stage, data, out / 'eval' / stage, handles[stage])
     tasks = {
       title: _task(name, config, scenes_count) for name, title in titles.items()
     }
@@ -152,15 +145,26 @@ def _task(name: str, config: str, count: int) -> scenes.SceneTask:
   )
 
 
-def _run(out: Path, stage: str, handle: api.Handle) -> Run:
-  """Of one stage; what is there of an earlier call is not asked again."""
-  identity = {'checkpoint': stage, 'digest': api.digest(out / stage)}
+def open_run(
+  checkpoint: Path,
+  data: Path,
+  out: Path,
+  handle: api.Handle | None = None,
+  slots: int = _SLOTS,
+) -> Run:
+  """Opens an evaluation; what is there of an earlier call is not asked again.
+
+  Without a handle, the checkpoint is opened when the first question is asked.
+  """
+  digest = api.digest(checkpoint)
+  identity = {'checkpoint': checkpoint.name, 'digest': digest}
 
   def open_model():
-    sizes = EngineConfig(slots=_SLOTS, max_len=_MAX_LEN, read_rows=8)
-    return EngineModel(handle.engine(sizes), handle.tokenizer, identity)
+    opened = handle or api.load(checkpoint)
+    sizes = EngineConfig(slots=slots, max_len=_MAX_LEN, read_rows=8)
+    return EngineModel(opened.engine(sizes), opened.tokenizer, identity)
 
-  return Run(out / 'eval' / stage, out / 'data', identity, open_model)
+  return Run(out, data, identity, open_model)
 
 
 def _prepare(run: Run, tasks: Sequence[scenes.SceneTask]) -> None:
@@ -173,21 +177,16 @@ def _prepare(run: Run, tasks: Sequence[scenes.SceneTask]) -> None:
 
 
 def _print(table: report.Table):
-  shown = ConsoleTable(title=table.title)
-  for column in ('question', 'language', 'n', 'right', 'blank', 'majority'):
-    shown.add_column(
-      column, justify='left' if column == 'question' else 'right'
+  names = ('language', 'n', 'right', 'blank', 'majority')
+  head = ('question', *(Column(name, justify='right') for name in names))
+  rows = (
+    (
+      *(score.name, score.language, str(score.count)),
+      *(f'{x:.3f}' for x in (score.accuracy, score.blank, score.majority)),
     )
-  for score in table.scores:
-    shown.add_row(
-      score.name,
-      score.language,
-      str(score.count),
-      f'{score.accuracy:.3f}',
-      f'{score.blank:.3f}',
-      f'{score.majority:.3f}',
-    )
-  Console().print(shown)
+    for score in table.scores
+  )
+  print_table(head, rows, title=table.title)
 
 
 def _facts(out, stages, seconds, evaluation, tables) -> dict[str, str]:

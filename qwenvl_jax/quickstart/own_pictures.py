@@ -85,13 +85,6 @@ def write_known(
 
   In LLaVA's form, of three questions at most.
 
-  Args:
-    folder: to write, made if absent.
-    data_dir: of the quickstart.
-    count: how many.
-    seed: of the questions.
-    config: which set of scenes.
-
   Raises:
     DataError: the scenes are not there.
   """

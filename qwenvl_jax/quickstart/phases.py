@@ -25,9 +25,7 @@ class Phases:
   def __init__(self, names: Sequence[str], estimated: bool = True):
     """Plans a run.
 
-    Args:
-      names: of the phases, in order.
-      estimated: whether `EXPECTED` holds for it.
+    Of other runs than the quickstart on a CPU, nothing is estimated.
     """
     self._names = tuple(names)
     self._estimated = estimated

@@ -127,14 +127,7 @@ def write(
   """Writes the report.
 
   Args:
-    path: of the HTML file.
-    title: heading.
-    facts: about the run, name to value.
-    runs: name of a stage to its folder with `log.jsonl`.
-    tables: of scores.
-    floors: by row name, see `Floor`.
     examples: by title, pictures with answers that have boxes.
-    conversations: the turns of each.
   """
   body = [
     '<p>A small Qwen-VL, trained on this machine through the three stages of '

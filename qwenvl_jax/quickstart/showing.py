@@ -35,10 +35,7 @@ def gallery(
 ) -> list[tuple[Image.Image, Answered]]:
   """Returns answers of one kind with their pictures.
 
-  Args:
-    answers: in the order of the scenes.
-    by_id: the scenes.
-    kind: of the questions; scenes of one and of several objects alternate.
+  Scenes of one and of several objects alternate.
   """
   of_kind = [x for x in answers if x.question.kind == kind]
   one = [x for x in of_kind if x.question.objects == 1]
@@ -54,11 +51,6 @@ def conversations(
   handle: api.Handle, test: Sequence[Scene], classes: int
 ) -> list[list[report.Turn]]:
   """Holds short conversations about held-out scenes.
-
-  Args:
-    handle: what answers.
-    test: the scenes.
-    classes: how many of `things.THINGS` the data has.
 
   Returns:
     The turns of each, marked right or wrong.

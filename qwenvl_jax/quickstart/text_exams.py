@@ -62,11 +62,6 @@ def _task(name: str, title: str) -> Exam:
 def write(data_dir: Path, scenes: Sequence[Scene], seed: int = 0) -> None:
   """Writes the tables: a question of each kind about each scene.
 
-  Args:
-    data_dir: where the tasks read them.
-    scenes: what is asked about, and where wrong options are from.
-    seed: of the wrong options and their order.
-
   Raises:
     ConfigError: there are too few scenes for four options.
   """

@@ -207,8 +207,6 @@ async def stream(
   """Server-sent events of growing answers.
 
   Args:
-    answers: to send.
-    about: from `head`.
     chunk: makes the entry of `choices` of a piece.
     first: entries that are sent before any piece, one a choice.
     usage: tells the tokens at the end; None if nobody asked.

@@ -100,13 +100,7 @@ def engine_requests(
   """One request to the engine for each of the `n` answers to a prompt.
 
   Args:
-    config: of the model.
-    tokenizer: the vocabulary.
-    body: of the request.
-    tokens: of the prompt.
     pixels: [I,R,R,3] of its pictures, a list or None.
-    max_tokens: of an answer.
-    grammar: its form.
     **settings: other attributes of `Request`.
 
   Raises:
@@ -159,10 +153,7 @@ def room_for(
   """Tokens that an answer may have.
 
   Args:
-    length: of the prompt.
     wanted: None for all that there is room for.
-    max_len: of prompt and answer together.
-    what: the field that `wanted` comes from.
 
   Raises:
     ApiError: there is no room for the prompt, or for so long an answer.

@@ -18,8 +18,6 @@ async def chat(server: Server, body: ChatRequest, salt: bytes, wait: Any):
   """Answers a conversation.
 
   Args:
-    server: what answers.
-    body: of the request.
     salt: pictures are shared between requests of one.
     wait: coroutine function that waits until `Answers` have ended, see
       `server.finish`.

@@ -82,12 +82,7 @@ def most_connections() -> int:
 
 
 def uvicorn_config(app: Any, **settings) -> uvicorn.Config:
-  """How uvicorn serves an application.
-
-  Args:
-    app: from `make_app`.
-    **settings: other attributes of `uvicorn.Config`.
-  """
+  """How uvicorn serves an application."""
   return uvicorn.Config(
     app,
     # By name: where httptools is installed, uvicorn takes it, which has no

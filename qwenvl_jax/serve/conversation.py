@@ -37,11 +37,6 @@ def check_messages(
 
   Looked at before anything is made of it, for each picture stands for hundreds
   of ids.
-
-  Args:
-    messages: of a request.
-    limits: of it.
-    most_chars: of all texts together.
   """
   if len(messages) > limits.messages:
     raise ApiError(
@@ -129,14 +124,10 @@ def _add_content(prompt, tokenizer, message, image_tokens, numbered) -> None:
   content = message.content or ''
   if isinstance(content, str):
     content = [TextPart(type='text', text=content)]
-  text = ''
-
-  def flush(text):
-    prompt.tokens.extend(encode(tokenizer, text))
-
+  parts = []
   for part in content:
     if isinstance(part, TextPart):
-      text += part.text
+      parts.append(part.text)
       continue
     if message.role != 'user':
       raise ApiError(
@@ -144,13 +135,9 @@ def _add_content(prompt, tokenizer, message, image_tokens, numbered) -> None:
         'messages',
       )
     prompt.urls.append(part.url)
-    flush(f'{text}Picture {len(prompt.urls)}: ' if numbered else text)
-    # What stands in a span is replaced by the picture's features.
-    prompt.tokens.append(tokenizer.img_start_id)
-    prompt.tokens.extend([tokenizer.img_pad_id] * image_tokens)
-    prompt.tokens.append(tokenizer.img_end_id)
-    text = '\n' if numbered else ''
-  flush(text)
+    number = f'Picture {len(prompt.urls)}: '
+    parts += [number, None, '\n'] if numbered else [None]
+  prompt.tokens.extend(chatml.encode_parts(tokenizer, parts, image_tokens))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

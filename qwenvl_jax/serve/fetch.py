@@ -36,11 +36,6 @@ _EMBEDDING = [
 def fetch(url: str, limits: Limits, name: str) -> bytes:
   """Reads an encoded picture.
 
-  Args:
-    url: of a request.
-    limits: what may be read, and how much.
-    name: what an error calls the picture.
-
   Raises:
     ApiError: another kind of URL, or one that is not allowed or not readable.
   """

@@ -1,7 +1,6 @@
 """`qwenvl-serve`: an HTTP server with OpenAI's API."""
 
 import argparse
-import inspect
 import pathlib
 import socket
 import ssl
@@ -11,7 +10,6 @@ from typing import Any
 
 from qwenvl_jax import checkpoint_options, entry
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.infer.engine import EngineConfig
 from qwenvl_jax.infer.grammar import GrammarCompiler
 from qwenvl_jax.infer.scheduler import Scheduler
 from qwenvl_jax.infer.terminal import spinner
@@ -28,27 +26,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='qwenvl-serve',
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-    description=inspect.cleandoc("""
-      Serve a Qwen-VL model with OpenAI's API.
+  parser = entry.parser(
+    'qwenvl-serve',
+    """
+    Serve a Qwen-VL model with OpenAI's API.
 
-      Answers many requests at a time, from any OpenAI client. /docs in a
-      browser shows all routes.
-    """),
-    epilog=inspect.cleandoc("""
-      a first question, once the server says that it is ready:
-        curl http://127.0.0.1:8000/v1/chat/completions \\
-          -H 'Content-Type: application/json' \\
-          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    Answers many requests at a time, from any OpenAI client. /docs in a browser
+    shows all routes. A first question, once the server says that it is ready:
 
-      examples:
-        qwenvl-serve --checkpoint runs/quickstart/stage3
-        qwenvl-serve --checkpoint Qwen-VL-Chat --host 0.0.0.0 \\
-            --api_key_file key.txt --slots 32
-    """),
+      curl http://127.0.0.1:8000/v1/chat/completions \\
+        -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    """,
+    """
+    qwenvl-serve --checkpoint runs/quickstart/stage3
+    qwenvl-serve --checkpoint Qwen-VL-Chat --host 0.0.0.0 \\
+        --api_key_file key.txt --slots 32
+    """,
+    gin_help=False,
   )
   add = parser.add_argument
   add(
@@ -78,16 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     help='a low-rank adapter of the checkpoint (a run of finetune/lora.gin, or '
     "PEFT's folder), asked as the model NAME; may be repeated",
   )
-  add('--slots', type=int, default=8, help='answers at a time (default: 8)')
-  add(
-    '--max_len',
-    type=int,
-    metavar='N',
-    help='tokens of a prompt and its answer (default: what training rows have)',
-  )
+  checkpoint_options.add_engine_options(parser, slots=8)
   add('--max_waiting', type=int, default=256, help='requests in the queue')
   checkpoint_options.add_options(parser)
-  add('--cache_dtype', choices=('int8',), help='of the key-value cache')
   add(
     '--media_folder',
     metavar='DIR',
@@ -201,20 +189,14 @@ def _open(args: argparse.Namespace, key: str | None, limits: Limits) -> Any:
   name = args.served_name or pathlib.PurePath(str(args.checkpoint)).name
   adapters = _adapters(args.adapter, name)
   handle = checkpoint_options.load(args, adapters=adapters)
-  decoder = handle.config.decoder
-  engine = handle.engine(
-    EngineConfig(
-      slots=args.slots,
-      max_len=args.max_len or decoder.seq_length,
-      cache_dtype=args.cache_dtype,
-    )
-  )
+  engine = checkpoint_options.make_engine(args, handle)
   scheduler = Scheduler(engine, max_waiting=args.max_waiting)
+  vocab_size = handle.config.decoder.vocab_size
   return Server(
     name=name,
     config=handle.config,
     tokenizer=handle.tokenizer,
-    compiler=GrammarCompiler(handle.tokenizer, decoder.vocab_size),
+    compiler=GrammarCompiler(handle.tokenizer, vocab_size),
     worker=Worker(scheduler),
     metrics=Metrics(name, scheduler),
     limits=limits,
@@ -248,13 +230,7 @@ def _key(args: argparse.Namespace) -> str | None:
         '--api_key_file, or --no_api_key if anybody may ask'
       )
     return None
-  try:
-    key = pathlib.Path(args.api_key_file).read_text('utf-8').strip()
-  except (OSError, UnicodeDecodeError) as error:
-    raise ConfigError(
-      f'--api_key_file={args.api_key_file} cannot be read ({error}); it holds '
-      'one key'
-    ) from error
+  key = entry.read_key(args.api_key_file)
   if len(key) < _KEY_CHARS or not key.isprintable() or ' ' in key:
     raise ConfigError(
       f'{args.api_key_file}: a key has at least {_KEY_CHARS} characters and no '

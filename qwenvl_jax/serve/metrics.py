@@ -11,12 +11,7 @@ class Metrics:
   """Counters of one server, in a registry of their own."""
 
   def __init__(self, model: str, scheduler: Scheduler):
-    """Makes all counters.
-
-    Args:
-      model: the served name, a label of all.
-      scheduler: tells how busy it is when somebody asks.
-    """
+    """Makes all counters."""
     self.registry = registry = prometheus.CollectorRegistry()
 
     def make(kind, name, text, labels=(), **settings):

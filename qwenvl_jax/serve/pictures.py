@@ -48,11 +48,6 @@ def open_pictures(
 ) -> list[Picture]:
   """Opens all pictures of a request as RGB, one after the other.
 
-  Args:
-    urls: in reading order.
-    limits: budgets of the request.
-    side: R, pixels of a side that the model sees.
-
   Raises:
     ApiError: too many, too large, or not a picture of `FORMATS`.
   """

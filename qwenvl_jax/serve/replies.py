@@ -194,7 +194,6 @@ def streamed(model: type[BaseModel], example: str) -> dict[str, Any]:
   """What an answer of 200 is, whole or as server-sent events.
 
   Args:
-    model: of the whole answer.
     example: the data of the first event.
   """
   schema = {'type': 'string', 'example': f'data: {example}\n\ndata: [DONE]\n\n'}

@@ -29,13 +29,7 @@ class Server:
 
   Attributes:
     name: that clients call it by.
-    config: of the model.
-    tokenizer: its vocabulary.
-    compiler: of grammars.
-    worker: what answers.
-    metrics: what is counted.
-    limits: of a request.
-    key: that clients must send, None for none.
+    key: that they must send, None for none.
   """
 
   name: str
@@ -148,7 +142,6 @@ async def finish(answers: Answers, gone) -> None:
   """Waits until all answers have ended; cancels them if nobody waits.
 
   Args:
-    answers: to wait for.
     gone: coroutine function that tells whether the client has gone.
 
   Raises:

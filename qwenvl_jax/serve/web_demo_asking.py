@@ -26,12 +26,6 @@ async def ask(
 ) -> AsyncIterator[str]:
   """Yields an answer in pieces; left early, it frees its slot.
 
-  Args:
-    server: what answers.
-    salt: of the request, see `chats.chat`.
-    messages: in OpenAI's form.
-    **settings: other fields of the body.
-
   Raises:
     ApiError: as the routes do.
   """

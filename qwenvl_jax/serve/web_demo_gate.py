@@ -38,12 +38,7 @@ class Gate:
   """ASGI middleware before everything else of the server."""
 
   def __init__(self, app, folder: pathlib.Path):
-    """Makes it.
-
-    Args:
-      app: what it stands before.
-      folder: that files are given out from.
-    """
+    """Makes it."""
     self._app, self._folder = app, folder.resolve()
 
   async def __call__(self, scope, receive, send):

@@ -99,12 +99,7 @@ class Page:
   """
 
   def __init__(self, server: Server, folder: pathlib.Path):
-    """Makes it.
-
-    Args:
-      server: what answers.
-      folder: for pictures and files.
-    """
+    """Makes it."""
     self._server, self._folder = server, folder
     self._examples = [
       tuple(

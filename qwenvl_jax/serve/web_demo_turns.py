@@ -124,11 +124,6 @@ def open_shared(
 ) -> list[Turn]:
   """Opens what `share` made; trusts nothing in it.
 
-  Args:
-    data: of the file.
-    folder: that its pictures are written to.
-    limits: of a request, which hold for it.
-
   Raises:
     ApiError: another file, or one that asks for too much.
   """
@@ -208,8 +203,6 @@ def places_by_picture(
 
   Args:
     question: may name a picture: `Picture 2`, `图2`, `第2张`.
-    answer: of the model.
-    count: pictures that were shown so far.
 
   Returns:
     Places by the number of their picture, from 1.
@@ -236,12 +229,7 @@ def _number(match: re.Match) -> int:
 
 
 def draw_boxes(turns: Sequence[Turn], folder: pathlib.Path) -> None:
-  """Draws the places of the last answer on the pictures they belong to.
-
-  Args:
-    turns: whose last one gets `drawn` and `lacking`.
-    folder: that the new pictures are written to.
-  """
+  """Draws the places of the last answer on the pictures they belong to."""
   turn, pictures = turns[-1], all_pictures(turns)
   found = places_by_picture(turn.text, turn.answer, len(pictures))
   drawn, lacking = [], ''

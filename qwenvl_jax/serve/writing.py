@@ -38,10 +38,6 @@ class Writer:
   def add(self, tokens: Sequence[Token], last: bool) -> Piece:
     """Takes tokens in.
 
-    Args:
-      tokens: the next ones.
-      last: whether none will follow.
-
     Returns:
       What can be given out now.
     """

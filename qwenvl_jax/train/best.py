@@ -25,7 +25,7 @@ HELDOUT_LOSS = 'heldout_loss'
 _FILE = 'best.json'
 
 
-class BestState:
+class BestState(SavedSteps):
   """Keeps the parameters with the best measure of a run.
 
   Attributes:
@@ -45,13 +45,6 @@ class BestState:
   ):
     """Reads what an earlier start of the run left.
 
-    Args:
-      workdir: the run's folder.
-      measure: see above.
-      item: what a step calls its parameters.
-      coordinator: of the processes of the run.
-      warn: told of a state that is damaged, and moved away.
-
     Raises:
       CheckpointError: the folder cannot be opened, or is of an older version.
     """
@@ -66,18 +59,17 @@ class BestState:
     self._sign = -1 if measure == HELDOUT_LOSS else 1
     self._file = folder / _FILE
     self._item = item
-    self._first = coordinator.index == 0
-    self._steps = SavedSteps(
+    super().__init__(
       folder / CHECKPOINTS,
       {item: ocp.StandardCheckpointHandler()},
       coordinator,
       max_to_keep=1,
       best_fn=self._rank,
     )
-    damage = {step: self._steps.damage(step) for step in self._steps.all()}
+    damage = {step: self.damage(step) for step in self.all()}
     damaged = {step: reason for step, reason in damage.items() if reason}
-    self._steps.set_aside(damaged, warn, 'the next state counts as best')
-    self.step, self.value = self._steps.agreed('the best state', self._read())
+    self.set_aside(damaged, warn, 'the next state counts as best')
+    self.step, self.value = self.agreed('the best state', self._read())
     self._named = 0
     self._name(self.step)
 
@@ -89,9 +81,9 @@ class BestState:
 
   def _read(self) -> tuple[int, float]:
     """The best step that is there, and its value."""
-    step = self._steps.manager.best_step()
+    step = self.manager.best_step()
     if step is not None:
-      metrics = self._steps.manager.metrics(step)
+      metrics = self.manager.metrics(step)
       if metrics['measure'] == self.measure:
         return step, metrics['value']
     return 0, -self._sign * math.inf
@@ -113,17 +105,14 @@ class BestState:
     value = record.get(self.measure, math.nan)
     if not self._sign * value > self._sign * self.value:
       return ''
-    if step in self._steps.manager.all_steps():
+    if step in self.manager.all_steps():
       return (
         f'better than what {self._file.parent} has of this step, which was '
         'trained otherwise and stays until a later step is better'
       )
-    self.finish()
-    self._steps.save(
+    self.save_items(
       step,
-      {
-        self._item: ocp.args.StandardSave(params, save_args=save_args(params)),
-      },
+      {self._item: ocp.args.StandardSave(params, save_args=save_args(params))},
       metrics={'measure': self.measure, 'value': value},
       # Also where an earlier start has saved a later step.
       force=True,
@@ -149,15 +138,10 @@ class BestState:
     """Whether the best state is so many steps old, at a step."""
     return bool(self.step) and step - self.step >= steps
 
-  def check(self) -> None:
-    """Raises CheckpointError if saving failed in the background."""
-    self._steps.check()
-    self._name(self._steps.complete)
-
   def finish(self) -> None:
     """Waits for the last save; raises CheckpointError if it failed."""
-    self._steps.finish()
-    self._name(self._steps.complete)
+    super().finish()
+    self._name(self.complete)
 
   def _name(self, step: int | None) -> None:
     """Writes which state is there."""
@@ -165,6 +149,3 @@ class BestState:
       content = {'step': self.step, self.measure: self.value}
       buckets.write(self._file, json.dumps(content) + '\n')
       self._named = step
-
-  def close(self) -> None:
-    self._steps.close()

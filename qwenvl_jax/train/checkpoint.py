@@ -22,14 +22,10 @@ from etils import epath
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS
 from qwenvl_jax.conversion.low_rank import TRAINED
-from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.errors import CheckpointError, check_at_least_1
 from qwenvl_jax.train.coordinator import Coordinator
 from qwenvl_jax.train.data_shard import DataShard
-from qwenvl_jax.train.data_state import (
-  DataStateHandler,
-  RestoreDataState,
-  SaveDataState,
-)
+from qwenvl_jax.train.data_state import DataState, DataStateHandler
 from qwenvl_jax.train.failures import first_line
 from qwenvl_jax.train.guard import LossSpikeDetector
 from qwenvl_jax.train.optimizer import flatten, unflatten
@@ -56,15 +52,16 @@ class CheckpointConfig:
   keep: int = 3
 
   def __post_init__(self):
-    for name in ('every', 'keep'):
-      if getattr(self, name) < 1:
-        raise ConfigError(
-          f'CheckpointConfig.{name}={getattr(self, name)} must be at least 1'
-        )
+    check_at_least_1(self, 'every', 'keep')
 
 
-class Checkpoints:
-  """The checkpoints of one run's folder."""
+class Checkpoints(SavedSteps):
+  """The checkpoints of one run's folder.
+
+  Attributes:
+    item: what a step calls its parameters.
+    newest: the newest step saved or being saved.
+  """
 
   def __init__(
     self,
@@ -76,17 +73,12 @@ class Checkpoints:
   ):
     """Opens the folder and clears away what a kill left half written.
 
-    Args:
-      workdir: the run's folder.
-      config: see `CheckpointConfig`.
-      coordinator: of the processes of the run.
-      shard: the part of the data that this process reads.
-      on_base: whether what is frozen is a base's, and not saved.
+    Of a run `on_base`, what is frozen is a base's, and not saved.
     """
     self._on_base = on_base
     self.item = TRAINED if on_base else 'params'
     self._shard = shard or DataShard()
-    self._steps = SavedSteps(
+    super().__init__(
       buckets.absolute(workdir) / CHECKPOINTS,
       {
         self.item: ocp.StandardCheckpointHandler(),
@@ -97,32 +89,7 @@ class Checkpoints:
       coordinator or Coordinator(),
       max_to_keep=config.keep,
     )
-    self.folder = self._steps.folder
-    self._newest = self._steps.manager.latest_step()
-
-  @property
-  def newest(self) -> int | None:
-    """The newest step saved or being saved."""
-    return self._newest
-
-  def check(self) -> None:
-    """Raises CheckpointError if saving failed in the background."""
-    self._steps.check()
-
-  def finish(self) -> None:
-    """Waits for the last save; raises CheckpointError if it failed."""
-    self._steps.finish()
-
-  def close(self) -> None:
-    self._steps.close()
-
-  def preempted(self, turn: int) -> bool:
-    """Whether all processes of a run stop here because one got SIGTERM.
-
-    Args:
-      turn: of the loop, one more each time in every process.
-    """
-    return self._steps.manager.reached_preemption(turn)
+    self.newest = self.manager.latest_step()
 
   def save(
     self,
@@ -133,17 +100,13 @@ class Checkpoints:
   ) -> None:
     """Starts saving; returns when the state may change again.
 
-    Args:
-      step: its name.
-      state: see `TrainState`.
-      iterator: of the data, its state is saved.
-      detector: of a run with a guard, its state is saved.
+    Beside the state of the parameters, those of the data and of the guard.
 
     Raises:
       CheckpointError: this save or the one before it failed, e.g. for lack of
         space. Steps saved earlier stay valid.
     """
-    if step == self._newest:
+    if step == self.newest:
       return
     state = self.held(state)
     optimizer = _optimizer_item(state) | {'checksums': checksums(state)}
@@ -152,12 +115,12 @@ class Checkpoints:
         state.params, save_args=save_args(state.params)
       ),
       'optimizer': ocp.args.StandardSave(optimizer),
-      'data': SaveDataState(iterator, self._shard),
+      'data': DataState(iterator, self._shard),
     }
     if detector is not None:
       items['guard'] = ocp.args.JsonSave(detector.get_state())
-    self._steps.save(step, items)
-    self._newest = step
+    self.save_items(step, items)
+    self.newest = step
 
   def restore(
     self,
@@ -188,19 +151,18 @@ class Checkpoints:
         another configuration.
     """
     frozen, target = target.frozen, self.held(target)
-    steps = [
-      step for step in self._steps.all() if until is None or step <= until
-    ]
     damaged = {}
-    for step in sorted(steps, reverse=True):
+    for step in sorted(self.all(), reverse=True):
+      if until is not None and step > until:
+        continue
       state, reason = self._attempt(step, target, iterator, detector)
       if reason is not None:
-        self._steps.note_failure()
+        self.note_failure()
         damaged[step] = reason
         continue
       then = f'going on from step {step}'
-      self._steps.set_aside(damaged, warn, then)
-      self._newest = step
+      self.set_aside(damaged, warn, then)
+      self.newest = step
       if self._on_base:
         state = dataclasses.replace(state, frozen=frozen)
       return state
@@ -221,23 +183,15 @@ class Checkpoints:
   ) -> TrainState | None:
     """Restores the newest step up to a good one, but for the data.
 
-    Later steps are deleted: they will be made again, otherwise.
-
-    Args:
-      good: the last step that may be used.
-      target: as in `restore`.
-      warn: as in `restore`.
-      detector: as in `restore`.
-
-    Returns:
-      The state, or None if there is no such step.
+    Later steps are deleted: they will be made again, otherwise. Arguments and
+    result are those of `restore`.
     """
     self.finish()
     state = self.restore(target, None, warn, detector, until=good)
     if state is not None:
-      for step in self._steps.all():
-        if step > self._newest:
-          self._steps.delete(step)
+      for step in self.all():
+        if step > self.newest:
+          self.delete(step)
     return state
 
   def held(self, state: TrainState) -> TrainState:
@@ -246,7 +200,7 @@ class Checkpoints:
 
   def _attempt(self, step, target, iterator, detector):
     """(state, None), or (None, what is wrong with the step)."""
-    reason = self._steps.damage(step)
+    reason = self.damage(step)
     if reason is not None:
       return None, reason
     state = None
@@ -256,10 +210,10 @@ class Checkpoints:
     except CheckpointError:
       raise
     except Exception as error:  # Orbax raises whatever it stumbled over.
-      self._steps.check_reachable(error, f'reading {self.folder / str(step)}')
+      self.check_reachable(error, f'reading {self.folder / str(step)}')
       reason = first_line(error)
     # One process may have met damage that the others do not read.
-    reasons = self._steps.gather(f'reading step {step}', reason)
+    reasons = self.gather(f'reading step {step}', reason)
     found = [x for x in reasons if x is not None]
     if found:
       return None, found[0]
@@ -286,7 +240,7 @@ class Checkpoints:
       folder / 'optimizer', args=ocp.args.StandardRestore(optimizer)
     )
     if iterator is not None:
-      args = RestoreDataState(iterator, self._shard)
+      args = DataState(iterator, self._shard)
       DataStateHandler().restore(folder / 'data', args=args)
     if detector is not None and (folder / 'guard').exists():
       detector.set_state(
@@ -305,7 +259,7 @@ class Checkpoints:
 
   def _check_same_run(self, step: int, target: TrainState) -> None:
     """Tells a changed configuration from a damaged checkpoint."""
-    metadata = self._steps.manager.item_metadata(step)
+    metadata = self.manager.item_metadata(step)
     optimizer = _optimizer_item(target)
     optimizer['checksums'] = _abstract_checksums(target)
     for item, tree in ((self.item, target.params), ('optimizer', optimizer)):

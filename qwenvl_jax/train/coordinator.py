@@ -2,8 +2,8 @@
 
 A collective waits for a process that died, some for ever, and JAX's own
 coordinator ends a process without saying whom it missed. So each process keeps
-a TCP connection to process 0 (the hub) as long as the run lasts: it tells who
-has arrived, who is alive, and passes small values around.
+a TCP connection to process 0 as long as the run lasts: that tells who has
+arrived, who is alive, and passes small values around.
 """
 
 import asyncio
@@ -14,14 +14,15 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from qwenvl_jax.train.lost_process import (
-  LOST,
-  LostProcessError,
-  shown_numbers,
-)
+from qwenvl_jax.errors import QwenVLError
+
+# Exit status of the others when a process is lost: EX_TEMPFAIL of sysexits.h,
+# "start the same command again".
+LOST = 75
 
 # Seconds between two signs of life, and without one until a process counts as
 # lost (a process that dies closes its connection, which is noticed at once).
@@ -42,6 +43,18 @@ _CONNECT_RETRY_S = 0.25
 _MAX_MESSAGE_BYTES = 2**24
 
 
+class LostProcessError(QwenVLError):
+  """Another process of the run is gone, failed or does not come.
+
+  Attributes:
+    status: that this process ends with.
+  """
+
+  def __init__(self, message: str, status: int = LOST):
+    super().__init__(message)
+    self.status = status
+
+
 class Coordinator:
   """The processes of a run; one process alone needs no connection.
 
@@ -57,12 +70,9 @@ class Coordinator:
     count: int = 1,
     end: Callable[[int], None] = os._exit,
   ):
-    """Nobody is asked yet: see `wait_for_all`.
+    """Asks nobody yet: see `wait_for_all`.
 
-    Args:
-      index: of this process.
-      count: of processes.
-      end: ends this process, which may stand in a collective, with a status.
+    `end` ends this process, which may stand in a collective, with a status.
     """
     self._end = end
     self.index = index
@@ -70,7 +80,7 @@ class Coordinator:
     self.hosts = [socket.gethostname()] * count
     self._rounds = 0
     self._at = 0
-    # Of the hub: {process: (how far it is, since when)}.
+    # Of process 0: {process: (how far it is, since when)}.
     self._progress = {}
     self._lost = None
     self._leaving = False
@@ -78,7 +88,7 @@ class Coordinator:
     self._writers = {}
     self._left = set()
     self._complete = asyncio.Event()
-    # Of the hub: number of the round -> {process: message}.
+    # Of process 0: number of the round -> {process: message}.
     self._open = {}
     # Number of the round -> future of its values.
     self._answers = collections.defaultdict(lambda: self._loop.create_future())
@@ -86,24 +96,19 @@ class Coordinator:
     # The loop itself holds its tasks weakly.
     self._tasks = []
 
-  def name(self, index: int | None = None) -> str:
+  def name(self, index: int) -> str:
     """How messages call a process."""
-    index = self.index if index is None else index
     return f'process {index} of {self.count} ({self.hosts[index]})'
 
   def wait_for_all(self, coordinator: str, timeout: float) -> None:
-    """Waits until all processes are there.
+    """Waits some seconds until all processes are there.
 
-    Args:
-      coordinator: HOST:PORT of process 0. The port is free again afterwards.
-      timeout: seconds.
+    The port of `coordinator` (HOST:PORT of process 0) is free again afterwards.
 
     Raises:
       LostProcessError: process 0 does not answer, or names those that have not
         come.
     """
-    if self.count == 1:
-      return
     host, port = coordinator.rsplit(':', 1)
     self._loop = asyncio.new_event_loop()
     threading.Thread(
@@ -115,13 +120,8 @@ class Coordinator:
   def gather(self, where: str, value: Any = None, timeout: float = 600) -> list:
     """The values of all processes, in each of them; a barrier, too.
 
-    Args:
-      where: names the place in the run for error messages.
-      value: that JSON can hold.
-      timeout: seconds between the first and the last process.
-
-    Returns:
-      The values in the order of the processes.
+    In the order of the processes, and such as JSON can hold. The last one comes
+    within `timeout` seconds of the first to `where`, as errors call it.
 
     Raises:
       LostProcessError: names the processes that have not come here in time, or
@@ -146,11 +146,9 @@ class Coordinator:
 
     A collective that fails because of it may fail before the loss is known.
     """
-    deadline = concurrent.futures.Future()
-    if self.count > 1 and self._lost is None:
-      self._call(self._loop.call_later, seconds, deadline.set_result, None)
-      while self._lost is None and not deadline.done():
-        concurrent.futures.wait([deadline], timeout=0.05)
+    deadline = time.monotonic() + seconds
+    while self._lost is None and time.monotonic() < deadline:
+      time.sleep(0.05)
     return self._lost
 
   def fail(self, message: str, status: int) -> None:
@@ -165,9 +163,6 @@ class Coordinator:
       self._wait(self._say_goodbye(), seconds=HEARTBEAT_TIMEOUT_S)
 
   # What follows runs in the event loop, in a thread of its own.
-
-  def _call(self, function, *arguments) -> None:
-    self._loop.call_soon_threadsafe(function, *arguments)
 
   def _wait(self, coroutine: Coroutine, seconds: float | None = None) -> Any:
     future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -184,7 +179,7 @@ class Coordinator:
       )
     except OSError as error:
       raise LostProcessError(
-        f'{self.name()} cannot listen on port {port}: {error}. Is another run '
+        f'{self.name(0)} cannot listen on port {port}: {error}. Is another run '
         'using it?',
         status=2,
       ) from error
@@ -192,11 +187,14 @@ class Coordinator:
       await asyncio.wait_for(self._complete.wait(), timeout)
     except TimeoutError:
       missing = sorted(set(range(1, self.count)) - self._writers.keys())
+      numbers = ', '.join(map(str, missing[:16]))
+      if len(missing) > 16:
+        numbers += f' and {len(missing) - 16} more'
       came = [0, *sorted(self._writers)]
       hosts = ', '.join(f'{x} on {self.hosts[x]}' for x in came)
       message = (
         f'{len(came)} of {self.count} processes arrived within {timeout:g} s: '
-        f'missing {shown_numbers(missing)}; there are {hosts}'
+        f'missing {numbers}; there are {hosts}'
       )
       await self._lose(message)
       raise LostProcessError(message) from None
@@ -267,7 +265,7 @@ class Coordinator:
       raise LostProcessError(answer['lost'], answer['status'])
     reason = str(last) or type(last).__name__
     raise LostProcessError(
-      f'{self.name()}: the coordinator {host}:{port} '
+      f'{self.name(self.index)}: the coordinator {host}:{port} '
       + ('ends the connection' if reached else 'does not answer')
       + f' for {timeout:g} s ({reason}): is process 0 running there, and may '
       'its port be reached?'

@@ -53,10 +53,6 @@ class DataShard:
 def find_data_shard(mesh: Mesh, rows: int) -> DataShard:
   """What this process reads.
 
-  Args:
-    mesh: see `make_mesh`.
-    rows: of the global batch, divided by the mesh.
-
   Raises:
     ConfigError: the mesh lets processes share some of their rows.
   """
@@ -77,7 +73,6 @@ def shard_of(process: int, held: Mapping[int, Set[int]]) -> DataShard:
   """What a process reads.
 
   Args:
-    process: index.
     held: the first rows of the pieces of a batch that each process holds.
 
   Raises:

@@ -22,7 +22,7 @@ _FILE = re.compile(r'process_(\d+)-of-(\d+)\.json')
 class DataStateHandler(ocp.CheckpointHandler):
   """Writes and reads the states of iterators."""
 
-  def save(self, directory: Path, args: 'SaveDataState') -> None:
+  def save(self, directory: Path, args: 'DataState') -> None:
     """Writes the state of this process's shard."""
     if not args.shard.first:
       return
@@ -30,7 +30,7 @@ class DataStateHandler(ocp.CheckpointHandler):
     text = state.decode() if isinstance(state, bytes) else json.dumps(state)
     _file(directory, args.shard).write_text(text)
 
-  def restore(self, directory: Path, args: 'RestoreDataState') -> Any:
+  def restore(self, directory: Path, args: 'DataState') -> Any:
     """Sets the iterator to the state saved in a folder.
 
     Raises:
@@ -63,19 +63,12 @@ def _file(directory: Path, shard: DataShard) -> Path:
   return directory / f'process_{shard.index}-of-{shard.count}.json'
 
 
-@ocp.args.register_with_handler(DataStateHandler, for_save=True)
+@ocp.args.register_with_handler(
+  DataStateHandler, for_save=True, for_restore=True
+)
 @dataclasses.dataclass
-class SaveDataState(ocp.args.CheckpointArgs):
-  """What to save: the iterator, and which part it reads."""
-
-  item: Any
-  shard: DataShard = DataShard()
-
-
-@ocp.args.register_with_handler(DataStateHandler, for_restore=True)
-@dataclasses.dataclass
-class RestoreDataState(ocp.args.CheckpointArgs):
-  """What to restore: the iterator, and which part it reads."""
+class DataState(ocp.args.CheckpointArgs):
+  """What to save or restore: the iterator, and which part it reads."""
 
   item: Any
   shard: DataShard = DataShard()

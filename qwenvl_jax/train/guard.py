@@ -77,7 +77,6 @@ class LossSpikeDetector:
     """Takes note of a step.
 
     Args:
-      step: its number.
       loss: mean over its labels; not finite if the step was skipped.
 
     Returns:

@@ -1,12 +1,14 @@
 """The loss on data that is not trained on, while training."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import check_at_least_1
 from qwenvl_jax.sharding import put_batch
 from qwenvl_jax.train.data_shard import Data, DataShard
 from qwenvl_jax.train.objective import Objective
@@ -32,48 +34,33 @@ class HeldOut:
   patience: int | None = None
 
   def __post_init__(self):
-    for name in ('every', 'batches'):
-      if getattr(self, name) < 1:
-        raise ConfigError(
-          f'HeldOut.{name}={getattr(self, name)} must be at least 1'
-        )
-    if self.patience is not None and self.patience < 1:
-      raise ConfigError(f'HeldOut.patience={self.patience} must be at least 1')
+    check_at_least_1(self, 'every', 'batches', 'patience')
 
 
-class HeldOutLoss:
-  """Computes the mean loss of a label on the held-out data."""
+def heldout_loss(
+  config: HeldOut, objective: Objective, mesh: Mesh, shard: DataShard, like: Any
+) -> Callable[[Any], float]:
+  """Makes what computes the mean loss of a label on the held-out data.
 
-  def __init__(
-    self,
-    config: HeldOut,
-    objective: Objective,
-    mesh: Mesh,
-    shard: DataShard,
-    params: Any,
-  ):
-    """Compiles nothing yet.
+  Args:
+    config: see `HeldOut`.
+    objective: model and loss.
+    mesh: see `make_mesh`.
+    shard: the part of the data that this process reads.
+    like: nested dict of what has the shardings of the parameters.
 
-    Args:
-      config: see `HeldOut`.
-      objective: model and loss.
-      mesh: see `make_mesh`.
-      shard: the part of the data that this process reads.
-      params: nested dict of what has shardings.
-    """
-    self._config, self._objective = config, objective
-    self._mesh, self._shard = mesh, shard
-    self._sums = compile_loss(objective, mesh, params)
+  Returns:
+    A function of parameters; NaN if no label has a weight.
+  """
+  sums = compile_loss(objective, mesh, like)
 
-  def __call__(self, params: Any) -> float:
-    """Returns the loss of parameters; NaN if no label has a weight."""
-    iterator = self._config.data.iterator(self._shard.index, self._shard.count)
+  def loss(params: Any) -> float:
     total = weight = 0.0
-    for _ in range(self._config.batches):
-      batch = next(iterator, None)
-      if batch is None:
-        break
-      self._objective.check(batch)
-      sums = jax.device_get(self._sums(params, put_batch(batch, self._mesh)))
-      total, weight = total + float(sums[0]), weight + float(sums[1])
+    iterator = config.data.iterator(shard.index, shard.count)
+    for batch in itertools.islice(iterator, config.batches):
+      objective.check(batch)
+      found = jax.device_get(sums(params, put_batch(batch, mesh)))
+      total, weight = total + float(found[0]), weight + float(found[1])
     return total / weight if weight else float('nan')
+
+  return loss

@@ -57,10 +57,7 @@ def initial_params(
   """The parameters before step 0, each in its place and dtype.
 
   Args:
-    objective: the model.
     target: `ShapeDtypeStruct`s with shardings, from `abstract_params`.
-    init: see `InitFrom`.
-    seed: of what starts random.
 
   Returns:
     Nested dict of arrays like `target`.

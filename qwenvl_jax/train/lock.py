@@ -38,7 +38,6 @@ def locked(
   """Holds the lock of a run's folder.
 
   Args:
-    workdir: the folder, which exists.
     say: told what takes time, and if the folder knows no locks.
 
   Yields:

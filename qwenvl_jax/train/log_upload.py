@@ -1,9 +1,10 @@
 """Files that grow, of a run whose folder is a bucket.
 
-An object cannot be appended to. So the log and the TensorBoard events grow in a
-folder of this machine, and are copied to the bucket whole: once a minute in a
-thread of their own, before each checkpoint, and at the end. What a kill takes
-along is of steps after the last checkpoint, which the run takes again.
+An object cannot be appended to. So the log, the TensorBoard events and profiles
+grow in a folder of this machine, and are copied to the bucket whole: once a
+minute in a thread of their own, before each checkpoint, and at the end. What a
+kill takes along is of steps after the last checkpoint, which the run takes
+again.
 """
 
 import tempfile
@@ -79,7 +80,7 @@ class LogUpload:
         raise
       if not self._failed:
         self._warn(
-          f'warning: {self._place}: the log cannot be copied there '
-          f'({reason or error}); trying again until the end'
+          f'warning: {self._place}: files cannot be copied there '
+          f'({reason or error}); the log is tried again until the end'
         )
       self._failed = True

@@ -5,10 +5,10 @@ import dataclasses
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from qwenvl_jax import buckets
@@ -21,16 +21,19 @@ from qwenvl_jax.train.best import BestState
 from qwenvl_jax.train.checkpoint import Checkpoints
 from qwenvl_jax.train.coordinator import Coordinator
 from qwenvl_jax.train.data_shard import find_data_shard
-from qwenvl_jax.train.evaluation import PREFIX
-from qwenvl_jax.train.guard import DivergedError, LossSpikeDetector
-from qwenvl_jax.train.heldout import HeldOut, HeldOutLoss
+from qwenvl_jax.train.guard import (
+  DivergedError,
+  Guard,
+  LossSpikeDetector,
+  SpikeReport,
+)
+from qwenvl_jax.train.heldout import HeldOut, heldout_loss
 from qwenvl_jax.train.init import InitFrom, initial_params
 from qwenvl_jax.train.optimizer import split
 from qwenvl_jax.train.profile import FOLDER as PROFILE
 from qwenvl_jax.train.profile import Profiler
 from qwenvl_jax.train.reporting import Reporter
-from qwenvl_jax.train.rollback import roll_back
-from qwenvl_jax.train.run_config import TrainConfig, check_run
+from qwenvl_jax.train.run_config import PREFIX, TrainConfig, check_run
 from qwenvl_jax.train.signals import Interrupted, caught_signals
 from qwenvl_jax.train.state import (
   TrainState,
@@ -88,11 +91,12 @@ def train(
     base = run_folder.find_base(config, workdir)
     caught = stack.enter_context(caught_signals())
 
-    checkpoints = stack.enter_context(
-      closing(
-        Checkpoints(
-          workdir, config.checkpoint, coordinator, shard, on_base=bool(base)
-        )
+    def closed_at_end(thing):
+      return stack.enter_context(contextlib.closing(thing))
+
+    checkpoints = closed_at_end(
+      Checkpoints(
+        workdir, config.checkpoint, coordinator, shard, on_base=bool(base)
       )
     )
     detector = LossSpikeDetector(config.guard) if config.guard else None
@@ -104,29 +108,20 @@ def train(
       changed = run_folder.write_files(config, workdir, resolved, base)
     start = step = turn = int(state.step)
 
-    reporter = stack.enter_context(
-      closing(Reporter(workdir, start, last, quiet=not first))
-    )
+    reporter = closed_at_end(Reporter(workdir, start, last, quiet=not first))
     best = None
     if config.measure:
-      best = stack.enter_context(
-        closing(
-          BestState(
-            workdir, config.measure, checkpoints.item, coordinator, reporter.say
-          )
+      best = closed_at_end(
+        BestState(
+          workdir, config.measure, checkpoints.item, coordinator, reporter.say
         )
       )
       if _out_of_patience(config, best, start):
         last = start
     _say_how_it_starts(config, workdir, start, last, changed, reporter)
-    profiler = stack.enter_context(
-      closing(
-        Profiler(
-          workdir / PROFILE,
-          config.profile_steps if first else None,
-          reporter.say,
-        )
-      )
+    profiled = config.profile_steps if first else None
+    profiler = closed_at_end(
+      Profiler(workdir / PROFILE, profiled, reporter.say)
     )
     metrics = StepMetrics(
       config, last, iterator, coordinator, shard, detector, reporter
@@ -150,7 +145,7 @@ def train(
 
     def report_heldout(step: int, state: TrainState) -> None:
       with metrics.not_counted():
-        note(step, state, {'heldout_loss': heldout_loss(state.params)})
+        note(step, state, {'heldout_loss': compute_loss(state.params)})
 
     def report_scores(step: int, state: TrainState) -> None:
       with metrics.not_counted():
@@ -170,7 +165,7 @@ def train(
 
     hooks: list[tuple[int, Callable[[int, TrainState], None]]] = []
     if config.heldout:
-      heldout_loss = HeldOutLoss(
+      compute_loss = heldout_loss(
         config.heldout, config.objective, mesh, shard, state.params
       )
       hooks.append((config.heldout.every, report_heldout))
@@ -193,7 +188,7 @@ def train(
       asked = caught.signum
       if coordinator.count > 1:
         # All processes must save the same step; the runtime agrees on one.
-        asked = signal.SIGTERM * checkpoints.preempted(turn)
+        asked = signal.SIGTERM * checkpoints.manager.reached_preemption(turn)
       if asked:
         metrics.settle()
         if metrics.spike:
@@ -225,7 +220,7 @@ def train(
         metrics.settle()
       if metrics.spike:
         spike = metrics.spike
-        state = roll_back(
+        state = _roll_back(
           config.guard, spike, state, checkpoints, detector, reporter
         )
         metrics.restart()
@@ -319,6 +314,51 @@ def _out_of_patience(
     and patience
     and best.stands_since(patience * config.measured_every, step)
   )
+
+
+def _roll_back(
+  guard: Guard | None,
+  spike: SpikeReport,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  detector: LossSpikeDetector | None,
+  reporter: Reporter,
+) -> TrainState:
+  """Restores the last good checkpoint; the data stay where they are.
+
+  So what was read since that checkpoint is left out.
+
+  Raises:
+    DivergedError: there is no guard, nothing to restore, or it has been done
+      too often.
+  """
+  if guard is None:
+    raise DivergedError(
+      f'{spike.said}; the last checkpoint is of step {checkpoints.newest}. '
+      'Lower OptimizerConfig.peak, look at the data of these steps, or raise '
+      'TrainConfig.max_skipped'
+    )
+  rollbacks = detector.rollbacks
+  if rollbacks >= guard.limit:
+    raise DivergedError(
+      f'{spike.said}, after {rollbacks} roll-backs (Guard.limit='
+      f'{guard.limit}). Lower OptimizerConfig.peak or look at the data; '
+      'Guard.sigmas, Guard.rise and Guard.steps say what counts as a spike'
+    )
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  target = dataclasses.replace(target, frozen=state.frozen)
+  restored = checkpoints.go_back(spike.good, target, reporter.say, detector)
+  if restored is None:
+    raise DivergedError(
+      f'{spike.said}, and no checkpoint is from before: the first good step '
+      f'to go back to would be {spike.good} or earlier. Save more often '
+      '(CheckpointConfig.every) or lower OptimizerConfig.peak'
+    )
+  detector.rollbacks = rollbacks + 1
+  reporter.rolled_back(spike.step, int(restored.step), spike.said)
+  return restored
 
 
 def _interrupted(signum: int, step: int, folder: Path) -> Interrupted:

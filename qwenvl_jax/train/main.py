@@ -74,12 +74,7 @@ def command(argv: Sequence[str]) -> int:
     metavar='SECONDS',
     help='how long to wait for the other processes (default: %(default)g)',
   )
-  flags, bindings = entry.parse(arguments, argv)
-  if not flags.gin_file:
-    raise ConfigError(
-      'no --gin_file given: name the config file of a stage, e.g. '
-      '--gin_file=stage1.gin'
-    )
+  flags, bindings = entry.parse(arguments, argv, config='stage1.gin')
   if not flags.workdir:
     raise ConfigError("--workdir is empty: the current folder is '.'")
   place = find_place(os.environ, flags.distributed)

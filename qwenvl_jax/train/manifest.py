@@ -20,9 +20,7 @@ _DIGEST_LIMIT_BYTES = 2**20
 def write_checksums(folder: Path, limit: int = _DIGEST_LIMIT_BYTES) -> None:
   """Writes the manifest of a complete checkpoint.
 
-  Args:
-    folder: of one step.
-    limit: bytes of the largest file whose contents are noted.
+  Of files up to `limit` bytes, contents are noted, too.
   """
   sizes = buckets.sizes(folder)
   small = [name for name, size in sizes.items() if size <= limit]

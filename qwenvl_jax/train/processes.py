@@ -11,8 +11,7 @@ import jax
 from jax._src import clusters
 
 from qwenvl_jax.errors import ConfigError, QwenVLError
-from qwenvl_jax.train.coordinator import Coordinator
-from qwenvl_jax.train.lost_process import LostProcessError
+from qwenvl_jax.train.coordinator import Coordinator, LostProcessError
 
 COORDINATOR = 'QWENVL_COORDINATOR'
 COUNT = 'QWENVL_NUM_PROCESSES'
@@ -46,8 +45,6 @@ def find_place(
   """Which process this is; None if it is alone.
 
   Args:
-    environ: with QWENVL_COORDINATOR, QWENVL_NUM_PROCESSES and
-      QWENVL_PROCESS_ID, or none of them.
     detect: look for a pod (or Slurm or MPI job) around this process if the
       environment says nothing.
 
@@ -104,11 +101,9 @@ def joined(
 
   Initializes `jax.distributed`; before any other use of JAX. An exception ends
   this process, and tells the others why; the loss of another ends it, too
-  (`lost_process.LOST`).
+  (`coordinator.LOST`).
 
-  Args:
-    place: from `find_place`; None runs alone.
-    timeout: seconds to wait for all to arrive.
+  Without a place, the run is of this process alone.
   """
   if place is None or place.count == 1:
     yield Coordinator()
@@ -143,7 +138,7 @@ def _initialize_jax(place: Place) -> None:
 
 def _end(coordinator: Coordinator, error: BaseException) -> None:
   """Ends this process because of an error, here or elsewhere."""
-  status = getattr(error, 'status', 2)
+  status, prefix = getattr(error, 'status', 2), ''
   if not isinstance(error, QwenVLError):
     # A collective may fail before it is known that another process did.
     collective = isinstance(error, jax.errors.JaxRuntimeError)
@@ -158,9 +153,8 @@ def _end(coordinator: Coordinator, error: BaseException) -> None:
   else:
     traceback.print_exception(error)
     status = 1
-  prefix = (
-    '' if isinstance(error, LostProcessError) else f'{coordinator.name()}: '
-  )
+  if not isinstance(error, LostProcessError):
+    prefix = f'{coordinator.name(coordinator.index)}: '
   print(f'error: {prefix}{said}', file=sys.stderr, flush=True)
   coordinator.fail(said, status)
   sys.stdout.flush()

@@ -1,7 +1,6 @@
 """A profiler trace of some steps."""
 
 import contextlib
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 
 from qwenvl_jax import buckets
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train.log_upload import LogUpload
 
 FOLDER = 'profile'
 
@@ -45,35 +45,26 @@ class Profiler:
   def __init__(
     self, folder: Path, steps: tuple[int, int] | None, say: Callable
   ):
-    """Starts nothing yet.
-
-    Args:
-      folder: of the trace.
-      steps: first and last, or None for none.
-      say: told where the trace is.
-    """
+    """Starts nothing yet; `say` is told where the trace is."""
     self._folder = folder
     self._steps = steps
     self._say = say
     self._tracing = False
-    self._temporary = None
+    self._upload = None
 
   def step(self, number: int) -> contextlib.AbstractContextManager:
     """What a step runs under: from its data to its dispatch."""
     if self._steps and not self._tracing and number == self._steps[0]:
-      jax.profiler.start_trace(self._local())
+      folder = self._folder
+      if buckets.in_bucket(folder):
+        self._upload = LogUpload(folder, self._say)
+        folder = self._upload.folder
+      folder.mkdir(parents=True, exist_ok=True)
+      jax.profiler.start_trace(folder)
       self._tracing = True
     if not self._tracing:
       return contextlib.nullcontext()
     return jax.profiler.StepTraceAnnotation('train', step_num=number)
-
-  def _local(self) -> Path:
-    """Where the profiler writes: it knows no buckets."""
-    if buckets.in_bucket(self._folder):
-      self._temporary = tempfile.TemporaryDirectory(prefix='qwenvl_jax_')
-      return Path(self._temporary.name)
-    self._folder.mkdir(parents=True, exist_ok=True)
-    return self._folder
 
   def after(self, number: int, metrics: Any) -> None:
     """Ends the trace with the last step, once the devices are through."""
@@ -87,20 +78,9 @@ class Profiler:
       return
     self._tracing, steps, self._steps = False, self._steps, None
     jax.profiler.stop_trace()
-    if self._temporary is not None:
-      self._upload()
+    if self._upload is not None:
+      self._upload.close()
     self._say(
       f'profiled steps {steps[0]} to {steps[1]}: pip install xprof, then '
       f'xprof --logdir={self._folder} shows them in a browser'
     )
-
-  def _upload(self) -> None:
-    try:
-      with self._temporary as folder:
-        for name in buckets.sizes(Path(folder)):
-          buckets.upload(Path(folder, name), self._folder / name)
-    except Exception as error:
-      reason = buckets.unreachable(error)
-      if reason is None:
-        raise
-      self._say(f'warning: the profile cannot be copied ({reason})')

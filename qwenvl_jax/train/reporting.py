@@ -1,77 +1,29 @@
 """What a run says while it runs: bar or lines, log.jsonl, TensorBoard."""
 
-import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 from qwenvl_jax import buckets
 from qwenvl_jax.errors import printable
-from qwenvl_jax.train.events import Events
 from qwenvl_jax.train.log_upload import LogUpload
 from qwenvl_jax.train.step import COUNTS
 
 LOG_FILE = 'log.jsonl'
 TENSORBOARD = 'tensorboard'
 
-# Metrics of the latest step; everything else is a mean over the window.
-_LATEST = ('learning_rate', 'skipped', 'skipped_in_a_row')
-
-
-@dataclasses.dataclass
-class Window:
-  """Sums over the steps since the last record: sums add up, means do not."""
-
-  began: float
-  waited: float = 0.0
-  # Seconds that passed waiting for the devices, and steps whatever their loss.
-  settled: float = 0.0
-  taken: int = 0
-  weight: float = 0.0
-  steps: int = 0
-  sums: dict[str, float] = dataclasses.field(default_factory=dict)
-  latest: dict[str, float] = dataclasses.field(default_factory=dict)
-
-  def add(self, metrics: dict[str, np.ndarray]) -> None:
-    values = {name: float(value) for name, value in metrics.items()}
-    weight = values.pop('weight')
-    self.taken += 1
-    self.latest = {name: values.pop(name) for name in _LATEST}
-    good = math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])
-    for name, value in values.items():
-      if name in COUNTS:
-        self.sums[name] = self.sums.get(name, 0) + value
-      elif good:
-        # The gradient's norm is a number a step, the rest a number a label.
-        share = 1 if name == 'grad_norm' else weight
-        self.sums[name] = self.sums.get(name, 0) + value * share
-    if good:
-      self.weight += weight
-      self.steps += 1
-
-  def record(self, step: int) -> dict[str, float | int | None]:
-    seconds = max(time.perf_counter() - self.began, 1e-9)
-    record = {'step': step, 'loss': None, 'grad_norm': None}
-    for name, value in self.sums.items():
-      if name in COUNTS:
-        record[name] = int(value)
-        record[f'{name}_per_second'] = value / seconds
-      else:
-        record[name] = value / (
-          self.steps if name == 'grad_norm' else self.weight
-        )
-    record['learning_rate'] = self.latest['learning_rate']
-    record['skipped'] = int(self.latest['skipped'])
-    record['seconds'] = seconds
-    record['waiting_for_data'] = self.waited / seconds
-    return record
+# Seconds between two writes of events to disk.
+_FLUSH_S = 5.0
 
 
 class Reporter:
@@ -81,10 +33,8 @@ class Reporter:
     """Continues the logs of a run.
 
     Args:
-      workdir: the run's folder.
       start: step the run goes on from; later records of an earlier start are
         dropped, they will be written again.
-      stop: step the run ends at.
       quiet: write nothing (other processes of a multi-process run).
     """
     self._quiet = quiet
@@ -127,13 +77,8 @@ class Reporter:
     self._sinks[LOG_FILE] = write, log.close
 
   def _open_events(self, path: Path, start: int) -> None:
-    events = self._events = Events(path, start)
-
-    def write(record):
-      scalars = {k: v for k, v in record.items() if v is not None}
-      events.write(scalars.pop('step'), scalars)
-
-    self._sinks[TENSORBOARD] = write, events.close
+    events = self._events = _Events(path, start)
+    self._sinks[TENSORBOARD] = events.write, events.close
 
   def compiling(self) -> None:
     """Says on the bar that, and since when, the step is compiled."""
@@ -160,8 +105,7 @@ class Reporter:
     finite = {
       k: v if v is None or math.isfinite(v) else None for k, v in record.items()
     }
-    for name, (write, _) in list(self._sinks.items()):
-      self._attempt(name, lambda write=write: write(finite))
+    self._write(finite)
     if self._upload:
       self._upload.now_and_then()
     if self._bar:
@@ -181,18 +125,14 @@ class Reporter:
     self._upload.flush()
 
   def rolled_back(self, step: int, start: int, why: str) -> None:
-    """Notes that the run goes on from an earlier step.
-
-    Args:
-      step: whose loss was seen last.
-      start: the step it goes on from.
-      why: for people.
-    """
+    """Notes that the run goes on from step `start`, and why."""
     self._began = time.perf_counter(), start
     self.say(f'warning: {why}: back to step {start}, leaving out that data')
     if self._quiet:
       return
-    record = {'step': start, 'rolled_back_from': step}
+    self._write({'step': start, 'rolled_back_from': step})
+
+  def _write(self, record: dict) -> None:
     for name, (write, _) in list(self._sinks.items()):
       self._attempt(name, lambda write=write: write(record))
 
@@ -256,6 +196,43 @@ def describe(record: dict) -> str:
   if record.get('skipped'):
     parts.append(f'skipped {record["skipped"]}')
   return '  '.join(parts)
+
+
+class _Events:
+  """One event file of TensorBoard, written in the thread that asks for it.
+
+  tensorboardX's `SummaryWriter` writes in a thread of its own, which dies with
+  a traceback when the disk is full; its file format is all that is needed.
+  """
+
+  def __init__(self, folder: Path, start: int):
+    """Opens a new file; what older ones say of steps after `start` is void."""
+    folder.mkdir(parents=True, exist_ok=True)
+    self._writer = EventsWriter(str(folder / 'events'), f'.{os.getpid()}')
+    event = self._event(start + 1)
+    event.session_log.status = event_pb2.SessionLog.START
+    self._writer.write_event(event)
+    self._flushed = 0.0
+
+  def _event(self, step: int) -> event_pb2.Event:
+    return event_pb2.Event(wall_time=time.time(), step=step)
+
+  def write(self, record: dict[str, float | None]) -> None:
+    """Adds the scalars of one step."""
+    for name, value in record.items():
+      if name != 'step' and value is not None:
+        event = self._event(record['step'])
+        event.summary.CopyFrom(scalar(name, value))
+        self._writer.write_event(event)
+    if time.monotonic() - self._flushed > _FLUSH_S:
+      self.flush()
+
+  def flush(self) -> None:
+    self._writer.flush()
+    self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    self._writer.close()
 
 
 class _Columns(ProgressColumn):

@@ -1,19 +1,21 @@
 """The configuration of a run, and what of it cannot work."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
 
 from qwenvl_jax.data.pipeline import Pipeline
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, check_at_least_1, check_fields
+from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.text.tokenizer import Tokenizer
 from qwenvl_jax.train.best import HELDOUT_LOSS
 from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.coordinator import Coordinator
 from qwenvl_jax.train.data_shard import Data
-from qwenvl_jax.train.evaluation import PREFIX, Evaluation
 from qwenvl_jax.train.guard import Guard
 from qwenvl_jax.train.heldout import HeldOut
 from qwenvl_jax.train.init import InitFrom
@@ -24,6 +26,27 @@ from qwenvl_jax.train.step import check_batch
 
 # The measure of `TrainConfig.best` that follows from the rest.
 AUTO = 'auto'
+
+# Before the names of scores in the records of a run.
+PREFIX = 'eval/'
+
+
+class Evaluation(Protocol):
+  """What scores a model (`eval.training.DuringTraining`).
+
+  Attributes:
+    every: steps between two evaluations; the run's last step has one, too.
+    measure: name of the score that decides, unless `TrainConfig.best` does,
+      which state is best; the highest is.
+  """
+
+  every: int
+  measure: str
+
+  def __call__(
+    self, config: QwenVLConfig, params: Any, workdir: Path
+  ) -> dict[str, float]:
+    """Returns scores by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +101,13 @@ class TrainConfig:
   def __post_init__(self):
     if self.profile_steps is not None:
       check_steps(self.profile_steps)
-    if not self.notice > 0:
-      raise ConfigError(
-        f'TrainConfig.notice={self.notice} must be more than 0 seconds'
-      )
+    check_fields(self, lambda x: x > 0, 'must be more than 0 seconds', 'notice')
     if not 0 <= self.seed < 2**32:
       raise ConfigError(
         f'TrainConfig.seed={self.seed} is not from 0 to 2**32 - 1: JAX would '
         'use its last 32 bits, those of another seed'
       )
-    for name in ('accumulation', 'log_every', 'max_skipped'):
-      if getattr(self, name) < 1:
-        raise ConfigError(
-          f'TrainConfig.{name}={getattr(self, name)} must be at least 1'
-        )
+    check_at_least_1(self, 'accumulation', 'log_every', 'max_skipped')
     if self.best not in (None, AUTO, HELDOUT_LOSS) and not (
       self.best.startswith(PREFIX)
     ):
@@ -133,11 +149,6 @@ def check_run(
   config: TrainConfig, mesh: Mesh, coordinator: Coordinator
 ) -> None:
   """Finds what cannot work before anything is read or compiled.
-
-  Args:
-    config: of the run.
-    mesh: see `make_mesh`.
-    coordinator: of the processes of the run.
 
   Raises:
     ConfigError: says what does not fit what, and what would.

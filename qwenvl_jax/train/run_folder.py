@@ -1,6 +1,7 @@
 """The folder of a run: its lock, and the files that open its checkpoints."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,11 +25,7 @@ from qwenvl_jax.train.run_config import TrainConfig
 
 @contextlib.contextmanager
 def opened(workdir: Path, first: bool) -> Iterator[Callable[[], None]]:
-  """Makes the folder, and holds its lock.
-
-  Args:
-    workdir: the run's folder.
-    first: whether this process holds the lock.
+  """Makes the folder, and holds its lock in the `first` process.
 
   Yields:
     A function that raises ConfigError if another process took the lock away.
@@ -36,19 +33,13 @@ def opened(workdir: Path, first: bool) -> Iterator[Callable[[], None]]:
   Raises:
     ConfigError: another process holds it, or nothing can be written there.
   """
+  warn = functools.partial(print, file=sys.stderr, flush=True)
   with contextlib.ExitStack() as held:
     with _writing(workdir):
       buckets.make_folder(workdir)
-      check = held.enter_context(locked(workdir, _warn)) if first else _nothing
+      unlocked = contextlib.nullcontext(lambda: None)
+      check = held.enter_context(locked(workdir, warn) if first else unlocked)
     yield check
-
-
-def _nothing() -> None:
-  pass
-
-
-def _warn(message: str) -> None:
-  print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -89,10 +80,7 @@ def write_files(
   """Writes what opens the run's checkpoints, and what made them.
 
   Args:
-    config: of the run.
-    workdir: its folder.
     resolved: the configuration as a config file, to be kept as `config.gin`.
-    base: from `find_base`.
 
   Returns:
     What of the configuration differs from the last start's, a line each.

@@ -18,7 +18,7 @@ from qwenvl_jax.conversion.checkpoint_io import COMPLETE
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.train import manifest
 from qwenvl_jax.train.coordinator import Coordinator
-from qwenvl_jax.train.failures import NoLateCallbacks, explained, refusal
+from qwenvl_jax.train.failures import NoLateCallbacks, file_system_reason
 
 # One process may read a checkpoint so much longer than another.
 _READ_TIMEOUT_S = 1800.0
@@ -43,9 +43,6 @@ class SavedSteps:
     """Opens the folder and clears away what a kill left half written.
 
     Args:
-      folder: made if absent.
-      handlers: of the items of a step, by name.
-      coordinator: of the processes of the run.
       options: further fields of Orbax's `CheckpointManagerOptions`.
 
     Raises:
@@ -55,6 +52,7 @@ class SavedSteps:
     self.complete = None
     self._saving = None
     self._coordinator = coordinator
+    self._first = coordinator.index == 0
     self._quiet = NoLateCallbacks()
     with self.explained(f'opening {folder}'):
       # Orbax clears away in one thread what it lists in another.
@@ -82,13 +80,8 @@ class SavedSteps:
     """As `Coordinator.gather`, with the time that reading may take."""
     return self._coordinator.gather(where, value, _READ_TIMEOUT_S)
 
-  def save(self, step: int, items: dict[str, Any], **more: Any) -> None:
+  def save_items(self, step: int, items: dict[str, Any], **more: Any) -> None:
     """Starts saving a step; returns when its values may change again.
-
-    Args:
-      step: its number, of no step that is there.
-      items: name to Orbax's arguments.
-      more: of `CheckpointManager.save`.
 
     Raises:
       CheckpointError: this save or the one before it failed, e.g. for lack of
@@ -111,7 +104,7 @@ class SavedSteps:
     with self.explained(f'saving step {self._saving}'):
       self.manager.wait_until_finished()
       self.manager.check_for_errors()
-      if self._coordinator.index == 0:
+      if self._first:
         manifest.write_checksums(self.folder / str(self._saving))
     self.complete, self._saving = self._saving, None
 
@@ -128,7 +121,7 @@ class SavedSteps:
       CheckpointError: the bucket does not answer.
     """
     reason = None
-    if self._coordinator.index == 0:
+    if self._first:
       try:
         reason = manifest.verify(self.folder / str(step))
       except Exception as error:
@@ -142,13 +135,11 @@ class SavedSteps:
     """Moves damaged steps out of the way, so that they can be saved again.
 
     Args:
-      damaged: step to what is wrong with it.
-      warn: told of each.
       then: what the run does instead.
     """
     place = self.folder.parent / f'{self.folder.name}-damaged'
     for step, reason in damaged.items():
-      if self._coordinator.index == 0:
+      if self._first:
         buckets.move(self.folder / str(step), place / str(step), COMPLETE)
       warn(
         f'checkpoint {self.folder}/{step} is damaged ({reason}): moved to '
@@ -164,7 +155,7 @@ class SavedSteps:
     In a bucket it first counts as incomplete: its objects go one by one, and a
     kill on the way would leave it looking whole.
     """
-    if self._coordinator.index == 0 and buckets.in_bucket(self.folder):
+    if self._first and buckets.in_bucket(self.folder):
       (self.folder / str(step) / COMPLETE).unlink(missing_ok=True)
     self.manager.delete(step)
 
@@ -181,14 +172,39 @@ class SavedSteps:
     reason = buckets.in_bucket(self.folder) and buckets.unreachable(error)
     if reason:
       self.note_failure()
-      raise CheckpointError(refusal(doing, reason)) from error
+      raise CheckpointError(
+        f'{doing} failed: {reason}. Does the bucket exist, may this account '
+        'read and write its objects and see the bucket itself (roles '
+        'storage.objectAdmin and storage.legacyBucketReader), and does the '
+        'network reach it? Start the same command again to go on from the '
+        'newest checkpoint'
+      ) from error
 
   @contextlib.contextmanager
   def explained(self, doing: str):
     """Turns what a disk or bucket refuses into a CheckpointError."""
     try:
-      with explained(doing, self.folder):
-        yield
-    except CheckpointError:
+      yield
+    except Exception as error:
+      self.check_reachable(error, doing)
+      reason = file_system_reason(error)
+      if reason is None or buckets.in_bucket(self.folder):
+        raise
       self.note_failure()
-      raise
+      valid = self._on_disk()
+      raise CheckpointError(
+        f'{doing} failed: {reason}. '
+        + (
+          f'Complete and valid in {self.folder}: step(s) {valid}'
+          if valid
+          else f'{self.folder} holds no complete step'
+        )
+        + '. Make room or lower CheckpointConfig.keep, then start the same '
+        'command again to go on from there'
+      ) from error
+
+  def _on_disk(self) -> list[int]:
+    if not self.folder.is_dir():
+      return []
+    names = (path.name for path in self.folder.iterdir())
+    return sorted(int(name) for name in names if name.isdigit())

@@ -106,7 +106,6 @@ def random_params(objective: Objective, target: Any, seed: int) -> Any:
   """Initializes parameters in their places.
 
   Args:
-    objective: the model.
     target: from `abstract_params`, or the part of that tree that is wanted.
     seed: the values depend on it only, not on the mesh.
 
@@ -130,11 +129,6 @@ def create_state(
   params: Any, config: OptimizerConfig, mesh: Mesh
 ) -> TrainState:
   """The state before the first step.
-
-  Args:
-    params: whole tree, as `abstract_params` says (values or structs).
-    config: says what is trained.
-    mesh: see `make_mesh`.
 
   Returns:
     A state of values.

@@ -1,5 +1,6 @@
 """One compiled training step: accumulate, clip, update or skip."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,13 +36,7 @@ _MATRICES = ('kernel', *FACTORS)
 
 
 def check_batch(rows: int, accumulation: int, mesh: Mesh) -> None:
-  """Raises ConfigError if a global batch does not split evenly.
-
-  Args:
-    rows: of the global batch.
-    accumulation: number of microbatches.
-    mesh: see `make_mesh`.
-  """
+  """Raises ConfigError if rows do not split evenly into microbatches."""
   shards = data_shards(mesh)
   if accumulation < 1:
     raise ConfigError(f'accumulation={accumulation} must be at least 1')
@@ -237,30 +232,22 @@ def compile_step(
 ) -> Callable:
   """The jitted step.
 
-  Args:
-    objective: model and loss.
-    config: of the optimizer.
-    accumulation: number of microbatches.
-    mesh: see `make_mesh`.
-    state: values or structs with shardings.
-    seed: see `train_step`.
+  The arguments are those of `train_step`; `state` may be of structs with
+  shardings.
 
   Returns:
     (state, batch) -> (state, metrics). Gives up its state argument (donated).
   """
   shardings = jax.tree.map(lambda x: x.sharding, state)
 
-  def step(state, batch):
-    return train_step(
-      state,
-      batch,
-      objective=objective,
-      config=config,
-      accumulation=accumulation,
-      mesh=mesh,
-      seed=seed,
-    )
-
+  step = functools.partial(
+    train_step,
+    objective=objective,
+    config=config,
+    accumulation=accumulation,
+    mesh=mesh,
+    seed=seed,
+  )
   compiled = jax.jit(
     step,
     in_shardings=(shardings, batch_sharding(mesh)),
@@ -269,9 +256,15 @@ def compile_step(
     compiler_options=compiler_options(mesh),
   )
 
-  def run(state, batch):
+  return _under(mesh, compiled)
+
+
+def _under(mesh: Mesh, compiled: Callable) -> Callable:
+  """A jitted function that is called under a mesh; `jitted` is itself."""
+
+  def run(*arguments):
     with use_mesh(mesh):
-      return compiled(state, batch)
+      return compiled(*arguments)
 
   run.jitted = compiled
   return run
@@ -285,10 +278,4 @@ def compile_loss(objective: Objective, mesh: Mesh, params: Any) -> Callable:
     in_shardings=(shardings, batch_sharding(mesh)),
     out_shardings=replicated(mesh),
   )
-
-  def run(params, batch):
-    with use_mesh(mesh):
-      return compiled(params, batch)
-
-  run.jitted = compiled
-  return run
+  return _under(mesh, compiled)

@@ -1,23 +1,93 @@
 """The metrics of steps, read one step late, and what follows from them."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from qwenvl_jax.data.batches import Batches
 from qwenvl_jax.train.coordinator import Coordinator
 from qwenvl_jax.train.data_shard import DataShard
 from qwenvl_jax.train.guard import LossSpikeDetector, SpikeReport
-from qwenvl_jax.train.reporting import Reporter, Window
+from qwenvl_jax.train.reporting import Reporter
 from qwenvl_jax.train.run_config import TrainConfig
-from qwenvl_jax.train.stragglers import compare, remark, times
+from qwenvl_jax.train.step import COUNTS
+from qwenvl_jax.train.stragglers import compare
 
 # Of the notice before a machine is taken away, what waiting for a step may use.
 _SHARE_OF_NOTICE = 1 / 3
+
+# Metrics of the latest step; everything else is a mean over the window.
+_LATEST = ('learning_rate', 'skipped', 'skipped_in_a_row')
+
+
+@dataclasses.dataclass
+class Window:
+  """Sums over the steps since the last record: sums add up, means do not."""
+
+  began: float
+  waited: float = 0.0
+  # Seconds that passed waiting for the devices, and steps whatever their loss.
+  settled: float = 0.0
+  taken: int = 0
+  weight: float = 0.0
+  steps: int = 0
+  sums: dict[str, float] = dataclasses.field(default_factory=dict)
+  latest: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def add(self, metrics: dict[str, np.ndarray]) -> None:
+    values = {name: float(value) for name, value in metrics.items()}
+    weight = values.pop('weight')
+    self.taken += 1
+    self.latest = {name: values.pop(name) for name in _LATEST}
+    good = math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])
+    for name, value in values.items():
+      if name in COUNTS:
+        self.sums[name] = self.sums.get(name, 0) + value
+      elif good:
+        # The gradient's norm is a number a step, the rest a number a label.
+        share = 1 if name == 'grad_norm' else weight
+        self.sums[name] = self.sums.get(name, 0) + value * share
+    if good:
+      self.weight += weight
+      self.steps += 1
+
+  def times(self, now: float) -> dict[str, float]:
+    """What this process did with its time up to now (`time.perf_counter`).
+
+    Returns:
+      Seconds a step; of those, what passed otherwise than waiting for the
+      devices (`own_seconds`: data and dispatch); the share of waiting for data.
+    """
+    seconds = max(now - self.began, 1e-9)
+    steps = max(self.taken, 1)
+    return {
+      'step_seconds': seconds / steps,
+      'own_seconds': max(seconds - self.settled, 0) / steps,
+      'waiting_for_data': self.waited / seconds,
+    }
+
+  def record(self, step: int) -> dict[str, float | int | None]:
+    seconds = max(time.perf_counter() - self.began, 1e-9)
+    record = {'step': step, 'loss': None, 'grad_norm': None}
+    for name, value in self.sums.items():
+      if name in COUNTS:
+        record[name] = int(value)
+        record[f'{name}_per_second'] = value / seconds
+      else:
+        record[name] = value / (
+          self.steps if name == 'grad_norm' else self.weight
+        )
+    record['learning_rate'] = self.latest['learning_rate']
+    record['skipped'] = int(self.latest['skipped'])
+    record['seconds'] = seconds
+    record['waiting_for_data'] = self.waited / seconds
+    return record
 
 
 class StepMetrics:
@@ -43,17 +113,7 @@ class StepMetrics:
     detector: LossSpikeDetector | None,
     reporter: Reporter,
   ):
-    """Starts the clock.
-
-    Args:
-      config: of the run.
-      last: the step that the run ends at.
-      iterator: of the data, for its counts.
-      coordinator: of the processes of the run.
-      shard: the part of the data that this process reads.
-      detector: of loss spikes; None never goes back.
-      reporter: gets a record every `log_every` steps.
-    """
+    """Starts the clock of a run that ends at step `last`."""
     self.spike: SpikeReport | None = None
     self.long_steps = False
     self._config, self._last = config, last
@@ -138,7 +198,7 @@ class StepMetrics:
 
   def _report(self, step: int) -> None:
     """Writes a record: of all processes what is theirs, summed or compared."""
-    mine = {'times': times(self._window, time.perf_counter())}
+    mine = {'times': self._window.times(time.perf_counter())}
     if self._shard.first and self._batches is not None:
       mine['data'] = self._batches.sums()
     everyone = self._coordinator.gather(f'the record of step {step}', mine)
@@ -147,10 +207,8 @@ class StepMetrics:
     if self._batches is not None:
       sums = [x['data'] for x in everyone if 'data' in x]
       record |= self._batches.describe(sums)
-    compared = compare(all_times)
-    self._reporter.record(
-      record | compared, remark(compared, all_times, self._coordinator.name)
-    )
+    compared, remark = compare(all_times, self._coordinator.name)
+    self._reporter.record(record | compared, remark)
     self._window = Window(time.perf_counter())
     self._look_at_notice(min(x['step_seconds'] for x in all_times))
 

@@ -234,7 +234,7 @@ def test_a_log_that_cannot_be_copied_does_not_end_a_run(
   state = train(configuration(), f'{bucket.url}/run')
   same(leaves(state), undisturbed)
   said = capsys.readouterr().err
-  assert said.count('the log cannot be copied there') == 1
+  assert said.count('files cannot be copied there') == 1
   assert 'no logs here' in said
 
 

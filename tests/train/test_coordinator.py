@@ -7,8 +7,11 @@ import time
 import pytest
 
 from qwenvl_jax.train import coordinator as coordinator_module
-from qwenvl_jax.train.coordinator import Coordinator
-from qwenvl_jax.train.lost_process import LOST, LostProcessError
+from qwenvl_jax.train.coordinator import (
+  LOST,
+  Coordinator,
+  LostProcessError,
+)
 
 
 def free_port():
@@ -82,7 +85,7 @@ class Group:
     dead._leaving = True
     # The loop's thread forgets a connection as soon as it is closed.
     for writer in list(dead._writers.values()):
-      dead._call(writer.transport.abort)
+      dead._loop.call_soon_threadsafe(writer.transport.abort)
 
 
 def test_values_of_all_reach_all():

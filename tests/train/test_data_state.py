@@ -3,7 +3,7 @@ import json
 import pytest
 
 from qwenvl_jax.data.batches import Batches
-from qwenvl_jax.train.data_state import DataStateHandler, RestoreDataState
+from qwenvl_jax.train.data_state import DataState, DataStateHandler
 
 
 def _state(process, count):
@@ -23,7 +23,7 @@ def _saved(folder, count):
 
 def _restored(folder):
   iterator = Batches(lambda state: iter(()), 8)
-  DataStateHandler().restore(folder, RestoreDataState(iterator))
+  DataStateHandler().restore(folder, DataState(iterator))
   return iterator.get_state()
 
 

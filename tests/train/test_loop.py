@@ -18,8 +18,8 @@ from qwenvl_jax.train import lock
 from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.guard import Guard
 from qwenvl_jax.train.loop import DivergedError, HeldOut, train
-from qwenvl_jax.train.reporting import Window
 from qwenvl_jax.train.signals import Interrupted
+from qwenvl_jax.train.step_metrics import Window
 
 
 def log(workdir):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.train.lost_process import LOST
+from qwenvl_jax.train.coordinator import LOST
 from qwenvl_jax.train.processes import Place, find_place
 
 CROWD = pathlib.Path(__file__).with_name('crowd.py')

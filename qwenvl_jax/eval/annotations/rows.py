@@ -22,9 +22,7 @@ def rows(
   Cells are text without outer white space, '' where there is nothing.
 
   Args:
-    file: in UTF-8, with or without a byte order mark.
     columns: that it must have.
-    delimiter: between cells.
     names: of its columns if its first row is not these.
 
   Raises:

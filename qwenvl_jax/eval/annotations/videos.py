@@ -32,10 +32,7 @@ def frames(
   """Returns evenly spaced frames of a video, or of a part of it.
 
   Args:
-    file: a video that FFmpeg reads.
-    wanted: how many frames.
     start: of the part; None for the whole video.
-    end: of the part.
     in_seconds: whether these are seconds, or numbers of frames.
 
   Raises:

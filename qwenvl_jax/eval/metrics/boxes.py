@@ -40,10 +40,7 @@ def grounding_hit(
   counts, with tags or without, closed or not; an answer without one is a miss.
 
   Args:
-    answer: as the model wrote it.
     box: the true one, x1, y1, x2, y2 in pixels.
-    width: of the picture in pixels.
-    height: the same.
     scale: units per side of the answer; the release divides by 999.
 
   >>> grounding_hit('(0,0),(999,500)', (0, 0, 640, 240), 640, 480)

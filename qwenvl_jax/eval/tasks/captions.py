@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from qwenvl_jax.eval import shots
-from qwenvl_jax.eval.benchmark import Benchmark, Split
+from qwenvl_jax.eval.benchmark import Benchmark, Split, figures
 from qwenvl_jax.eval.metrics.captions import score_captions
 from qwenvl_jax.eval.task import Decoding, Example, Item, Prompt, Scores
 
@@ -75,9 +75,8 @@ def _task(
   title: str,
   split: Split,
   count: int,
-  figures: tuple[float, float],
+  paper: tuple[float, float],
 ) -> Captions:
-  models = ('Qwen-VL', 'Qwen-VL-Chat')
   return Captions(
     name,
     title,
@@ -86,7 +85,7 @@ def _task(
     split.files,
     f'<img>{{}}</img>{_PROMPT}',
     'PTB tokens in lower case without punctuation',
-    {m: {'cider': x} for m, x in zip(models, figures, strict=True)},
+    figures('cider', *paper),
     count=count,
     split=split,
   )

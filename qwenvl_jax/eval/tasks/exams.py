@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from qwenvl_jax.errors import DataError, did_you_mean
 from qwenvl_jax.eval.annotations import subjects
 from qwenvl_jax.eval.annotations.rows import rows
+from qwenvl_jax.eval.benchmark import figures
 from qwenvl_jax.eval.choices import LETTERS, LIKELIEST, Choices, lettered
 from qwenvl_jax.eval.task import Example, File, Prompt
 
@@ -176,14 +177,13 @@ def _exam(
   count: int,
   figure: float,
 ) -> Exam:
-  paper: Mapping[str, Mapping[str, float]] = {'Qwen-VL': {'accuracy': figure}}
   return Exam(
     name,
     title,
     files=tuple(File(f'{form.folder}/{x}', source) for x in (split, form.dev)),
     template=f'{form.heading}5 x ({form.question} {{}}), {form.question}',
     postprocessing=LIKELIEST,
-    paper=paper,
+    paper=figures('accuracy', figure),
     count=count,
     form=form,
     split=split,

@@ -14,7 +14,7 @@ from qwenvl_jax.data import roots, sanitize
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.data.records import Record, Region
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval.benchmark import Benchmark, Split, each
+from qwenvl_jax.eval.benchmark import Benchmark, Split, each, figures
 from qwenvl_jax.eval.metrics import boxes
 from qwenvl_jax.eval.task import (
   Decoding,
@@ -197,11 +197,10 @@ def _fields(paper: dict) -> dict:
   }
 
 
-def _refer(data_set: str, split: str, count: int, *figures: float) -> Refer:
+def _refer(data_set: str, split: str, count: int, *paper: float) -> Refer:
   title = data_set.replace('refcoco', 'RefCOCO').replace('_plus', '+')
   release = data_set.replace('_plus', '+')
   own = Split(data_set, split)
-  models = ('Qwen-VL', 'Qwen-VL-Chat')
   return Refer(
     f'{data_set}_{split}',
     f'{title} {split}',
@@ -209,13 +208,12 @@ def _refer(data_set: str, split: str, count: int, *figures: float) -> Refer:
     count=count,
     split=own,
     lines=f'{release}_{split}.jsonl',
-    **_fields({m: {'precision': x} for m, x in zip(models, figures)}),
+    **_fields(figures('precision', *paper)),
   )
 
 
-def _grit(subset: str, figure: float | None) -> GritRefexp:
+def _grit(subset: str, *paper: float) -> GritRefexp:
   source = 'https://github.com/allenai/grit_official, download.sh'
-  paper = {} if figure is None else {'Qwen-VL': {'precision': figure}}
   return GritRefexp(
     f'grit_refexp_{subset}',
     f'GRIT refexp {subset}',
@@ -224,7 +222,7 @@ def _grit(subset: str, figure: float | None) -> GritRefexp:
       File('GRIT/images', source),
     ),
     subset=subset,
-    **_fields(paper),
+    **_fields(figures('precision', *paper)),
   )
 
 
@@ -238,5 +236,5 @@ TASKS = (
   _refer('refcocog', 'val', 4896, 85.58, 85.96),
   _refer('refcocog', 'test', 9602, 85.48, 86.32),
   _grit('test', 78.22),
-  _grit('ablation', None),
+  _grit('ablation'),
 )

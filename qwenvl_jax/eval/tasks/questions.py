@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from qwenvl_jax.data.records import Qa
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.eval import shots
-from qwenvl_jax.eval.benchmark import Benchmark, Split
+from qwenvl_jax.eval.benchmark import Benchmark, Split, figures
 from qwenvl_jax.eval.metrics import answers as short
 from qwenvl_jax.eval.metrics import vqa_accuracy
 from qwenvl_jax.eval.task import (
@@ -176,18 +176,13 @@ def _task(
   splits: tuple,
   metric: str,
   scoring: Callable,
-  figures: tuple[float, float] | None,
+  paper: tuple[float, ...],
   count: int,
   tokens: int = 10,
   paper_metric: str = '',
   train: tuple[Split, ...] = (),
   kind: type[ShortAnswers] | None = None,
 ) -> ShortAnswers:
-  paper = {}
-  if figures:
-    names = ('Qwen-VL', 'Qwen-VL-Chat')
-    metrics = ({paper_metric or metric: figure} for figure in figures)
-    paper = dict(zip(names, metrics, strict=True))
   kind = kind or (ShortAnswers if len(splits) == 1 else Averaged)
   return kind(
     name,
@@ -197,7 +192,7 @@ def _task(
     tuple(file for _, split in splits for file in split.files),
     '<img>{}</img>{} Answer:',
     _PROCESSING[scoring],
-    paper,
+    figures(paper_metric or metric, *paper),
     count=count,
     splits=splits,
     train=train,
@@ -270,7 +265,7 @@ TASKS = (
   *(
     _task(
       f'chartqa_{kind}', f'ChartQA test, {kind}', _charts(kind),
-      'relaxed_accuracy', _relaxed, None, 1250, 100,
+      'relaxed_accuracy', _relaxed, (), 1250, 100,
     )
     for kind in ('human', 'augmented')
   ),

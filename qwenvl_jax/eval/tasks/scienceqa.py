@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.eval.benchmark import Split
+from qwenvl_jax.eval.benchmark import Split, figures
 from qwenvl_jax.eval.choices import (
   CONTEXT,
   LETTERS,
@@ -65,7 +65,7 @@ TASKS = (
     ),
     template=f'<img>{{}}</img>{CONTEXT}',
     postprocessing=LIKELIEST,
-    paper={'Qwen-VL': {'accuracy': 67.1}, 'Qwen-VL-Chat': {'accuracy': 68.2}},
+    paper=figures('accuracy', 67.1, 68.2),
     count=2017,
   ),
 )

@@ -9,7 +9,7 @@ from typing import Any
 from qwenvl_jax.data.readers import fields
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.eval.annotations import videos
-from qwenvl_jax.eval.benchmark import each, picture
+from qwenvl_jax.eval.benchmark import each, figures, picture
 from qwenvl_jax.eval.choices import LIKELIEST, Choices, lettered, letters
 from qwenvl_jax.eval.task import Example, File, Picture, Prompt
 
@@ -112,7 +112,7 @@ _SEED_PICTURES = File(
 )
 
 
-def _seed(name: str, title: str, dimensions: range, count: int, figures):
+def _seed(name: str, title: str, dimensions: range, count: int, paper):
   has_pictures = dimensions[0] < 10
   return SeedBench(
     name,
@@ -120,10 +120,7 @@ def _seed(name: str, title: str, dimensions: range, count: int, figures):
     files=_SEED_FILES + (_SEED_PICTURES,) * has_pictures,
     template='<img>{}</img>\nQuestion: {}\nOptions: {}\nAnswer:',
     postprocessing=LIKELIEST,
-    paper={
-      model: {'accuracy': figure}
-      for model, figure in zip(('Qwen-VL', 'Qwen-VL-Chat'), figures)
-    },
+    paper=figures('accuracy', *paper),
     count=count,
     dimensions=dimensions,
   )
