@@ -4,7 +4,7 @@ About one picture, two, or none; `text.chatml` says how they are written.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from qwenvl_jax.data import things, wording
 from qwenvl_jax.data.examples import Question, Sample
@@ -116,13 +116,23 @@ def sample_pair(
   first: Scene,
   second: Scene,
   rng: random.Random,
+  weights: Mapping[str, float],
   count: int,
   chinese: float = 0.5,
 ) -> list[Question]:
-  """Up to `count` different questions about two scenes."""
+  """Up to `count` different questions about two scenes.
+
+  Args:
+    first: what `Picture 1` shows.
+    second: what `Picture 2` shows.
+    rng: decides.
+    weights: how often each kind is drawn, e.g. {'which': 1, 'nth_count': 2}.
+    count: how many questions at most.
+    chinese: share of questions in Chinese.
+  """
+  kinds, shares = list(weights), list(weights.values())
   found = {}
-  for _ in range(3 * count):
-    kind = rng.choice(PAIR_KINDS)
+  for kind in rng.choices(kinds, shares, k=3 * count):
     language = 'zh' if rng.random() < chinese else 'en'
     possible = pair_subjects(kind, first, second)
     if not possible:
