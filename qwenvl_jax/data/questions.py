@@ -24,6 +24,7 @@ KINDS = {
   'refer': 'referring',
   'name_box': 'grounded_captioning',
   'ocr': 'ocr',
+  'read': 'ocr',
   'translate': 'text',
   'compare': 'text',
 }
@@ -33,6 +34,8 @@ _LEAD = {
   'en': {
     **{kind: ' ' for kind, task in KINDS.items() if task != 'text'},
     'refer': '',
+    # Words are single tokens without a space before them (`things.WORDS`).
+    'read': '',
     'name_box': ' is ',
     'compare': ' ',
   },
@@ -113,7 +116,7 @@ def subjects(kind: str, scene: Scene, classes: int) -> list:
     return list(present)
   if kind == 'name_box':
     return list(range(len(scene.objects)))
-  if kind == 'ocr':
+  if kind in ('ocr', 'read'):
     return [()] if scene.words else []
   if kind == 'translate':
     return ['caption', *present]
@@ -304,6 +307,10 @@ def _ocr(scene, *_):
   return (), ''.join(wording.quad_text(scene, x) for x in scene.words), {}
 
 
+def _read(scene, *_):
+  return (), ' '.join(x.word for x in scene.words), {}
+
+
 def _translate(scene, language, subject):
   other = 'zh' if language == 'en' else 'en'
   if subject == 'caption':
@@ -329,6 +336,7 @@ _BUILD = {
   'refer': _refer,
   'name_box': _name_box,
   'ocr': _ocr,
+  'read': _read,
   'translate': _translate,
   'compare': _compare,
 }

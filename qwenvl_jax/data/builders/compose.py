@@ -38,6 +38,7 @@ class Style:
     repeat: chance that a further sprite is of a class already there.
     overlap: largest share of the smaller box that two boxes may share.
     text: chance of a painted word; such a scene has at most two sprites.
+    words: how many of `things.WORDS_EN` and of `things.WORDS_ZH` occur.
     font: smallest and largest font size, before a word is stretched to the
       lattice.
     tilt: largest angle of a word, in degrees.
@@ -50,8 +51,9 @@ class Style:
   counts: tuple[float, ...] = (0.35, 0.4, 0.25)
   repeat: float = 0.25
   overlap: float = 0.05
-  text: float = 0.25
-  font: tuple[int, int] = (15, 20)
+  text: float = 0.35
+  words: int = 4
+  font: tuple[int, int] = (18, 24)
   tilt: float = 0.0
 
 
@@ -235,7 +237,9 @@ def _word_mask(word: str, size: int, lattice: int, most: int) -> Image.Image:
 
 def _paint_word(rng, style, picture) -> tuple[Word, tuple]:
   """Paints a word and returns it with the upright box around it."""
-  word, _ = rng.choice(things.WORDS)
+  word = rng.choice(
+    things.WORDS_EN[: style.words] + things.WORDS_ZH[: style.words]
+  )
   size = rng.randint(*style.font)
   mask = _word_mask(word, size, style.lattice, style.side)
   width, height = mask.size

@@ -77,11 +77,14 @@ def test_quads_hold_the_words():
 
 
 def test_upright_words_stand_on_the_lattice():
-  style = compose.Style(text=1)
+  style = compose.Style(text=1, words=2)
+  found = set()
   for drawing in _drawings(60, style):
+    found.add(drawing.words[0].word)
     quad = np.array(drawing.words[0].quad)
     assert (quad % style.lattice == 0).all()
     assert quad.min() >= 0 and quad.max() <= style.side
+  assert found == {*things.WORDS_EN[:2], *things.WORDS_ZH[:2]}
 
 
 def test_every_character_of_a_word_is_drawn():
