@@ -45,7 +45,12 @@ _TASKS = {
 }
 # Not about what the model can do, but whether it can also do it elsewhere.
 _ELSEWHERE = ('scenes_combos', 'easy_vqa_test')
-_SHARES = {'scenes_test': 1, 'scenes_chat': 1, 'scenes_pairs': 0.2}
+_SHARES = {
+  'scenes_test': 1,
+  'scenes_chat': 1,
+  'scenes_pairs': 0.2,
+  'scenes_others': 0.2,
+}
 
 _PICTURE_SIDE = 448
 
