@@ -17,9 +17,13 @@ from qwenvl_jax.fsdp import multiply
 from qwenvl_jax.model.int4 import Int4Kernel
 from qwenvl_jax.model.int8 import Int8Kernel
 from qwenvl_jax.model.lora import LoraConfig, raised, reduced
+from qwenvl_jax.model.remat import NORM, keep
 
 # Of tables: tokens, positions, queries.
 default_init = nn.initializers.normal(0.02)
+
+# Rows that a TPU multiplies at least; to its compiler, one row is no product.
+_SUBLANES = 8
 
 
 class LayerNorm(nn.Module):
@@ -40,10 +44,17 @@ class LayerNorm(nn.Module):
       'bias', part(nn.initializers.zeros, ('norm',)), shape, self.param_dtype
     )
     h = x.astype(jnp.float32)
-    h = h - jnp.mean(h, axis=-1, keepdims=True)
-    h = h * jax.lax.rsqrt(
-      jnp.mean(jnp.square(h), axis=-1, keepdims=True) + self.epsilon
-    )
+    mean = keep(jnp.mean(h, axis=-1), NORM)
+    if x.dtype == jnp.float32:
+      variance = jnp.mean(jnp.square(h - mean[..., None]), axis=-1)
+      variance = keep(variance, NORM)
+    else:
+      # In one pass. What cancels is a float32's rounding of the mean's square,
+      # far below what x was rounded by.
+      variance = jnp.mean(jnp.square(h), axis=-1) - jnp.square(mean)
+      variance = jnp.maximum(keep(variance, NORM), 0)
+    h = h - mean[..., None]
+    h = h * jax.lax.rsqrt(variance + self.epsilon)[..., None]
     h = h * scale.astype(jnp.float32) + bias.astype(jnp.float32)
     return h.astype(x.dtype)
 
@@ -63,9 +74,8 @@ class RMSNorm(nn.Module):
       self.param_dtype,
     )
     h = x.astype(jnp.float32)
-    h = h * jax.lax.rsqrt(
-      jnp.mean(jnp.square(h), axis=-1, keepdims=True) + self.epsilon
-    )
+    square = keep(jnp.mean(jnp.square(h), axis=-1), NORM)
+    h = h * jax.lax.rsqrt(square + self.epsilon)[..., None]
     return h.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -136,7 +146,7 @@ class Projection(nn.Module):
         self.shape[-self.bias_axes :],
         self.param_dtype,
       )
-      y = y + bias.astype(self.dtype)
+      y = add_bias(y, bias.astype(self.dtype))
     inputs, outputs = slice(contracted), slice(contracted, None)
     if self.lora is not None and self.lora.adapts(self.path):
       low = reduced(self, x, self.shape[inputs], self.axes[inputs], ranks)
@@ -170,6 +180,76 @@ class Projection(nn.Module):
       contracted,
       self.outputs_first,
     )
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """Applies the exact GELU.
+
+  float32 is `jax.nn.gelu`. What that makes of bfloat16 has several roundings,
+  and a branch that a TPU computes as a mask of its own: here, bfloat16 is
+  computed in float32 and rounded once.
+
+  Args:
+    x: of any shape, float32 or bfloat16.
+
+  Returns:
+    The same shape and dtype.
+  """
+  if x.dtype == jnp.float32:
+    return jax.nn.gelu(x, approximate=False)
+  return _gelu(x)
+
+
+def _normal_cdf(x):
+  return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@jax.custom_vjp
+def _gelu(x):
+  h = x.astype(jnp.float32)
+  return (h * _normal_cdf(h)).astype(x.dtype)
+
+
+def _gelu_backward(x, gradient):
+  h = x.astype(jnp.float32)
+  density = jnp.exp(-0.5 * jnp.square(h)) / math.sqrt(2 * math.pi)
+  slope = _normal_cdf(h) + h * density
+  return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+_gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+  """Adds a bias to every row.
+
+  Its gradient in bfloat16 is a product with ones: left to itself, a TPU sums
+  over rows in layouts of heads, which takes several times what reading does.
+
+  Args:
+    y: [...,*out].
+    bias: [*out], of the same dtype.
+
+  Returns:
+    [...,*out].
+  """
+  if y.dtype != jnp.bfloat16:
+    return y + bias
+  return _add_bias(y, bias)
+
+
+@jax.custom_vjp
+def _add_bias(y, bias):
+  return y + bias
+
+
+def _add_bias_backward(bias, gradient):
+  rows = gradient.reshape(-1, bias.size)
+  ones = jnp.ones((_SUBLANES, len(rows)), rows.dtype)
+  return gradient, (ones @ rows)[0].reshape(bias.shape)
+
+
+_add_bias.defvjp(lambda y, bias: (y + bias, bias), _add_bias_backward)
 
 
 def outputs_first(axes: tuple, contracted: int) -> tuple:

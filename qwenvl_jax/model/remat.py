@@ -18,6 +18,9 @@ ATTENTION = 'attention'  # T D, and T a head: what the attention kernel returns
 RESIDUAL = 'residual'  # T D, between attention and MLP
 UP = 'up'  # T F
 GATE = 'gate'  # T F, decoder only
+# T a norm in float32: what it divides by and subtracts. A thousandth of the
+# layer's input, and kept by all: a norm computed again then reads x once.
+NORM = 'norm'
 
 _NAMES = {
   'full': (),
@@ -38,7 +41,7 @@ def _policy(name: str):
     return saveable.save_anything_except_these_names(GATHERED)
   if name == 'dots':
     return saveable.dots_with_no_batch_dims_saveable
-  return saveable.save_only_these_names(*_NAMES[name])
+  return saveable.save_only_these_names(NORM, *_NAMES[name])
 
 
 def remat(module: Callable, policy: str) -> Callable:

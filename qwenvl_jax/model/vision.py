@@ -20,7 +20,7 @@ from qwenvl_jax.errors import DataError
 from qwenvl_jax.fsdp import gathered
 from qwenvl_jax.model.attention import attend, full_mask
 from qwenvl_jax.model.config import VisionConfig
-from qwenvl_jax.model.layers import LayerNorm, Projection
+from qwenvl_jax.model.layers import LayerNorm, Projection, gelu
 from qwenvl_jax.model.lora import LoraConfig, Shared
 from qwenvl_jax.model.positions import resize_positions, sincos_positions
 from qwenvl_jax.model.remat import RESIDUAL, UP, keep, remat
@@ -176,7 +176,7 @@ class Mlp(nn.Module):
       **kinds,
       name='up',
     )(x)
-    h = jax.nn.gelu(keep(h, UP), approximate=False)
+    h = gelu(keep(h, UP))
     return Projection(
       'BPF,FD->BPD',
       (c.mlp_dim, c.width),
