@@ -22,7 +22,7 @@ def _drawings(count, style=_PLAIN, combos=False):
 def test_the_same_seed_draws_the_same_scene():
   style = compose.Style(text=0.5)
   for first, second in zip(_drawings(20, style), _drawings(20, style)):
-    assert first.picture.tobytes() == second.picture.tobytes()
+    assert first.image.tobytes() == second.image.tobytes()
     assert first.objects == second.objects and first.words == second.words
 
 
@@ -31,7 +31,7 @@ def test_boxes_hold_exactly_the_sprites():
   for drawing in _drawings(300):
     if drawing.texture != 'plain':
       continue
-    pixels = np.asarray(drawing.picture).astype(int)
+    pixels = np.asarray(drawing.image).astype(int)
     changed = np.ones(pixels.shape[:2], bool)
     inside = np.zeros(pixels.shape[:2], bool)
     for placed in drawing.objects:
@@ -60,7 +60,7 @@ def test_quads_hold_the_words():
     assert first[0] > abs(first[1]) and second[1] > abs(second[0])
     if drawing.texture != 'plain':
       continue
-    pixels = np.asarray(drawing.picture).astype(int)
+    pixels = np.asarray(drawing.image).astype(int)
     inside = np.zeros(pixels.shape[:2], bool)
     for placed in drawing.objects:
       x1, y1, x2, y2 = placed.box
@@ -136,7 +136,7 @@ def test_backgrounds_keep_to_their_colour():
   # Shades of two colours must not be confused: nearest mean is the right one.
   means = {index: [] for index in range(len(things.COLOURS))}
   for drawing in _drawings(400, compose.Style(counts=(1,), text=0)):
-    pixels = np.asarray(drawing.picture).astype(float)
+    pixels = np.asarray(drawing.image).astype(float)
     x1, y1, x2, y2 = drawing.objects[0].box
     outside = np.ones(pixels.shape[:2], bool)
     outside[y1:y2, x1:x2] = False
@@ -159,7 +159,7 @@ def test_records_read_back(small_scenes):
     drawing = compose.compose(rng, compose.Style())
     scene = stored[number]
     picture = Image.open(io.BytesIO(scene.image))
-    assert picture.tobytes() == drawing.picture.tobytes(), 'lossless'
+    assert picture.tobytes() == drawing.image.tobytes(), 'lossless'
     assert sorted(x.box for x in scene.objects) == sorted(
       x.box for x in drawing.objects
     )
@@ -184,6 +184,6 @@ def test_splits_have_nothing_in_common(small_scenes):
 def test_drawing_is_fast():
   _drawings(2000)  # Sprites of every size, once.
   start = time.process_time()
-  for drawing in _drawings(500, compose.Style()):
-    scenes.to_scene('x', drawing)
+  for number in range(500):
+    scenes.draw(scenes.CONFIGS['default'], 'train', number)
   assert (time.process_time() - start) / 500 < 4e-3
