@@ -14,7 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Column, Table
 
 from qwenvl_jax import api, buckets, checkpoint_options, entry
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.eval import compare, own, registry, results, tables
 from qwenvl_jax.eval.answering import Model
 from qwenvl_jax.eval.engine_model import EngineModel
@@ -176,7 +176,7 @@ def _run(argv: Sequence[str]) -> int:
       open_model=open_model,
       limit=_positive(args, 'limit'),
       shard=_shard(args.shard),
-      pictures=args.pictures,
+      pictures=_positive(args, 'pictures'),
     )
     run.prepare(tasks)
     waiting = {}
@@ -193,7 +193,22 @@ def _run(argv: Sequence[str]) -> int:
   if summaries:
     print(f'results:  {run.out / "results.html"}')
     print(f'pictures: {run.out / "pictures.html"}')
+  _check_answered(summaries, [task.name for task in tasks], run.out)
   return 0
+
+
+def _check_answered(
+  summaries: Sequence[Mapping[str, Any]], asked: Sequence[str], out: Path
+) -> None:
+  """DataError if no example of a task that was asked for has an answer."""
+  for summary in summaries:
+    name, counts = summary['task'], summary['counts']
+    if name in asked and counts['problems'] and not counts['answered']:
+      first = next(iter(summary['problems'].values()))
+      raise DataError(
+        f'{name}: none of {counts["examples"]} examples has an answer; the '
+        f'first: {first}; more are in {out / name / "results.json"}'
+      )
 
 
 def _tasks(args: argparse.Namespace) -> tuple[list[Task], Path]:
@@ -205,7 +220,8 @@ def _tasks(args: argparse.Namespace) -> tuple[list[Task], Path]:
     )
   if args.jsonl:
     file = Path(args.jsonl).expanduser()
-    task = own.make_task(file, args.metric, args.chat, args.max_tokens)
+    most = _positive(args, 'max_tokens')
+    task = own.make_task(file, args.metric, args.chat, most)
     return [task], file.parent
   names = {}
   for pattern in args.tasks.split(','):
@@ -246,7 +262,7 @@ def _engine(args: argparse.Namespace, identity: Mapping[str, Any]) -> Model:
   handle = checkpoint_options.load(args)
   engine = handle.engine(
     EngineConfig(
-      slots=args.slots,
+      slots=_positive(args, 'slots'),
       max_len=args.max_len or handle.config.decoder.seq_length,
       read_rows=min(args.slots, _READ_ROWS),
       cache_dtype=args.cache_dtype,
@@ -308,6 +324,7 @@ def _compare(argv: Sequence[str]) -> int:
     help='flipped answers of each task on the page (default: %(default)s)',
   )  # fmt: skip
   args, _ = entry.parse(parser, argv)
+  pictures = _positive(args, 'pictures')
   tasks = [
     _scored_task(args.second, name)
     for name in compare.common_tasks(args.first, args.second)
@@ -318,7 +335,7 @@ def _compare(argv: Sequence[str]) -> int:
     shown.add_row(*row)
   PrintableConsole().print(shown)
   out = args.out or args.second / 'compare.html'
-  buckets.write(out, compare.page(found, args.data_dir, args.pictures))
+  buckets.write(out, compare.page(found, args.data_dir, pictures))
   print(f'what flipped: {out}')
   return 0
 
