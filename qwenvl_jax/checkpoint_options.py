@@ -37,7 +37,7 @@ def add_engine_options(parser: Any, slots: int) -> None:
   """Adds `--slots` of so many by default, `--max_len` and `--cache_dtype`."""
   parser.add_argument(
     '--slots',
-    type=int,
+    type=_at_least_one,
     default=slots,
     metavar='N',
     help='answers at a time (default: %(default)s)',
@@ -51,6 +51,13 @@ def add_engine_options(parser: Any, slots: int) -> None:
   parser.add_argument(
     '--cache_dtype', choices=('int8',), help='of the key-value cache'
   )
+
+
+def _at_least_one(text: str) -> int:
+  number = int(text)
+  if number < 1:
+    raise argparse.ArgumentTypeError(f'{number}: must be at least 1')
+  return number
 
 
 def make_engine(

@@ -39,6 +39,8 @@ _KEPT_BYTES = 8 * 2**30
 _DISK = (
   *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES),
   *(errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ELOOP),
+  # A file where a folder belongs, or a folder where a file does.
+  *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
 )
 
 GIN_HELP = """\
@@ -206,6 +208,18 @@ def run(
     except KeyboardInterrupt:
       print(interrupted, file=sys.stderr)
       return 130
+    except RuntimeError as error:
+      # JAX's error of a device; commands that need no JAX do not import it.
+      if not str(error).startswith('RESOURCE_EXHAUSTED'):
+        raise
+      first = str(error).partition('\n')[0]
+      print(
+        f'error: the device has too little memory ({first[:200]}); ask for '
+        'less at a time (--slots, --max_len; in training, smaller batches), '
+        'for a smaller --dtype, or use more devices',
+        file=sys.stderr,
+      )
+      return 2
     except BrokenPipeError:  # `| head` is no error.
       _forget_stdout()
       return 0

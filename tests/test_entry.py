@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from qwenvl_jax import buckets, configuration, entry
@@ -130,6 +131,15 @@ def test_what_a_disk_refuses_is_a_line(capsys):
 
   assert entry.run(command, []) == 2
   assert capsys.readouterr().err == 'error: runs/a: Disk quota exceeded\n'
+
+
+def test_a_device_without_memory_is_a_line(capsys):
+  def command(argv):
+    jax.numpy.zeros(2**50, 'int8').block_until_ready()
+
+  assert entry.run(command, []) == 2
+  said = capsys.readouterr().err
+  assert said.count('\n') == 1 and 'too little memory' in said
 
 
 def test_an_empty_path_is_refused():

@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     'name',
     nargs='?',
-    choices=_OWN,
+    metavar='{' + ','.join(_OWN) + '}',
     help='a data set of the quickstart; anything else by --gin_file',
   )
   command.add_argument(
@@ -348,6 +348,13 @@ def _show(arguments, console):
     raise ConfigError(f'--n {arguments.rows}: at least one row')
   if arguments.gin_file:
     page = _stage_page(arguments)
+  elif arguments.name not in (None, *_OWN):
+    raise ConfigError(
+      f'{arguments.name}: its rows are those of a stage that reads it: '
+      'qwenvl-data show --gin_file=FILE; of your own data --gin_file='
+      f'finetune/lora.gin --gin.DATA_SET=\'"{arguments.name}"\' '
+      '--gin.BASE=\'"CHECKPOINT"\''
+    )
   elif arguments.name:
     page = show.page(
       name=arguments.name,

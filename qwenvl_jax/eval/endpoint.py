@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import openai
 
-from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.errors import ConfigError, QwenVLError, did_you_mean
 from qwenvl_jax.eval.answering import (
   Ahead,
   Problem,
@@ -66,8 +66,13 @@ class Endpoint:
 
     Raises:
       EndpointError: nobody answers there.
-      ConfigError: a server that would not see the pictures of raw prompts.
+      ConfigError: no address of an API, a model that it does not have, or a
+        server that would not see the pictures of raw prompts.
     """
+    if not base_url.startswith(('http://', 'https://')):
+      raise ConfigError(
+        f'--base_url={base_url} is no address, as http://127.0.0.1:8000/v1'
+      )
     self._client = openai.OpenAI(
       base_url=base_url, api_key=key or 'none', max_retries=_RETRIES
     )
@@ -75,12 +80,22 @@ class Endpoint:
     self._counts: dict[str, int] = {}
     try:
       models = list(self._client.models.list())
+    except openai.NotFoundError as error:
+      raise ConfigError(
+        f'{base_url} has no list of models: is it the address of an API, as '
+        'http://127.0.0.1:8000/v1?'
+      ) from error
     except openai.OpenAIError as error:
       raise self._failed(error) from error
     if model is None and not models:
       raise ConfigError(f'{base_url} lists no model; name one with --model')
     self._model = model or models[0].id
     owners = {one.id: one.owned_by for one in models}
+    if 'qwenvl_jax' in owners.values() and self._model not in owners:
+      raise ConfigError(
+        f'--model={self._model}: {base_url} has no such model'
+        + did_you_mean(self._model, owners)
+      )
     self._ours = owners.get(self._model) == 'qwenvl_jax'
     if not self._ours and not as_chat:
       raise ConfigError(

@@ -14,7 +14,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Column
 
 from qwenvl_jax import api, buckets, checkpoint_options, entry
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.eval import compare, own, registry, results, tables
 from qwenvl_jax.eval.answering import Model
 from qwenvl_jax.eval.engine_model import EngineModel
@@ -160,7 +160,7 @@ def _run(argv: Sequence[str]) -> int:
       open_model=open_model,
       limit=_positive(args, 'limit'),
       shard=_shard(args.shard),
-      pictures=args.pictures,
+      pictures=_positive(args, 'pictures'),
     )
     run.prepare(tasks)
     waiting = {}
@@ -177,7 +177,22 @@ def _run(argv: Sequence[str]) -> int:
   if summaries:
     print(f'results:  {run.out / "results.html"}')
     print(f'pictures: {run.out / "pictures.html"}')
+  _check_answered(summaries, [task.name for task in tasks], run.out)
   return 0
+
+
+def _check_answered(
+  summaries: Sequence[Mapping[str, Any]], asked: Sequence[str], out: Path
+) -> None:
+  """DataError if no example of a task that was asked for has an answer."""
+  for summary in summaries:
+    name, counts = summary['task'], summary['counts']
+    if name in asked and counts['problems'] and not counts['answered']:
+      first = next(iter(summary['problems'].values()))
+      raise DataError(
+        f'{name}: none of {counts["examples"]} examples has an answer; the '
+        f'first: {first}; more are in {out / name / "results.json"}'
+      )
 
 
 def _tasks(args: argparse.Namespace) -> tuple[list[Task], Path]:
@@ -189,7 +204,8 @@ def _tasks(args: argparse.Namespace) -> tuple[list[Task], Path]:
     )
   if args.jsonl:
     file = Path(args.jsonl).expanduser()
-    task = own.make_task(file, args.metric, args.chat, args.max_tokens)
+    most = _positive(args, 'max_tokens')
+    task = own.make_task(file, args.metric, args.chat, most)
     return [task], file.parent
   names = {}
   for pattern in args.tasks.split(','):
@@ -279,6 +295,7 @@ def _compare(argv: Sequence[str]) -> int:
     help='flipped answers of each task on the page (default: %(default)s)',
   )  # fmt: skip
   args, _ = entry.parse(parser, argv)
+  pictures = _positive(args, 'pictures')
   tasks = [
     _scored_task(args.second, name)
     for name in compare.common_tasks(args.first, args.second)
@@ -286,7 +303,7 @@ def _compare(argv: Sequence[str]) -> int:
   found = [compare.compare(task, args.first, args.second) for task in tasks]
   print_table(compare.HEAD, compare.rows(found))
   out = args.out or args.second / 'compare.html'
-  buckets.write(out, compare.page(found, args.data_dir, args.pictures))
+  buckets.write(out, compare.page(found, args.data_dir, pictures))
   print(f'what flipped: {out}')
   return 0
 

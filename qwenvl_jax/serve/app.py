@@ -186,6 +186,17 @@ def _guard(app: fastapi.FastAPI, server: Server) -> None:
   async def invalid(request, error):
     del request
     first = error.errors()[0]
+    if first['type'] == 'json_invalid':
+      return refused(
+        ApiError(f'the body is no JSON from character {first["loc"][-1]} on')
+      )
+    if first['loc'] == ('body',):
+      return refused(
+        ApiError(
+          'the body is no JSON object, or was sent without the header '
+          'Content-Type: application/json'
+        )
+      )
     place = '.'.join(map(str, first['loc'][1:])) or 'body'
     return refused(ApiError(f'{place}: {first["msg"]}'[:500], place[:200]))
 

@@ -24,6 +24,8 @@ from qwenvl_jax.serve.limits import ApiError, Limits
 
 _DATA = re.compile(r'data:([\w.+/-]*)((?:;[\w.+=-]*)*),', re.ASCII)
 _HOST = re.compile(r'[A-Za-z0-9.-]{1,253}', re.ASCII)
+# How an operator allows one.
+DOMAIN = re.compile(_HOST.pattern + r'(:\d{1,5})?', re.ASCII)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_HOPS = 3
 _CHUNK = 65536

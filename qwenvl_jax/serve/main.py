@@ -13,6 +13,7 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.infer.grammar import GrammarCompiler
 from qwenvl_jax.infer.scheduler import Scheduler
 from qwenvl_jax.infer.terminal import spinner
+from qwenvl_jax.serve.fetch import DOMAIN
 from qwenvl_jax.serve.limits import Limits
 from qwenvl_jax.sharding import use_all_devices
 
@@ -243,7 +244,13 @@ def _limits(args: argparse.Namespace) -> Limits:
   folder = args.media_folder and pathlib.Path(args.media_folder)
   if folder and not folder.is_dir():
     raise ConfigError(f'--media_folder={folder} is no folder')
-  for name in ('max_images', 'max_waiting', 'slots'):
+  for domain in args.media_domain:
+    if not DOMAIN.fullmatch(domain):
+      raise ConfigError(
+        f'--media_domain={domain} is no host, as example.org or '
+        'example.org:8080'
+      )
+  for name in ('max_images', 'max_waiting'):
     if getattr(args, name) < 1:
       raise ConfigError(f'--{name}={getattr(args, name)}: must be at least 1')
   if not args.timeout > 0:

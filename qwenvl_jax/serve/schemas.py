@@ -1,7 +1,7 @@
 """Bodies of requests, as OpenAI's API and vLLM's additions to it name them.
 
 A field that is not known is refused: an answer that ignores what was asked for
-is worse than an error.
+is worse than an error. A field that is null asks for nothing.
 """
 
 from typing import Annotated, Any, Literal
@@ -26,6 +26,14 @@ _DOT = (
 
 class _Strict(pydantic.BaseModel):
   model_config = pydantic.ConfigDict(extra='forbid')
+
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _without_nulls(cls, found: Any) -> Any:
+    """Clients write out what was not asked for, in answers sent back too."""
+    if not isinstance(found, dict):
+      return found
+    return {key: value for key, value in found.items() if value is not None}
 
 
 class TextPart(_Strict):

@@ -55,6 +55,7 @@ def test_show_easy_vqa(tmp_path):
     (['prepare', 'scenes', '--config', 'huge'], "'small'"),
     (['show', 'easy_vqa', '--split', 'val'], "'val'"),
     (['show', 'easy_vqa', '--tasks', 'chats'], 'questions only'),
+    (['show', 'mine'], '--gin_file=finetune/lora.gin'),
     (
       ['prepare', 'scenes', '--config', 'small', '--data_dir', '/dev/null/x'],
       'cannot write to /dev/null/x',

@@ -136,13 +136,20 @@ def test_a_stop_text_ends_an_answer(make_model, alone, varied):
   assert said.text == whole[: whole.index(whole[2:4])]
 
 
-def test_endpoints_that_cannot_be_asked(address):
+def test_endpoints_that_cannot_be_asked(address, monkeypatch):
   with pytest.raises(EndpointError, match='key is needed'):
     Endpoint(address, key='another')
   with pytest.raises(EndpointError, match='127.0.0.1:1/v1'):
     Endpoint('http://127.0.0.1:1/v1')
+  with pytest.raises(ConfigError, match='no such model; did you mean random'):
+    Endpoint(address, key=KEY, model='randon')
+  with pytest.raises(ConfigError, match='8000/v1'):
+    Endpoint(address.removesuffix('/v1'), key=KEY)
+  ours = Server.models.fget
+  others = property(lambda self: [x | {'owned_by': 'o'} for x in ours(self)])
+  monkeypatch.setattr(Server, 'models', others)
   with pytest.raises(ConfigError, match='--as_chat'):
-    Endpoint(address, key=KEY, model='of somebody else')
+    Endpoint(address, key=KEY)
 
 
 def test_raw_prompts_as_chats(address, varied):

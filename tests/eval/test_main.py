@@ -77,6 +77,21 @@ def test_a_run_from_questions_to_pages(checkpoint, questions, tmp_path, capsys):
   assert after.startswith(before) and after.count(b'\n') == 5
 
 
+def test_a_run_without_an_answer_fails(checkpoint, tmp_path, capsys):
+  file = tmp_path / 'mine.jsonl'
+  file.write_text('{"question": "Q", "answer": "a", "image": "gone.png"}')
+  assert run(checkpoint, file, tmp_path / 'out') == 2
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert 'none of 1 examples has an answer' in said and 'gone.png' in said
+
+
+def test_a_file_where_the_folder_of_a_run_belongs(
+  checkpoint, questions, capsys
+):
+  assert run(checkpoint, questions, questions) == 2
+  assert f'error: {questions}: ' in capsys.readouterr().err
+
+
 def test_shares_come_together(checkpoint, questions, tmp_path, capsys):
   out = tmp_path / 'out'
   for index in range(4):
@@ -178,6 +193,12 @@ def test_lines_that_are_no_questions_are_named(
       '--data_dir=gs://b/d is in a bucket',
     ),
     (['--taks=a'], 'did you mean --tasks'),
+    (
+      ['--jsonl=x', '--metric=anls', '--checkpoint=x', '--max_tokens=0'],
+      '--max_tokens=0: must be at least 1',
+    ),
+    (['--base_url=localhost', '--tasks=mme'], '--base_url=localhost is no'),
+    (['compare', 'a', 'b', '--pictures=-1'], '--pictures=-1'),
   ],
 )
 def test_mistakes_on_the_command_line(arguments, said, capsys):

@@ -130,6 +130,23 @@ def test_bodies_that_are_none(http_client, content, status):
   assert 'Traceback' not in answer.text and '.py' not in answer.text
 
 
+def test_a_body_that_is_not_called_json_is_told_what_to_call_it(http_client):
+  form = {'Content-Type': 'application/x-www-form-urlencoded'}
+  for content, headers in [(json.dumps(QUESTION), form), ('[]', {})]:
+    answer = http_client.post(
+      '/v1/chat/completions', content=content, headers=headers
+    )
+    said = answer.json()['error']['message']
+    assert answer.status_code == 400
+    assert 'Content-Type: application/json' in said
+  answer = http_client.post(
+    '/v1/chat/completions',
+    content='{"messages": oh}',
+    headers={'Content-Type': 'application/json'},
+  )
+  assert 'no JSON from character 13' in answer.json()['error']['message']
+
+
 def test_a_body_without_a_length_is_limited_too(address):
   url = urllib.parse.urlsplit(address)
 
@@ -338,6 +355,7 @@ def certificate(path):
     (['--host=0.0.0.0'], '--api_key_file'),
     (['--api_key_file=/nowhere'], 'cannot be read'),
     (['--media_folder=/nowhere'], 'no folder'),
+    (['--media_domain=http://a.org/b'], 'is no host'),
     (['--slots=0'], 'at least 1'),
     (['--timeout=0'], 'above 0'),
     (['--port=99999999'], 'another one'),

@@ -207,6 +207,18 @@ def test_the_beginning_of_an_answer_is_continued(client):
   assert begun + found.choices[0].message.content == reciter.ANSWER
 
 
+def test_what_is_null_was_not_asked_for(client):
+  first = create(client, ask())
+  turn = first.choices[0].message.model_dump()
+  assert turn['tool_calls'] is None
+  nulls = dict.fromkeys(['temperature', 'n', 'stream', 'tools', 'logit_bias'])
+  messages = [*ask(), turn, *ask('And now?')]
+  found = create(client, messages, temperature=None, extra_body=nulls)
+  assert found.choices[0].message.content
+  with pytest.raises(openai.BadRequestError, match='messages: Field required'):
+    create(client, None)
+
+
 @pytest.mark.parametrize(
   ('settings', 'error', 'said'),
   [
