@@ -22,7 +22,9 @@ constraints-NAME.txt says otherwise. NAME is one of
   launch/in_env.sh vllm vllm serve runs/quickstart/stage3
   launch/in_env.sh newest python -m pytest -m 'not slow and not pods'
 
-PYTHON=/path/to/python picks the interpreter.
+PYTHON=/path/to/python picks the interpreter. Where none will do, the status is
+77; otherwise it is COMMAND's, 1 if the environment cannot be made, 2 for a
+mistaken call.
 TEXT
 }
 
@@ -52,7 +54,11 @@ suits() {
 sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null
 }
 find_python() {
-  local candidate candidates=(python3.11 python3.12 python3.13 python3)
+  # pyenv's commands start the version that is chosen, its folders any.
+  local candidate candidates=(
+    python3.11 python3.12 python3.13 python3
+    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[1-3].*/bin/python3
+  )
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do
     if suits "$candidate"; then
@@ -62,17 +68,20 @@ find_python() {
   done
   printf 'in_env: %s wants Python 3.%s to 3.%s with venv and ensurepip, and none was found; name one: PYTHON=/path/to/python launch/in_env.sh %s ..\n' \
     "$name" "$oldest" "$newest" "$name" >&2
-  exit 2
+  exit 77
 }
 install() {
+  # Within a condition, a step that fails does not end it by itself.
   (
-    cd "$root"
-    "$venv/bin/python" -m pip install --no-input --no-compile \
-      -c "$venv/constraints.txt" "${packages[@]}"
-    if [ "$name" = newest ]; then
-      "$venv/bin/python" -m pip install --no-input --no-deps \
-        -c "$venv/constraints.txt" -r launch/demo-requirements.txt
-    fi
+    cd "$root" &&
+      "$venv/bin/python" -m pip install --no-input --no-compile \
+        -c "$venv/constraints.txt" "${packages[@]}" &&
+      case $name in
+        newest)
+          "$venv/bin/python" -m pip install --no-input --no-deps \
+            -c "$venv/constraints.txt" -r launch/demo-requirements.txt
+          ;;
+      esac
   ) >"$venv/install.log" 2>&1
 }
 
@@ -86,7 +95,8 @@ if ! grep -qsxF "$wanted" "$venv/installed"; then
   sed -n 's/==.*/==/p' "$constraints" |
     grep -vhf - "$root/constraints.txt" |
     cat - "$constraints" >"$venv/constraints.txt"
-  if ! install; then
+  # Twice, for gigabytes come over the network; what came the first time is kept.
+  if ! install && ! install; then
     tail -n 15 "$venv/install.log" >&2
     printf 'in_env: the installation failed; all of it: %s\n' \
       "$venv/install.log" >&2

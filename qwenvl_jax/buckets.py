@@ -17,6 +17,7 @@ import re
 import shutil
 import stat
 import tempfile
+import traceback
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -121,7 +122,7 @@ def write(path: Path, content: str | bytes) -> None:
   """Writes a file that appears whole or not at all, instead of an old one."""
   data = content.encode() if isinstance(content, str) else content
   if in_bucket(path):
-    path.write_bytes(data)
+    _files().pipe_file(_key(path), data)
     return
   with atomic_write(path) as local:
     local.write_bytes(data)
@@ -370,9 +371,11 @@ def refusals_told() -> Iterator[None]:
   """
   try:
     yield
-  except QwenVLError:
+  except QwenVLError as error:
+    _forget_locals(error)
     raise
   except Exception as error:
+    _forget_locals(error)
     if not (_is_theirs(error) or str(error).startswith('Forbidden: ')):
       raise
     raise ConfigError(
@@ -380,6 +383,18 @@ def refusals_told() -> Iterator[None]:
       '(gcloud auth application-default login), and may that account use the '
       'bucket?'
     ) from error
+
+
+def _forget_locals(error: BaseException) -> None:
+  """Clears the local variables of the calls that an exception ended.
+
+  fsspec's refer to the exception, which is garbage with all of them then. One
+  may be a view of what gcsfs was to write, and of Python 3.12.0 and 3.12.1 the
+  collector crashes at those (python/cpython#111049).
+  """
+  while error is not None:
+    traceback.clear_frames(error.__traceback__)
+    error = error.__cause__ or error.__context__
 
 
 def _key(path: Path) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import weakref
 
 import numpy as np
 import pytest
@@ -166,6 +167,26 @@ def test_who_may_not_use_a_bucket_is_told_so_in_a_line(bucket):
     file.read_text()
   with pytest.raises(KeyError), buckets.refusals_told():
     raise KeyError('a fault of ours')
+
+
+def test_what_was_to_be_written_goes_before_its_refusal(bucket):
+  """Views of it in a cycle with the refusal crash Python 3.12.1."""
+
+  def refuse(method, name):
+    raise Refused(403, 'no access')
+
+  bucket.standin.before = refuse
+  place, views = buckets.as_path(f'{bucket.url}/a'), []
+
+  def write():
+    data = np.arange(9)
+    views.append(weakref.ref(data))
+    place.write_bytes(memoryview(data))
+
+  with pytest.raises(ConfigError) as caught, buckets.refusals_told():
+    write()
+  assert 'no access' in str(caught.value)
+  assert views[0]() is None
 
 
 def test_a_file_appears_whole_or_the_old_one_stays(bucket, tmp_path):

@@ -19,6 +19,7 @@ from absl import logging
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion import layout
 from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.event_loops import ended_tasks
 from qwenvl_jax.conversion.json_schema import read_json
 from qwenvl_jax.errors import CheckpointError
 
@@ -134,7 +135,9 @@ def metadata(path: Path) -> dict:
     read_json(path / '_METADATA')  # Orbax would wait for the end of a pipe.
   try:
     # A checkpointer would warn that a training run's step has none of its own.
-    return ocp.PyTreeCheckpointHandler().metadata(buckets.absolute(path)).tree
+    with ended_tasks():
+      handler = ocp.PyTreeCheckpointHandler()
+      return handler.metadata(buckets.absolute(path)).tree
   except Exception as error:
     raise CheckpointError(
       f'{path} cannot be opened as Orbax parameters ({error}); the checkpoint '
@@ -207,7 +210,7 @@ def restore(path: Path, dtype, placements, keep) -> dict:
   if not wanted:
     return {}
   try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ended_tasks(), ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(
         buckets.absolute(path),
         ocp.args.PyTreeRestore(

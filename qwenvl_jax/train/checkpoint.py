@@ -21,6 +21,7 @@ from etils import epath
 
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion.checkpoint_io import CHECKPOINTS
+from qwenvl_jax.conversion.event_loops import ended_tasks
 from qwenvl_jax.conversion.low_rank import TRAINED
 from qwenvl_jax.errors import CheckpointError, check_at_least_1
 from qwenvl_jax.train.coordinator import Coordinator
@@ -205,8 +206,9 @@ class Checkpoints(SavedSteps):
       return None, reason
     state = None
     try:
-      self._check_same_run(step, target)
-      state, saved = self._read(step, target, iterator, detector)
+      with ended_tasks():
+        self._check_same_run(step, target)
+        state, saved = self._read(step, target, iterator, detector)
     except CheckpointError:
       raise
     except Exception as error:  # Orbax raises whatever it stumbled over.
