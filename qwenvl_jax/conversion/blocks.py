@@ -9,7 +9,14 @@ has to be read before the first write.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import (
+  FIRST_COMPLETED,
+  ThreadPoolExecutor,
+  as_completed,
+  wait,
+)
+from typing import Any
 
 import einops
 import numpy as np
@@ -159,3 +166,25 @@ def chunk_shapes(blocks: Iterable[Block]) -> dict[str, tuple[int, ...]]:
     for path in block.paths:
       shapes.setdefault(path, block.box_shape)
   return shapes
+
+
+def in_threads(
+  function: Callable[[Any], Any], items: Iterable, threads: int
+) -> Iterator:
+  """Yields what a function gives for items, in the order in which it is done.
+
+  Args:
+    function: called in several threads; what it raises is raised here.
+    items: gone through in this thread, a few ahead of what is yielded.
+    threads: how many.
+  """
+  running, pool = set(), ThreadPoolExecutor(threads)
+  try:
+    for item in items:
+      running.add(pool.submit(function, item))
+      if len(running) > 2 * threads:
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in finished)
+    yield from (future.result() for future in as_completed(running))
+  finally:
+    pool.shutdown(cancel_futures=True)

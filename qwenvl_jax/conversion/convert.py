@@ -7,9 +7,9 @@ threads: neither side is ever held in memory.
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ import numpy as np
 
 from qwenvl_jax.conversion import checkpoint_io, finite, gptq, layout, reader
 from qwenvl_jax.conversion.atomic import new_folder, new_local_folder
-from qwenvl_jax.conversion.blocks import Block, chunk_shapes, plan
+from qwenvl_jax.conversion.blocks import Block, chunk_shapes, in_threads, plan
 from qwenvl_jax.conversion.families import openclip
 from qwenvl_jax.conversion.families.names import RELEASED, TensorNames
 from qwenvl_jax.conversion.families.qwen_vl import assets
@@ -220,25 +220,15 @@ def copy(
 
   blocks = list(blocks)
   size = sum(x.values * tensors[x.name].dtype.itemsize for x in blocks)
-  blocks, running, done = iter(blocks), set(), 0
-  pool = ThreadPoolExecutor(_THREADS)
+  done = 0
   progress(done, size)
-  try:
-    while True:
-      for block in blocks:
-        running.add(pool.submit(one, block))
-        if len(running) > _THREADS:
-          break
-      if not running:
-        return counts
-      finished, running = wait(running, return_when=FIRST_COMPLETED)
-      for future in finished:
-        block, not_finite, written = future.result()
-        counts[' or '.join(block.paths)] += not_finite
-        done += written
+  # Closed: whoever clears away what was begun must not meet a thread there.
+  with contextlib.closing(in_threads(one, blocks, _THREADS)) as finished:
+    for block, not_finite, written in finished:
+      counts[' or '.join(block.paths)] += not_finite
+      done += written
       progress(done, size)
-  finally:
-    pool.shutdown(cancel_futures=True)
+  return counts
 
 
 def dtype_of(name: str | None) -> np.dtype | None:

@@ -14,13 +14,12 @@ from collections.abc import (
   Mapping,
   Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.blocks import Block, in_threads
 from qwenvl_jax.conversion.rules import nbytes
 from qwenvl_jax.conversion.tensors import Tensor
 from qwenvl_jax.conversion.transpose import copy_into
@@ -79,31 +78,29 @@ def to_devices(
   missing = collections.Counter(
     part.path for read in reads for part in read.parts
   )
-  shards, arrays, running = {}, {}, collections.deque()
+  shards, arrays = {}, {}
 
-  def finish_oldest():
-    read, future = running.popleft()
-    future.result()
+  def placed():
+    for read in reads:
+      dtype = tensors[read.block.name].dtype
+      for part in read.parts:
+        if part.path not in shards:
+          shards[part.path] = _Shards(
+            shapes[part.path], dtype, shardings[part.path]
+          )
+      yield read, [shards[part.path] for part in read.parts]
+
+  def run(item):
+    read, targets = item
+    read.run(tensors[read.block.name], targets)
+    return read
+
+  for read in in_threads(run, placed(), threads):
     for part in read.parts:
       missing[part.path] -= 1
       if not missing[part.path]:
         array = shards.pop(part.path).array()
         arrays.update(finish(part.path, array))
-
-  with ThreadPoolExecutor(threads) as pool:
-    for read in reads:
-      tensor = tensors[read.block.name]
-      for part in read.parts:
-        if part.path not in shards:
-          shards[part.path] = _Shards(
-            shapes[part.path], tensor.dtype, shardings[part.path]
-          )
-      targets = [shards[part.path] for part in read.parts]
-      running.append((read, pool.submit(read.run, tensor, targets)))
-      if len(running) > 2 * threads:
-        finish_oldest()
-    while running:
-      finish_oldest()
   return arrays
 
 

@@ -22,7 +22,7 @@ from qwenvl_jax.conversion import layout
 from qwenvl_jax.conversion.blocks import Block, covering
 from qwenvl_jax.conversion.json_schema import read_json
 from qwenvl_jax.conversion.rules import Rule
-from qwenvl_jax.conversion.tensors import DTYPES, Tensor
+from qwenvl_jax.conversion.tensors import DTYPES, FLOATS, Tensor
 from qwenvl_jax.errors import CheckpointError
 
 # For packed checkpoints (OCDBT), as training runs have them: their chunks are
@@ -232,8 +232,8 @@ def open_tensors(path: Path, table: list[Rule]) -> dict[str, Tensor]:
     str(path),
   )
   for name, store in stores.items():
-    dtype = store.dtype.numpy_dtype
-    if np.dtype(dtype).kind not in 'fV' and not layout.is_packed(name):
+    dtype = np.dtype(store.dtype.numpy_dtype)
+    if dtype not in FLOATS and not layout.is_packed(name):
       raise CheckpointError(
         f'{path}: {name} has dtype {dtype}, which is not supported for '
         f'parameters ({", ".join(DTYPES)})'

@@ -22,7 +22,8 @@ DTYPES = {
   'float16': np.float16,
   'float32': np.float32,
 }
-_FLOATS = list(map(np.dtype, DTYPES.values()))
+# What parameters may be stored as; float64 in released files if it is cast.
+FLOATS = tuple(map(np.dtype, (*DTYPES.values(), np.float64)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ def check_dtypes(
     CheckpointError: a tensor is of another dtype, or of another one than those
       of other layers.
   """
-  known = [*_FLOATS, np.dtype(np.float64)] if cast else _FLOATS
+  known = FLOATS if cast else FLOATS[: len(DTYPES)]
   for rule in table:
     first, *_ = names = rule.released_names()
     for name in names:
