@@ -192,10 +192,10 @@ def make_int4(folder: pathlib.Path, layers: int) -> int:
     for number, (name, shape, dtype) in enumerate(tensors):
       count = math.prod(shape) * dtype.itemsize // noise.itemsize
       values = np.concatenate(list(parts(noise, number, count)))
-      writer.write_rows(name, 0, values)
+      writer.write(name, 0, values)
       total += values.nbytes
     for name, values in implied.items():
-      writer.write_rows(name, 0, values)
+      writer.write(name, 0, values)
       total += values.nbytes
   return total
 

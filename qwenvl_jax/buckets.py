@@ -34,9 +34,6 @@ _SCHEME = 'gs://'
 # What `copy` takes: a vocabulary, settings, licences, a font.
 _SMALL_BYTES = 2**28
 
-# Linux takes so many pieces of memory in one call (IOV_MAX).
-_PIECES_AT_ONCE = 1024
-
 # Whose exceptions tell of the network, of permissions or credentials.
 _OTHERS = (
   'gcsfs.',
@@ -259,54 +256,26 @@ def size(path: Path) -> int:
   return path.stat().st_size
 
 
-def read_into(path: Path, start: int, rows: np.ndarray) -> int:
+def read_into(path: Path, start: int, array: np.ndarray) -> int:
   """Fills an array with bytes of a file from a place on.
 
   Args:
     path: the file.
     start: its first byte to be read.
-    rows: [n,...], of any dtype; each row is contiguous, the distance between
-      two of them is free.
+    array: C-ordered, of any shape and dtype.
 
   Returns:
     How many bytes there were: fewer than the array has at the file's end.
   """
-  count = 1 if rows.flags.c_contiguous else len(rows)
-  pieces = list(rows.reshape(count, -1, copy=False).view(np.uint8))
+  memory = array.reshape(-1, copy=False).view(np.uint8)
   if in_bucket(path):
-    data = np.frombuffer(
-      _files().cat_file(_key(path), start=start, end=start + rows.nbytes),
-      np.uint8,
-    )
-    return _scatter(data, pieces)
+    end = start + memory.size
+    found = _files().cat_file(_key(path), start=start, end=end)
+    memory[: len(found)] = np.frombuffer(found, np.uint8)
+    return len(found)
   with open_regular(path) as file:
-    return _read_pieces(file.fileno(), start, pieces)
-
-
-def _scatter(data: np.ndarray, pieces: list[np.ndarray]) -> int:
-  at = 0
-  for piece in pieces:
-    part = data[at : at + piece.size]
-    piece[: part.size] = part
-    at += part.size
-  return at
-
-
-def _read_pieces(file: int, start: int, pieces: list[np.ndarray]) -> int:
-  at, first = start, 0
-  while first < len(pieces):
-    now = pieces[first : first + _PIECES_AT_ONCE]
-    count = os.preadv(file, now, at)
-    if not count:
-      break
-    at += count
-    # One call may be cut short, anywhere.
-    while first < len(pieces) and count >= pieces[first].size:
-      count -= pieces[first].size
-      first += 1
-    if count:
-      pieces[first] = pieces[first][count:]
-  return at - start
+    file.seek(start)
+    return file.readinto(memory)
 
 
 def move(folder: Path, destination: Path, first: str) -> None:

@@ -2,20 +2,29 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from qwenvl_jax import buckets
-from qwenvl_jax.conversion import checkpoint_io, convert, low_rank, peft
+from qwenvl_jax.conversion import (
+  checkpoint_io,
+  convert,
+  layout,
+  low_rank,
+  peft,
+)
 from qwenvl_jax.conversion.atomic import new_folder, new_local_folder
 from qwenvl_jax.conversion.base_digest import digest
-from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.blocks import covering
 from qwenvl_jax.conversion.families.qwen_vl import assets
-from qwenvl_jax.conversion.layout import flatten, is_packed, unflatten
+from qwenvl_jax.conversion.families.qwen_vl.lora_table import lora_rules
+from qwenvl_jax.conversion.layout import flatten, unflatten
 from qwenvl_jax.conversion.low_rank import Base, LowRank
-from qwenvl_jax.conversion.source import Source
+from qwenvl_jax.conversion.rules import Rule
+from qwenvl_jax.conversion.tensors import Tensor
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model import int8
 from qwenvl_jax.model.config import QwenVLConfig
@@ -116,58 +125,50 @@ def identity(folder: Path) -> str:
   return found.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class MergedSource(Source):
-  """A model with an adapter added to its kernels.
+def merged(
+  tensors: Mapping[str, Tensor], adapter: LowRank, config: QwenVLConfig
+) -> dict[str, Tensor]:
+  """Adds an adapter to the weights of a model, W + alpha / rank * B A.
 
-  Attributes:
-    source: of the model, its values in float32.
+  Args:
+    tensors: of the model, by their released names.
     adapter: see `open_adapter`.
-    dtypes: of the sums, by path.
+    config: of the model.
+
+  Returns:
+    Released name to tensor; what is adapted or replaced is float32.
   """
+  factors = low_rank.released(
+    adapter, lora_rules(config.replace(lora=adapter.lora))
+  )
+  return {
+    name: _merged(tensors[name], name, rule, layer, adapter, factors)
+    for name, rule, layer in layout.entries(layout.rules(config))
+  }
 
-  source: Source
-  adapter: LowRank
-  dtypes: dict[str, np.dtype]
 
-  def position(self, block: Block) -> tuple:
-    return self.source.position(block)
+def _merged(
+  tensor: Tensor, name: str, rule: Rule, layer: int | None, adapter, factors
+) -> Tensor:
+  module = name.removesuffix('.weight')
+  first, second = (factors.get(f'{module}.lora_{x}.weight') for x in 'AB')
+  whole = [path for path in rule.paths if path in adapter.values]
+  if second is None and not whole:
+    return tensor
+  stored = tensor.cast(name, np.float32)
 
-  def read(self, block: Block) -> list[np.ndarray]:
-    return [
-      self._merged(path, block, values).astype(self.dtypes[path])
-      for path, values in zip(block.paths, self.source.read(block), strict=True)
-    ]
+  def read_into(start, rows):
+    stored.read_into(start, rows)
+    stop = start + len(rows)
+    if second is not None:
+      rows += np.float32(adapter.lora.scale) * (second[start:stop] @ first)
+    for block in covering(rule, layer, start, stop) if whole else ():
+      views = block.views(rows[block.start - start : block.stop - start])
+      for path, view in zip(block.paths, views, strict=True):
+        if path in whole:
+          view[...] = adapter.values[path][block.box]
 
-  def _merged(self, path: str, block: Block, values) -> np.ndarray:
-    if path in self.adapter.values:
-      return np.asarray(self.adapter.values[path])[block.box]
-    factors = self._factors(path)
-    if factors is None:
-      return values
-    layers, *box = block.box
-    first, second = factors
-    inputs = first.ndim - 2
-    first = first[(layers, *box[:inputs])]
-    second = second[(layers, slice(None), *box[inputs:])]
-    merged = np.array(values)
-    for layer, a, b in zip(merged, first, second, strict=True):
-      layer += np.float32(self.adapter.lora.scale) * np.tensordot(a, b, 1)
-    return merged
-
-  def _factors(self, path: str):
-    """Both factors of a kernel in float32, None if it is not adapted."""
-    module, _, name = path.rpartition('/')
-    second = self._float(f'{module}/lora_b')
-    if name != 'kernel' or second is None:
-      return None
-    shared = f'{module.rpartition("/")[0]}/qkv/lora_a'
-    first = self._float(f'{module}/lora_a')
-    return self._float(shared) if first is None else first, second
-
-  def _float(self, path: str) -> np.ndarray | None:
-    found = self.adapter.values.get(path)
-    return None if found is None else np.asarray(found, np.float32)
+  return dataclasses.replace(stored, read_into=read_into)
 
 
 def merge(
@@ -199,18 +200,20 @@ def merge(
   adapter = open_adapter(folder, base, config)
   kind = convert.dtype_of(dtype)
   if stored.decoder.int4_group is not None:
-    source, _ = checkpoint_io.open_dequantized(base, stored)
-    kept = dict(source.dtypes)
-    packed = np.dtype('bfloat16')
-    kept = {p: packed if d == np.float32 else d for p, d in kept.items()}
+    tensors, _ = checkpoint_io.open_dequantized(base, stored)
+    dtypes = {
+      name: np.dtype('bfloat16') if x.dtype == np.float32 else x.dtype
+      for name, x in tensors.items()
+    }
   else:
-    kept = checkpoint_io.open_source(base, config)[0].dtypes
-    source, _ = checkpoint_io.open_source(base, config, 'float32')
-  dtypes = {
-    path: kind or stored for path, stored in kept.items() if not is_packed(path)
+    tensors, _ = checkpoint_io.open_tensors(base, config, 'float32')
+    kept, _ = checkpoint_io.open_tensors(base, config)
+    dtypes = {name: x.dtype for name, x in kept.items()}
+  made = {
+    name: x.cast(name, dtypes[name] if kind is None else kind)
+    for name, x in merged(tensors, adapter, config).items()
   }
-  values = MergedSource(source, adapter, dtypes)
-  notes = convert.write_ours(values, config, base, destination, progress)
+  notes = convert.write_ours(made, config, base, destination, progress)
   return convert.Converted(config, tuple(notes))
 
 

@@ -28,15 +28,17 @@ def digest(folder: Path) -> str:
   config = checkpoint_io.read_config(folder)
   if config.decoder.int4_group is None:
     # Stored as int4 and not kept so, values are dequantized to this dtype.
-    source, table = checkpoint_io.open_source(folder, config, 'float32')
+    tensors, table = checkpoint_io.open_tensors(folder, config, 'float32')
   else:
-    source, table = checkpoint_io.open_dequantized(folder, config)
+    tensors, table = checkpoint_io.open_dequantized(folder, config)
   found = hashlib.blake2b(digest_size=16)
   for rule in sorted(table, key=lambda rule: rule.paths):
     blocks = iter(plan([rule], _BLOCK))
     first = next(blocks)
     for block in (first, *collections.deque(blocks, maxlen=1)):
-      for path, values in zip(block.paths, source.read(block), strict=True):
+      rows = tensors[block.name].read(block.start, block.stop)
+      boxes = block.to_ours(rows.astype(np.float32, copy=False))
+      for path, values in zip(block.paths, boxes, strict=True):
         found.update(f'{path} {block.box}'.encode())
-        found.update(np.ascontiguousarray(values, np.float32))
+        found.update(values)
   return found.hexdigest()

@@ -9,7 +9,14 @@ has to be read before the first write.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import (
+  FIRST_COMPLETED,
+  ThreadPoolExecutor,
+  as_completed,
+  wait,
+)
+from typing import Any
 
 import einops
 import numpy as np
@@ -32,7 +39,6 @@ class Block:
       leading axis of layers.
     start: first row.
     stop: last row + 1.
-    row_shape: of one row, () for vectors.
     paths: the parameters; several if the rows belong to them in turn.
     box: where in each of these parameters, one slice an axis.
     pattern: einops' from the rows to one layer's boxes.
@@ -43,7 +49,6 @@ class Block:
   layer: int | None
   start: int
   stop: int
-  row_shape: tuple[int, ...]
   paths: tuple[str, ...]
   box: tuple[slice, ...]
   pattern: str
@@ -58,71 +63,79 @@ class Block:
     """How many values the block holds."""
     return len(self.paths) * math.prod(self.box_shape)
 
-  @property
-  def outer_axis(self) -> int:
-    """Of a parameter without layers, the axis that follows the rows."""
-    ours = self.pattern.split(' -> ')[1].split()
-    return ours.index(_outer(self.pattern))
-
-  def until(self, stop: int) -> 'Block':
-    """A block without layers, without its rows from `stop` on."""
-    axis, at = _outer(self.pattern), self.outer_axis
-    count = self.sizes[axis] * (stop - self.start) // (self.stop - self.start)
-    cut = slice(self.box[at].start, self.box[at].start + count)
-    return dataclasses.replace(
-      self,
-      stop=stop,
-      box=(*self.box[:at], cut, *self.box[at + 1 :]),
-      sizes=self.sizes | {axis: count},
-    )
-
-  def released_view(self, box: np.ndarray) -> np.ndarray | None:
-    """The rows that a box is, where memory has them as released.
+  def views(self, rows: np.ndarray) -> list[np.ndarray]:
+    """Released rows with the axes of our boxes, one for each of `paths`.
 
     Args:
-      box: [*box_shape] of the only path, with any strides.
-
-    Returns:
-      [stop - start, *row_shape] in the same memory, or None.
+      rows: [stop - start, ...] of the released tensor.
     """
-    if len(self.paths) > 1:
-      return None
-    released, ours = self.pattern.split(' -> ')
-    box = self._of_layer(box)
-    rows = einops.rearrange(box, f'{ours} -> {released}', **self.sizes)
-    same = np.may_share_memory(rows, box) and rows.flags.c_contiguous
-    return rows if same else None
-
-  def to_ours(self, rows: np.ndarray, boxes: Iterable[np.ndarray]) -> None:
-    """Fills boxes with released rows.
-
-    Args:
-      rows: [stop - start, *row_shape].
-      boxes: [*box_shape] for each of `paths`.
-    """
-    for box, view in zip(boxes, self._ours(rows), strict=True):
-      copy_into(self._of_layer(box), view)
-
-  def to_released(self, boxes: Iterable[np.ndarray]) -> np.ndarray:
-    """The inverse of `to_ours`."""
-    boxes = list(boxes)
-    rows = np.empty((self.stop - self.start, *self.row_shape), boxes[0].dtype)
-    for box, view in zip(boxes, self._ours(rows), strict=True):
-      copy_into(view, self._of_layer(box))
-    return rows
-
-  def _ours(self, rows: np.ndarray) -> list[np.ndarray]:
-    """Views of released rows, as our axes are."""
     view = einops.rearrange(rows, self.pattern, **self.sizes)
-    return list(view) if len(self.paths) > 1 else [view]
+    views = list(view) if len(self.paths) > 1 else [view]
+    return views if self.layer is None else [x[None] for x in views]
 
-  def _of_layer(self, box: np.ndarray) -> np.ndarray:
-    return box if self.layer is None else box[0]
+  def to_ours(self, rows: np.ndarray) -> list[np.ndarray]:
+    """Copies released rows to boxes [*box_shape], C-ordered.
+
+    Args:
+      rows: [stop - start, ...] of the released tensor.
+    """
+    boxes = [np.empty(self.box_shape, rows.dtype) for _ in self.paths]
+    for box, view in zip(boxes, self.views(rows), strict=True):
+      copy_into(box, view)
+    return boxes
+
+  def to_released(self, boxes: Sequence[np.ndarray], rows: np.ndarray) -> None:
+    """Fills `rows` with what `to_ours` makes of them.
+
+    Args:
+      boxes: [*box_shape], one for each of `paths`.
+      rows: [stop - start, ...] of the released tensor.
+    """
+    for box, view in zip(boxes, self.views(rows), strict=True):
+      copy_into(view, box)
 
 
-def _outer(pattern: str) -> str:
-  """The outermost axis of released rows, along which they may be cut."""
-  return re.search(r'\w+', pattern)[0]
+def covering(
+  rule: Rule, layer: int | None, start: int, stop: int
+) -> Iterator[Block]:
+  """The blocks that rows of a tensor are, however large.
+
+  Args:
+    rule: of the tensor.
+    layer: of which layer, None if it stands alone.
+    start: first row; the outermost axis of the rows may be cut there.
+    stop: last row + 1, as well.
+  """
+  fused = rule.pattern.startswith(f'({FUSED} ')
+  pattern, groups = rule.pattern, [rule.paths]
+  if fused:  # Rows of one path after the other.
+    pattern = pattern.replace(f'{FUSED} ', '')
+    groups = [(path,) for path in rule.paths]
+  rows = rule.shape[0] // len(groups)
+  outer = re.search(r'\w+', pattern)[0]
+  rows_each = rows // rule.sizes[outer]
+  axes = [a for a in pattern.split(' -> ')[1].split() if a != FUSED]
+  stack = () if layer is None else (slice(layer, layer + 1),)
+  for index in range(start // rows, -(-stop // rows)):
+    first = max(start, index * rows)
+    last = min(stop, (index + 1) * rows)
+    cut = slice(
+      (first - index * rows) // rows_each, (last - index * rows) // rows_each
+    )
+    box = (cut if a == outer else slice(0, rule.sizes[a]) for a in axes)
+    sizes = rule.sizes | {outer: cut.stop - cut.start}
+    if fused:
+      del sizes[FUSED]
+    yield Block(
+      name=rule.released_names()[layer or 0],
+      layer=layer,
+      start=first,
+      stop=last,
+      paths=groups[index],
+      box=(*stack, *box),
+      pattern=pattern,
+      sizes=sizes,
+    )
 
 
 def plan(table: Iterable[Rule], limit: int = BLOCK_VALUES) -> Iterator[Block]:
@@ -136,65 +149,42 @@ def plan(table: Iterable[Rule], limit: int = BLOCK_VALUES) -> Iterator[Block]:
     limit: values in a block; exceeded only by a single row.
   """
   for rule in table:
-    for piece in _pieces(rule):
-      for layer, name in enumerate(rule.released_names()):
-        layer = None if rule.layers is None else layer
-        yield from _cut(piece, layer, name, limit)
+    for layer in [None] if rule.layers is None else range(rule.layers):
+      for whole in covering(rule, layer, 0, rule.shape[0]):
+        length = whole.sizes[re.search(r'\w+', whole.pattern)[0]]
+        rows_each = (whole.stop - whole.start) // length
+        step = math.ceil(length / math.ceil(whole.values / limit)) * rows_each
+        for start in range(whole.start, whole.stop, step):
+          stop = min(start + step, whole.stop)
+          yield from covering(rule, layer, start, stop)
 
 
-def chunk_shapes(table: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
+def chunk_shapes(blocks: Iterable[Block]) -> dict[str, tuple[int, ...]]:
   """Path to the shape of its blocks."""
   shapes = {}
-  for block in plan(table):
+  for block in blocks:
     for path in block.paths:
       shapes.setdefault(path, block.box_shape)
   return shapes
 
 
-def _pieces(rule: Rule) -> Iterator[Block]:
-  """Blocks of all rows that fill all of some paths, of no layer yet."""
-  fused = rule.pattern.startswith(f'({FUSED} ')
-  pattern, sizes = rule.pattern, dict(rule.sizes)
-  if fused:  # Rows of one path after the other.
-    pattern = pattern.replace(f'{FUSED} ', '')
-    del sizes[FUSED]
-  groups = [(path,) for path in rule.paths] if fused else [rule.paths]
-  rows = rule.shape[0] // len(groups)
-  axes = pattern.split(' -> ')[1].split()
-  axes = axes[1:] if axes[0] == FUSED else axes
-  for index, paths in enumerate(groups):
-    yield Block(
-      name=rule.tensor,
-      layer=None,
-      start=index * rows,
-      stop=(index + 1) * rows,
-      row_shape=rule.shape[1:],
-      paths=paths,
-      box=tuple(slice(0, sizes[axis]) for axis in axes),
-      pattern=pattern,
-      sizes=sizes,
-    )
+def in_threads(
+  function: Callable[[Any], Any], items: Iterable, threads: int
+) -> Iterator:
+  """Yields what a function gives for items, in the order in which it is done.
 
-
-def _cut(
-  piece: Block, layer: int | None, name: str, limit: int
-) -> Iterator[Block]:
-  """Blocks of at most so many values of a layer."""
-  axis = _outer(piece.pattern)
-  length = piece.sizes[axis]
-  rows_each = (piece.stop - piece.start) // length
-  axes = piece.pattern.split(' -> ')[1].split()[-len(piece.box) :]
-  stack = () if layer is None else (slice(layer, layer + 1),)
-  step = math.ceil(length / math.ceil(piece.values / limit))
-  for begin in range(0, length, step):
-    cut = slice(begin, min(begin + step, length))
-    box = (cut if a == axis else s for a, s in zip(axes, piece.box))
-    yield dataclasses.replace(
-      piece,
-      name=name,
-      layer=layer,
-      start=piece.start + cut.start * rows_each,
-      stop=piece.start + cut.stop * rows_each,
-      box=(*stack, *box),
-      sizes=piece.sizes | {axis: cut.stop - cut.start},
-    )
+  Args:
+    function: called in several threads; what it raises is raised here.
+    items: gone through in this thread, a few ahead of what is yielded.
+    threads: how many.
+  """
+  running, pool = set(), ThreadPoolExecutor(threads)
+  try:
+    for item in items:
+      running.add(pool.submit(function, item))
+      if len(running) > 2 * threads:
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in finished)
+    yield from (future.result() for future in as_completed(running))
+  finally:
+    pool.shutdown(cancel_futures=True)

@@ -27,18 +27,13 @@ from qwenvl_jax.conversion.families.qwen_vl.assets import find_asset
 from qwenvl_jax.conversion.families.qwen_vl.config import config_from_hf
 from qwenvl_jax.conversion.json_schema import read_json
 from qwenvl_jax.conversion.loader import BUCKET_THREADS, THREADS, to_devices
-from qwenvl_jax.conversion.reader import (
-  Tensor,
-  has_released_weights,
-  open_released,
-)
+from qwenvl_jax.conversion.reader import has_released_weights, open_released
 from qwenvl_jax.conversion.rules import Rule
-from qwenvl_jax.conversion.source import (
-  CastSource,
-  JoinedSource,
-  OrbaxSource,
-  ReleasedSource,
-  Source,
+from qwenvl_jax.conversion.tensors import (
+  Tensor,
+  cast_all,
+  check_dtypes,
+  check_tensors,
 )
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig
@@ -195,10 +190,10 @@ class Contents:
   Attributes:
     form: how it is stored.
     stored: name to what has a shape and a dtype: parameter paths of Orbax
-      arrays, else the tensors as they are in the files.
+      arrays, else the released tensors as they are in the files.
     tensors: the same with packed weights dequantized, if they are to be.
     parts: of the model.
-    table: rules that give `tensors` their places; of the names in the files.
+    table: rules of those parts.
     orbax: where the arrays are, None of other forms.
     notes: what to say of it, a line each.
   """
@@ -235,9 +230,8 @@ def look_into(
     if config.decoder.int4_group is not None:
       form += ', int4 (GPTQ) kept'
   elif openclip.is_openclip(folder) and not has_released_weights(folder):
-    stored = openclip.open_vision(folder)
-    table = openclip.openclip_rules(config)
-    return Contents('OpenCLIP', stored, stored, ('vision',), table, None)
+    form = 'OpenCLIP'
+    tensors = stored = openclip.open_vision(folder, config.vision)
   else:
     stored = names.select(open_released(folder, notes), str(folder), notes)
     tensors, files = stored, {tensor.file for tensor in stored.values()}
@@ -249,81 +243,71 @@ def look_into(
       tensors = gptq.dequantized(folder, stored, config)
   found = {layout.part_of(name) for name in tensors}
   parts = tuple(part for part in layout.PARTS if part in found)
+  if form == 'OpenCLIP':
+    parts = ('vision',)
   table = layout.rules(config, parts)
   return Contents(form, stored, tensors, parts, table, orbax, tuple(notes))
 
 
-def open_source(
+def open_tensors(
   folder: Path,
   config: QwenVLConfig,
   dtype=None,
   names: TensorNames = RELEASED,
   notes: list[str] | None = None,
-) -> tuple[Source, list[Rule]]:
-  """Opens the values of a checkpoint folder of any kind.
+) -> tuple[dict[str, Tensor], list[Rule]]:
+  """Opens a checkpoint folder of any kind as released tensors.
 
   Args:
     folder: the checkpoint.
-    config: from `read_config`, which says whether int4 weights are kept; a
-      source is of stacked layers, whatever it says of those.
+    config: from `read_config`, which says whether int4 weights are kept.
     dtype: to cast to, but for packed kernels; None keeps what is stored, and
       dequantizes int4 weights to bfloat16.
     names: what the checkpoint calls its tensors.
     notes: gets what to say of it, a line each.
 
   Returns:
-    The source, and the conversion table of what it holds.
+    Released name to tensor, and the conversion table of what is there.
 
   Raises:
     CheckpointError: tensors missing, unknown, misshapen or damaged.
   """
-  config = config.replace(scan_layers=True)
   found = look_into(folder, config, names)
   if notes is not None:
     notes.extend(found.notes)
   if found.orbax is not None:
-    source = OrbaxSource(found.orbax)
-    layout.check_shapes(
-      layout.parameter_shapes(config, found.parts), source.shapes, str(folder)
-    )
-    source.check_dtypes()
+    tensors = orbax_store.open_tensors(found.orbax, found.table)
   else:
-    source = ReleasedSource(
-      found.tensors, found.table, str(folder), cast=dtype is not None
-    )
-    if found.tensors is not found.stored and config.decoder.int4_group is None:
+    tensors = found.tensors
+    check_tensors(tensors, found.table, str(folder))
+    check_dtypes(tensors, found.table, cast=dtype is not None)
+    if gptq.is_quantized(found.stored) and config.decoder.int4_group is None:
       dtype = dtype or 'bfloat16'
   if dtype is not None:
-    source = CastSource.of(source, np.dtype(dtype), str(folder))
-  return source, layout.rules(config, found.parts)
+    tensors = cast_all(tensors, np.dtype(dtype))
+  return tensors, found.table
 
 
 def open_dequantized(
   folder: Path, config: QwenVLConfig
-) -> tuple[Source, list[Rule]]:
-  """Opens values as `open_source`, of plain kernels also where packed are kept.
+) -> tuple[dict[str, Tensor], list[Rule]]:
+  """Opens tensors as `open_tensors`, of plain kernels where packed are kept.
 
-  Packed kernels that were kept come dequantized to float32.
+  Those come dequantized to float32.
   """
-  source, table = open_source(folder, config)
+  tensors, table = open_tensors(folder, config)
   group = config.decoder.int4_group
   if group is None:
-    return source, table
-  packed = [r for r in table if layout.is_packed(r.tensor)]
-  tensors = source.released(packed) | {
+    return tensors, table
+  groups = {
     name: Tensor.of(array, folder)
-    for name, array in gptq.implied(packed, group, np.dtype(np.float16))
+    for name, array in gptq.implied(table, group, np.dtype(np.float16))
     if name.endswith('.g_idx')
   }
-  parts = {layout.part_of(rule.paths[0]) for rule in table}
-  plain = layout.rules(
-    dequantized(config), [p for p in layout.PARTS if p in parts]
-  )
-  known = {rule.tensor for rule in table}
-  kernels = [rule for rule in plain if rule.tensor not in known]
-  dense = gptq.dequantized(folder, tensors, dequantized(config))
-  first = ReleasedSource(dense, kernels, str(folder))
-  return JoinedSource((first, source)), plain
+  plain = dequantized(config)
+  found = {layout.part_of(name) for name in tensors}
+  table = layout.rules(plain, [x for x in layout.PARTS if x in found])
+  return gptq.dequantized(folder, tensors | groups, plain), table
 
 
 def read_params(
@@ -333,7 +317,7 @@ def read_params(
 
   Args:
     folder: the checkpoint.
-    config: see `open_source`; also whether the decoder's layers are stacked
+    config: see `open_tensors`; also whether the decoder's layers are stacked
       or apart (`model.stacking`), and whether kernels are rounded to 8 bits.
     dtype: to cast to, but for packed kernels; None keeps what is stored.
     shardings: tree of shardings like the parameters; None for the first device.
@@ -351,7 +335,7 @@ def read_params(
   stored = params_folder(folder)
   if stored is not None and config.scan_layers:
     return orbax_store.restore(stored, dtype, placements, keep)
-  source, table = open_source(folder, config, dtype)
+  tensors, table = open_tensors(folder, config, dtype)
   shapes = {
     path: shape
     for path, shape in layout.parameter_shapes(
@@ -366,7 +350,7 @@ def read_params(
     return placements.get(path, placements.get(f'{path}/values', device))
 
   arrays = to_devices(
-    source,
+    tensors,
     plan(table),
     shapes,
     {path: place(path) for path in shapes},

@@ -7,10 +7,9 @@ threads: neither side is ever held in memory.
 """
 
 import collections
+import contextlib
 import dataclasses
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import flax.linen as nn
@@ -20,20 +19,14 @@ import numpy as np
 
 from qwenvl_jax.conversion import checkpoint_io, finite, gptq, layout, reader
 from qwenvl_jax.conversion.atomic import new_folder, new_local_folder
-from qwenvl_jax.conversion.blocks import Block, chunk_shapes, plan
+from qwenvl_jax.conversion.blocks import Block, chunk_shapes, in_threads, plan
 from qwenvl_jax.conversion.families import openclip
 from qwenvl_jax.conversion.families.names import RELEASED, TensorNames
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.orbax_store import OrbaxWriter
 from qwenvl_jax.conversion.rules import Rule, nbytes
-from qwenvl_jax.conversion.source import (
-  ArraySource,
-  CastSource,
-  GrownSource,
-  JoinedSource,
-  Source,
-)
-from qwenvl_jax.conversion.writer import DTYPES, ReleasedWriter
+from qwenvl_jax.conversion.tensors import DTYPES, Tensor, cast_all
+from qwenvl_jax.conversion.writer import ReleasedWriter
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.adapter import Adapter
 from qwenvl_jax.model.config import QwenVLConfig
@@ -96,14 +89,14 @@ def from_hf(
     config = checkpoint_io.read_config(source, keep_int4, names)
   assets.read_tokenizer(source, config)
   notes = []
-  values, table = checkpoint_io.open_source(
+  tensors, table = checkpoint_io.open_tensors(
     source, config, dtype_of(dtype), names, notes
   )
   _require_all_parts(table, source)
-  config, values, new = _grown(config, values, vocab_size, seed, source)
+  config, tensors, new = _grown(config, tensors, vocab_size, seed, source)
   checkpoint_io.check_image_ids(config, str(source))
   notes += write_ours(
-    values, config, source, destination, progress, saved=saved
+    tensors, config, source, destination, progress, saved=saved
   )
   return Converted(config, tuple(notes), new)
 
@@ -127,32 +120,36 @@ def to_hf(
   """
   config = checkpoint_io.read_config(source)
   notes = []
-  values, table = checkpoint_io.open_source(
+  tensors, table = checkpoint_io.open_tensors(
     source, config, dtype_of(dtype), notes=notes
   )
   _require_all_parts(table, source)
   assets.read_tokenizer(source, config)
-  tensors = [
-    (name, rule.shape, values.dtypes[rule.paths[0]])
+  stored = [
+    (name, rule.shape, tensors[name].dtype)
     for name, rule in layout.released_order(table)
   ]
-  size = sum(nbytes(s, d) for _, s, d in tensors)
+  size = sum(nbytes(s, d) for _, s, d in stored)
   implied, group = {}, config.decoder.int4_group
   if group is not None:
-    biases = values.dtypes['decoder/blocks/attn/q/bias']
+    biases = tensors['transformer.h.0.attn.c_attn.bias'].dtype
     implied = dict(gptq.implied(table, group, biases))
-  tensors += [(name, x.shape, x.dtype) for name, x in implied.items()]
+  stored += [(name, x.shape, x.dtype) for name, x in implied.items()]
   with new_local_folder(destination, size) as partial:
-    with ReleasedWriter(partial, tensors, shard_bytes) as writer:
-      counts = copy(values, plan(table), writer.write, size, progress)
+    with ReleasedWriter(partial, stored, shard_bytes) as writer:
+
+      def write(block: Block, rows: np.ndarray):
+        writer.write(block.name, block.start, rows)
+
+      counts = copy(tensors, plan(table), write, progress)
       for name, array in implied.items():
-        writer.write_rows(name, 0, array)
-    notes += _write_assets(counts, values, source, partial, config, saved)
+        writer.write(name, 0, array)
+    notes += _write_assets(counts, tensors, source, partial, config, saved)
   return Converted(config, tuple(notes))
 
 
 def write_ours(
-  values: Source,
+  tensors: Mapping[str, Tensor],
   config: QwenVLConfig,
   source: Path,
   destination: Path,
@@ -163,7 +160,7 @@ def write_ours(
   """Writes a whole model as a checkpoint folder of ours.
 
   Args:
-    values: of every parameter.
+    tensors: of the model, by their released names.
     config: of the model.
     source: folder whose settings and vocabulary go along.
     destination: a new folder.
@@ -174,23 +171,23 @@ def write_ours(
   Returns:
     What to say of it, a line each.
   """
-  table, dtypes = layout.rules(config), values.dtypes
-  arrays = {
-    path: (shape, dtypes[path])
-    for path, shape in layout.parameter_shapes(config).items()
-  }
-  size = sum(nbytes(s, d) for s, d in arrays.values())
+  table = layout.rules(config)
+  shapes = layout.released_shapes(table)
+  size = sum(nbytes(x, tensors[name].dtype) for name, x in shapes.items())
+  blocks = list(plan(table))
   with new_folder(destination, size) as partial:
-    writer = OrbaxWriter(partial / 'params', arrays, chunk_shapes(table))
-    counts = copy(values, plan(table), writer.write, size, progress)
-    return _write_assets(counts, values, source, partial, config, saved, code)
+    chunks = chunk_shapes(blocks)
+    writer = OrbaxWriter(partial / 'params', tensors, table, chunks)
+    counts = copy(tensors, blocks, writer.write, progress)
+    return _write_assets(counts, tensors, source, partial, config, saved, code)
 
 
 def _write_assets(
-  counts, values, source, partial, config, saved, code=True
+  counts, tensors, source, partial, config, saved, code=True
 ) -> list[str]:
   """Writes what is beside the weights; returns what to say."""
-  dtype = values.dtypes['decoder/embed']  # As config.json calls the model's.
+  # As config.json calls the model's.
+  dtype = tensors['transformer.wte.weight'].dtype
   if saved is not None:
     assets.write_conversion(partial, saved)
   notes = assets.carry_assets(source, partial, config, dtype, code)
@@ -198,52 +195,40 @@ def _write_assets(
 
 
 def copy(
-  values: Source,
+  tensors: Mapping[str, Tensor],
   blocks: Iterable[Block],
-  write: Callable[[Block, list[np.ndarray]], None],
-  size: int,
+  write: Callable[[Block, np.ndarray], None],
   progress: Progress = _silent,
 ) -> collections.Counter:
   """Copies blocks, a few at a time.
 
   Args:
-    values: read from.
+    tensors: read from, by their released names.
     blocks: what to copy.
-    write: takes a block and its values; called from several threads.
-    size: bytes in all, for `progress`.
+    write: takes a block and its rows; called from several threads.
     progress: see `Progress`.
 
   Returns:
     How many values of each parameter are not finite.
   """
-  counts, lock = collections.Counter(), threading.Lock()
+  counts = collections.Counter()
 
   def one(block):
-    boxes = values.read(block)
-    for path, box in zip(block.paths, boxes, strict=True):
-      count = finite.count_not_finite(box)
-      if count:
-        with lock:
-          counts[path] += count
-    write(block, boxes)
-    return sum(box.nbytes for box in boxes)
+    rows = tensors[block.name].read(block.start, block.stop)
+    write(block, rows)
+    return block, finite.count_not_finite(rows), rows.nbytes
 
-  blocks, running, done = iter(blocks), set(), 0
-  pool = ThreadPoolExecutor(_THREADS)
+  blocks = list(blocks)
+  size = sum(x.values * tensors[x.name].dtype.itemsize for x in blocks)
+  done = 0
   progress(done, size)
-  try:
-    while True:
-      for block in blocks:
-        running.add(pool.submit(one, block))
-        if len(running) > _THREADS:
-          break
-      if not running:
-        return counts
-      finished, running = wait(running, return_when=FIRST_COMPLETED)
-      done += sum(future.result() for future in finished)
+  # Closed: whoever clears away what was begun must not meet a thread there.
+  with contextlib.closing(in_threads(one, blocks, _THREADS)) as finished:
+    for block, not_finite, written in finished:
+      counts[' or '.join(block.paths)] += not_finite
+      done += written
       progress(done, size)
-  finally:
-    pool.shutdown(cancel_futures=True)
+  return counts
 
 
 def dtype_of(name: str | None) -> np.dtype | None:
@@ -269,25 +254,32 @@ def _require_all_parts(table: list[Rule], source: Path) -> None:
     )
 
 
+# One row a token.
+_VOCABULARY = ('transformer.wte.weight', 'lm_head.weight')
+
+
 def _grown(
   config: QwenVLConfig,
-  values: Source,
+  tensors: dict[str, Tensor],
   vocab_size: int | None,
   seed: int,
   source: Path,
-) -> tuple[QwenVLConfig, Source, int]:
+) -> tuple[QwenVLConfig, dict[str, Tensor], int]:
   """Adds rows to the vocabulary; returns how many, too."""
   rows = config.decoder.vocab_size
   if vocab_size in (None, rows):
-    return config, values, 0
+    return config, tensors, 0
   if vocab_size < rows:
     raise CheckpointError(
       f'{source} has {rows:,} rows in its vocabulary, more than vocab_size='
       f'{vocab_size:,}: rows are added, not removed'
     )
   decoder = dataclasses.replace(config.decoder, vocab_size=vocab_size)
-  grown = GrownSource(values, rows, seed)
-  return config.replace(decoder=decoder), grown, vocab_size - rows
+  grown = {
+    name: tensors[name].grown(vocab_size, (seed, index))
+    for index, name in enumerate(_VOCABULARY)
+  }
+  return config.replace(decoder=decoder), tensors | grown, vocab_size - rows
 
 
 def init_stage1(
@@ -327,7 +319,7 @@ def init_stage1(
     )
   assets.read_tokenizer(decoder, stored)
   notes, sizes = [], openclip.read_config(vision)
-  language, table = checkpoint_io.open_source(
+  language, table = checkpoint_io.open_tensors(
     decoder, stored, kind, names, notes
   )
   if not any(layout.part_of(rule.paths[0]) == 'decoder' for rule in table):
@@ -339,15 +331,15 @@ def init_stage1(
     seed,
     decoder,
   )
-  sight, _ = checkpoint_io.open_source(vision, config, kind)
-  adapter = ArraySource(_random_adapter(config, seed))
+  sight, _ = checkpoint_io.open_tensors(vision, config, kind)
+  adapter = _random_adapter(config, seed)
   if kind is not None:
-    adapter = CastSource(adapter, kind, 'the new adapter')
-  # The decoder's may be a whole model, hence last.
-  values = JoinedSource((sight, adapter, language))
+    adapter = cast_all(adapter, kind)
+  # The decoder's may be a whole model.
+  tensors = language | sight | adapter
   # A Qwen-7B's own code knows no pictures.
   notes += write_ours(
-    values, config, decoder, destination, progress, code=False, saved=saved
+    tensors, config, decoder, destination, progress, code=False, saved=saved
   )
   return Converted(config, tuple(notes), new)
 
@@ -364,12 +356,18 @@ def vocabulary_size(config: QwenVLConfig) -> int:
   return size if size >= needed else -(-needed // 128) * 128
 
 
-def _random_adapter(config: QwenVLConfig, seed: int) -> dict:
-  """{'adapter': a new one in float32}."""
+def _random_adapter(config: QwenVLConfig, seed: int) -> dict[str, Tensor]:
+  """The tensors of a new adapter in float32."""
   patch = jnp.zeros((1, 1, config.vision.width))
 
   def init(key):
     variables = Adapter(config.adapter).init(key, patch, (1, 1))
     return {'adapter': nn.meta.unbox(variables['params'])}
 
-  return jax.jit(init)(jax.random.key(seed))
+  params = dict(layout.flatten(jax.jit(init)(jax.random.key(seed))))
+  released = {
+    rule.tensor: rule.to_released(*(np.asarray(params[x]) for x in rule.paths))
+    for rule in layout.rules(config, ['adapter'])
+  }
+  where = Path('the new adapter')
+  return {name: Tensor.of(x, where) for name, x in released.items()}

@@ -11,8 +11,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-# Policies are of a process: one change at a time.
-_CHANGING = threading.Lock()
+# Policies are of a process: one thread changes them at a time.
+_CHANGING = threading.RLock()
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ import numpy as np
 from qwenvl_jax.conversion import json_schema, schemas
 from qwenvl_jax.conversion.families.qwen_vl.config import ZERO_OFFSETS
 from qwenvl_jax.conversion.layout import released_shapes, rules
-from qwenvl_jax.conversion.reader import Tensor
 from qwenvl_jax.conversion.rules import Rule
+from qwenvl_jax.conversion.tensors import Tensor
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.int4 import PER_WORD
@@ -263,7 +263,7 @@ class _Packed(NamedTuple):
     values = _unpack(np.ascontiguousarray(self.words[:, columns]), 0)
     shifted = values - self.zeros[:, columns][self.groups]
     scales = self.scales[:, columns].astype(np.float32)[self.groups]
-    return np.ascontiguousarray((scales * shifted).T)
+    return (scales * shifted).T
 
 
 def _load(root: str, tensors: Mapping[str, Tensor], offset: int) -> _Packed:
@@ -308,12 +308,11 @@ def _check_packed(folder: Path, root: str, tensors) -> None:
 
 
 def _weight(root: str, packed: Tensor, load) -> Tensor:
-  return Tensor(
-    (packed.shape[1], packed.shape[0] * PER_WORD),
-    np.dtype(np.float32),
-    packed.file,
-    lambda start, stop: load(root).rows(start, stop),
-  )
+  def read_into(start, rows):
+    rows[...] = load(root).rows(start, start + len(rows))
+
+  shape = (packed.shape[1], packed.shape[0] * PER_WORD)
+  return Tensor(shape, np.dtype(np.float32), packed.file, read_into)
 
 
 def _unpack(words: np.ndarray, axis: int) -> np.ndarray:

@@ -197,10 +197,8 @@ def _assets_problem(folder: Path, config: QwenVLConfig) -> str | None:
 
 
 def _not_finite(folder: Path, config: QwenVLConfig, progress) -> str | None:
-  source, table = checkpoint_io.open_source(folder, config)
-  blocks = list(plan(table))
-  size = sum(x.values * source.dtypes[x.paths[0]].itemsize for x in blocks)
-  counts = copy(source, blocks, lambda block, boxes: None, size, progress)
+  tensors, table = checkpoint_io.open_tensors(folder, config)
+  counts = copy(tensors, plan(table), lambda block, rows: None, progress)
   return finite.describe(counts)
 
 

@@ -63,6 +63,11 @@ FLAG = Kind(lambda x: type(x) is bool, 'true or false')
 
 TEXT = Kind(lambda x: isinstance(x, str), 'a string')
 
+TEXTS = Kind(
+  lambda x: isinstance(x, list) and all(isinstance(i, str) for i in x),
+  'a list of strings',
+)
+
 
 def _is_file_name(value: Any) -> bool:
   return (

@@ -56,9 +56,18 @@ def unflatten(leaves: dict[str, object]) -> dict:
   return tree
 
 
-def released_shapes(table: list[Rule]) -> dict[str, tuple[int, ...]]:
+def entries(
+  table: Iterable[Rule],
+) -> Iterator[tuple[str, Rule, int | None]]:
+  """(released name, rule, layer) of every tensor; no layer if it is alone."""
+  for rule in table:
+    for layer, name in enumerate(rule.released_names()):
+      yield name, rule, None if rule.layers is None else layer
+
+
+def released_shapes(table: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
   """Released name to shape of every tensor that a checkpoint must hold."""
-  return {name: rule.shape for rule in table for name in rule.released_names()}
+  return {name: rule.shape for name, rule, _ in entries(table)}
 
 
 def weights(path: str, shape: Sequence[int]) -> int:
@@ -66,6 +75,17 @@ def weights(path: str, shape: Sequence[int]) -> int:
   if is_packed(path):
     return math.prod(shape) * PER_WORD if path.endswith('/words') else 0
   return math.prod(shape)
+
+
+def shapes_of(table: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
+  """Path to shape of every parameter of a table, layers stacked."""
+  shapes = {}
+  for rule in table:
+    stack = () if rule.layers is None else (rule.layers,)
+    blank = np.broadcast_to(np.int8(0), rule.shape)
+    for path, part in zip(rule.paths, rule.to_ours(blank), strict=True):
+      shapes[path] = stack + part.shape
+  return shapes
 
 
 def parameter_shapes(
@@ -76,12 +96,7 @@ def parameter_shapes(
   For training or for inference (`model.stacking`), as `config.scan_layers`
   says.
   """
-  shapes = {}
-  for rule in rules(config, parts):
-    stack = () if rule.layers is None else (rule.layers,)
-    blank = np.broadcast_to(np.int8(0), rule.shape)
-    for path, part in zip(rule.paths, rule.to_ours(blank), strict=True):
-      shapes[path] = stack + part.shape
+  shapes = shapes_of(rules(config, parts))
   if config.scan_layers:
     return shapes
   return _apart(shapes, config.decoder.int8)

@@ -14,15 +14,15 @@ from collections.abc import (
   Mapping,
   Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.blocks import Block, in_threads
 from qwenvl_jax.conversion.rules import nbytes
-from qwenvl_jax.conversion.source import Source
+from qwenvl_jax.conversion.tensors import Tensor
+from qwenvl_jax.conversion.transpose import copy_into
 from qwenvl_jax.model.stacking import (
   apart_path,
   inputs_of,
@@ -43,7 +43,7 @@ _ALIGNMENT = 64
 
 
 def to_devices(
-  source: Source,
+  tensors: Mapping[str, Tensor],
   blocks: Iterable[Block],
   shapes: Mapping[str, tuple[int, ...]],
   shardings: Mapping[str, jax.sharding.Sharding],
@@ -57,7 +57,7 @@ def to_devices(
   memory of their own, only the arrays that are not full yet.
 
   Args:
-    source: of the values.
+    tensors: by their released names.
     blocks: all blocks of these parameters.
     shapes: path to the shape of the whole array. Of the decoder's layers either
       stacked or apart (see `model.stacking`), which decides what is returned.
@@ -74,35 +74,33 @@ def to_devices(
     CheckpointError: a file is damaged, or a value does not fit its dtype.
   """
   wanted = [_Read.of(block, shapes, outputs_first) for block in blocks]
-  reads = _stored_order(source, [read for read in wanted if read.parts])
+  reads = _stored_order(tensors, [read for read in wanted if read.parts])
   missing = collections.Counter(
     part.path for read in reads for part in read.parts
   )
-  shards, arrays, running = {}, {}, collections.deque()
+  shards, arrays = {}, {}
 
-  def finish_oldest():
-    read, future = running.popleft()
-    future.result()
+  def placed():
+    for read in reads:
+      dtype = tensors[read.block.name].dtype
+      for part in read.parts:
+        if part.path not in shards:
+          shards[part.path] = _Shards(
+            shapes[part.path], dtype, shardings[part.path]
+          )
+      yield read, [shards[part.path] for part in read.parts]
+
+  def run(item):
+    read, targets = item
+    read.run(tensors[read.block.name], targets)
+    return read
+
+  for read in in_threads(run, placed(), threads):
     for part in read.parts:
       missing[part.path] -= 1
       if not missing[part.path]:
         array = shards.pop(part.path).array()
         arrays.update(finish(part.path, array))
-
-  with ThreadPoolExecutor(threads) as pool:
-    for read in reads:
-      for part in read.parts:
-        if part.path not in shards:
-          dtype = source.dtypes[read.block.paths[part.index]]
-          shards[part.path] = _Shards(
-            shapes[part.path], dtype, shardings[part.path]
-          )
-      targets = [shards[part.path] for part in read.parts]
-      running.append((read, pool.submit(read.run, source, targets)))
-      if len(running) > 2 * threads:
-        finish_oldest()
-    while running:
-      finish_oldest()
   return arrays
 
 
@@ -123,14 +121,8 @@ class _Part(NamedTuple):
   inputs: int
   box: tuple[slice, ...]
 
-  def as_block(self, values: np.ndarray) -> np.ndarray:
-    """A view of values of the array with axes as the block has them."""
-    last = range(-self.inputs, 0)
-    moved = np.moveaxis(values, tuple(last), tuple(range(self.inputs)))
-    return moved[None] if self.apart else moved
-
   def as_array(self, values: np.ndarray) -> np.ndarray:
-    """The inverse of `as_block`."""
+    """A view of values of the block with axes as the array has them."""
     values, last = values[0] if self.apart else values, range(-self.inputs, 0)
     return np.moveaxis(values, tuple(range(self.inputs)), tuple(last))
 
@@ -157,39 +149,41 @@ class _Read(NamedTuple):
         parts.append(_Part(path, index, apart, inputs, box))
     return cls(block, tuple(parts))
 
-  def run(self, source: Source, targets: Sequence['_Shards']) -> None:
+  def run(self, tensor: Tensor, targets: Sequence['_Shards']) -> None:
     """Reads into the shards of each part, without a copy where that can be."""
-    pairs = list(zip(self.parts, targets, strict=True))
+    block, pairs = self.block, list(zip(self.parts, targets, strict=True))
     if not any(target.touches(part.box) for part, target in pairs):
       return
-    places = [target.view(part.box) for part, target in pairs]
-    places = [
-      None if place is None else part.as_block(place)
-      for (part, _), place in zip(pairs, places, strict=True)
-    ]
-    whole = [self.block.box_shape] * len(self.block.paths)
-    if [None if place is None else place.shape for place in places] == whole:
-      source.read_into(self.block, places)
+    rows = np.empty((block.stop - block.start, *tensor.shape[1:]), tensor.dtype)
+    values = [part.as_array(block.views(rows)[part.index]) for part, _ in pairs]
+    part, target = pairs[0]
+    place = target.view(part.box)
+    # One array, whose values are where the rows have them.
+    direct = len(block.paths) == 1 and values[0].flags.c_contiguous
+    if direct and place is not None and place.flags.c_contiguous:
+      tensor.read_into(block.start, place.reshape(rows.shape))
       return
-    values = source.read(self.block)
-    for part, target in pairs:
-      target.fill(part.box, part.as_array(values[part.index]))
+    tensor.read_into(block.start, rows)
+    for (part, target), value in zip(pairs, values, strict=True):
+      target.fill(part.box, value)
 
 
-def _stored_order(source: Source, reads: list[_Read]) -> list[_Read]:
+def _stored_order(
+  tensors: Mapping[str, Tensor], reads: list[_Read]
+) -> list[_Read]:
   """Sorts reads as files hold them, those of the same arrays together."""
+
+  def position(read):
+    block, tensor = read.block, tensors[read.block.name]
+    return str(tensor.file), tensor.offset, block.layer or 0, block.start
+
   groups = {}
   for read in reads:
-    groups.setdefault(tuple(part.path for part in read.parts), []).append(
-      (source.position(read.block), read)
-    )
-
-  def position(pair):
-    return pair[0]
-
+    paths = tuple(part.path for part in read.parts)
+    groups.setdefault(paths, []).append(read)
   ordered = [sorted(group, key=position) for group in groups.values()]
   ordered.sort(key=lambda group: position(group[0]))
-  return [read for group in ordered for _, read in group]
+  return [read for group in ordered for read in group]
 
 
 class _Shards:
@@ -235,7 +229,7 @@ class _Shards:
       origin = tuple(
         slice(a - s.start, b - s.start) for (a, b), s in zip(shared, box)
       )
-      view[...] = values[origin]
+      copy_into(view, values[origin])
 
   def array(self) -> jax.Array:
     return jax.make_array_from_callback(

@@ -12,7 +12,7 @@ tree of parameters.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from qwenvl_jax.conversion.families.qwen_vl.lora_table import lora_rules
 from qwenvl_jax.conversion.json_schema import (
   FLAG,
   TEXT,
+  TEXTS,
   Field,
-  Kind,
   Schema,
   an_object,
   check,
@@ -33,6 +33,7 @@ from qwenvl_jax.conversion.json_schema import (
   real,
   whole,
 )
+from qwenvl_jax.conversion.rules import Rule
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.lora import LoraConfig, is_factor
@@ -40,15 +41,11 @@ from qwenvl_jax.model.lora import LoraConfig, is_factor
 FILE = 'lora.json'
 TRAINED = 'trained'
 
-_NAMES = Kind(
-  lambda x: isinstance(x, list) and all(isinstance(i, str) for i in x),
-  'a list of strings',
-)
 _SETTINGS: Schema = {
   'rank': Field(whole(1, 2**16)),
   'alpha': Field(real(1e-6, 1e6)),
   'dropout': Field(real(0, 1)),
-  'targets': Field(_NAMES),
+  'targets': Field(TEXTS),
   'rslora': Field(FLAG, False),
 }
 _BASE: Schema = {
@@ -126,12 +123,22 @@ class LowRank:
 
 def factor_shapes(config: QwenVLConfig) -> dict[str, tuple[int, ...]]:
   """Path to shape of every low-rank factor of a model, layers stacked."""
-  shapes = {}
-  for rule in lora_rules(config):
-    blank = np.broadcast_to(np.int8(0), rule.shape)
-    for path, part in zip(rule.paths, rule.to_ours(blank), strict=True):
-      shapes[path] = (rule.layers, *part.shape)
-  return shapes
+  return layout.shapes_of(lora_rules(config))
+
+
+def released(adapter: LowRank, table: Iterable[Rule]) -> dict[str, np.ndarray]:
+  """Gives what was trained as float32 tensors by their released names.
+
+  Args:
+    adapter: of a model.
+    table: of the factors, or of what was trained whole.
+  """
+  found = {}
+  for name, rule, layer in layout.entries(table):
+    arrays = [np.float32(adapter.values[path]) for path in rule.paths]
+    parts = arrays if layer is None else [x[layer] for x in arrays]
+    found[name] = np.ascontiguousarray(rule.to_released(*parts))
+  return found
 
 
 def is_ours(folder: Path) -> bool:
@@ -179,13 +186,5 @@ def read_ours(folder: Path) -> LowRank:
   stored = checkpoint_io.params_folder(folder, TRAINED)
   if stored is None:
     raise CheckpointError(f'{folder} holds no {TRAINED}/ beside {FILE}')
-  stores = orbax_store.open_stores(stored)
-  try:
-    pending = {path: store.read() for path, store in stores.items()}
-    values = {path: future.result() for path, future in pending.items()}
-  except ValueError as error:
-    reason = str(error).split('[')[0].strip()
-    raise CheckpointError(
-      f'{stored} cannot be read ({reason}); a file of it is missing or damaged'
-    ) from error
+  values = orbax_store.read_arrays(stored)
   return LowRank(lora, base, values, str(folder))

@@ -5,9 +5,10 @@ chunk a block. TensorStore then fills in one chunk at a time. Any Orbax opens
 the result and restores it to any sharding.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -18,9 +19,11 @@ from absl import logging
 
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion import layout
-from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.blocks import Block, covering
 from qwenvl_jax.conversion.event_loops import ended_tasks
 from qwenvl_jax.conversion.json_schema import read_json
+from qwenvl_jax.conversion.rules import Rule
+from qwenvl_jax.conversion.tensors import DTYPES, FLOATS, Tensor
 from qwenvl_jax.errors import CheckpointError
 
 # For packed checkpoints (OCDBT), as training runs have them: their chunks are
@@ -78,18 +81,27 @@ class OrbaxWriter:
   def __init__(
     self,
     path: Path,
-    arrays: dict[str, tuple[tuple[int, ...], np.dtype]],
-    chunks: dict[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    table: list[Rule],
+    chunks: Mapping[str, tuple[int, ...]],
   ):
     """Makes the checkpoint with arrays that have no values yet.
 
     Args:
       path: new folder.
-      arrays: parameter path to shape and dtype.
+      tensors: what will be written, by released names.
+      table: which parameters they are.
       chunks: parameter path to the shape of its blocks.
     """
+    shapes = layout.shapes_of(table)
     tree = layout.unflatten(
-      {name: _Blank(*x, chunks[name]) for name, x in arrays.items()}
+      {
+        name: _Blank(
+          shapes[name], tensors[rule.released_names()[0]].dtype, chunks[name]
+        )
+        for rule in table
+        for name in rule.paths
+      }
     )
     # Orbax warns that it has no arrays to put together: they come from here.
     verbosity = logging.get_verbosity()
@@ -108,8 +120,14 @@ class OrbaxWriter:
       logging.set_verbosity(verbosity)
     self._path, self._stores = path, open_stores(path)
 
-  def write(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
-    """Writes one block; several threads may."""
+  def write(self, block: Block, rows: np.ndarray) -> None:
+    """Writes one block of released rows; several threads may.
+
+    Args:
+      block: says where they go.
+      rows: [block.stop - block.start, ...].
+    """
+    boxes = block.to_ours(rows)
     pending = [
       self._stores[path][block.box].write(
         box, can_reference_source_data_indefinitely=True
@@ -180,6 +198,82 @@ def open_stores(path: Path) -> dict[str, tensorstore.TensorStore]:
   except ValueError as error:
     raise CheckpointError(
       f'{path} cannot be opened ({error}); a file of it is missing or damaged'
+    ) from error
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+  """Reads all arrays of a small checkpoint, by path.
+
+  Raises:
+    CheckpointError: a file is missing or damaged.
+  """
+  stores = open_stores(path)
+  with _damage_told(path, stores):
+    pending = {name: store.read() for name, store in stores.items()}
+    return {name: future.result() for name, future in pending.items()}
+
+
+def open_tensors(path: Path, table: list[Rule]) -> dict[str, Tensor]:
+  """Opens parameters as released tensors, which are read a block at a time.
+
+  Args:
+    path: an Orbax checkpoint.
+    table: of the parameters, as `layout.rules`.
+
+  Returns:
+    Released name to tensor. Where rows may begin and end: see
+    `blocks.covering`.
+
+  Raises:
+    CheckpointError: a parameter is missing, unknown, misshapen or no float, or
+      see `metadata`.
+  """
+  stores = open_stores(path)
+  layout.check_shapes(
+    layout.shapes_of(table),
+    {name: store.shape for name, store in stores.items()},
+    str(path),
+  )
+  for name, store in stores.items():
+    dtype = np.dtype(store.dtype.numpy_dtype)
+    if dtype not in FLOATS and not layout.is_packed(name):
+      raise CheckpointError(
+        f'{path}: {name} has dtype {dtype}, which is not supported for '
+        f'parameters ({", ".join(DTYPES)})'
+      )
+
+  def tensor(rule: Rule, layer: int | None) -> Tensor:
+    def read_into(start, rows):
+      for block in covering(rule, layer, start, start + len(rows)):
+        boxes = [np.empty(block.box_shape, rows.dtype) for _ in block.paths]
+        with _damage_told(path, block.paths):
+          for name, box in zip(block.paths, boxes, strict=True):
+            _read_box(stores[name][block.box], box)
+        block.to_released(boxes, rows[block.start - start : block.stop - start])
+
+    dtype = np.dtype(stores[rule.paths[0]].dtype.numpy_dtype)
+    return Tensor(rule.shape, dtype, path, read_into)
+
+  return {
+    name: tensor(rule, layer) for name, rule, layer in layout.entries(table)
+  }
+
+
+def _read_box(stored: tensorstore.TensorStore, box: np.ndarray) -> None:
+  # TensorStore's own `read` into new memory takes three times as long.
+  tensorstore.array(box, copy=False, write=True).write(stored).result()
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path, names: Iterable[str]) -> Iterator[None]:
+  """Raises CheckpointError for what TensorStore says of damaged files."""
+  try:
+    yield
+  except ValueError as error:
+    reason = str(error).split('[')[0].strip()
+    raise CheckpointError(
+      f'{path}: {layout.some(list(names))} cannot be read ({reason}); a file '
+      'of it is missing or damaged'
     ) from error
 
 

@@ -25,8 +25,8 @@ from qwenvl_jax.conversion.families.qwen_vl.lora_table import (
 from qwenvl_jax.conversion.json_schema import (
   FLAG,
   TEXT,
+  TEXTS,
   Field,
-  Kind,
   Schema,
   check,
   one_of,
@@ -34,8 +34,9 @@ from qwenvl_jax.conversion.json_schema import (
   real,
   whole,
 )
-from qwenvl_jax.conversion.low_rank import Base, LowRank
-from qwenvl_jax.conversion.reader import Tensor, open_file
+from qwenvl_jax.conversion.low_rank import Base, LowRank, released
+from qwenvl_jax.conversion.reader import open_file
+from qwenvl_jax.conversion.tensors import Tensor
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.model.config import QwenVLConfig
 from qwenvl_jax.model.lora import TARGETS, LoraConfig
@@ -50,17 +51,13 @@ _WHOLE = {
   'decoder/lm_head/kernel': 'lm_head',
 }
 
-_LIST = Kind(
-  lambda x: isinstance(x, list) and all(isinstance(i, str) for i in x),
-  'a list of strings',
-)
 _SCHEMA: Schema = {
   'peft_type': Field(one_of('LORA')),
   'r': Field(whole(1, 2**16)),
   'lora_alpha': Field(real(1e-6, 1e6)),
   'lora_dropout': Field(real(0, 1), 0.0),
   'use_rslora': Field(FLAG, False),
-  'modules_to_save': Field(_LIST, []),
+  'modules_to_save': Field(TEXTS, []),
   'base_model_name_or_path': Field(TEXT, ''),
 }
 # Settings that change nothing of what an adapter computes, or that its tensors
@@ -116,16 +113,13 @@ def read(folder: Path, config: QwenVLConfig) -> LowRank:
   values = {}
   for rule in rules:
     layers = [
-      rule.to_ours(_floats(tensors[name])) for name in rule.released_names()
+      rule.to_ours(tensors[name].load().astype(np.float32))
+      for name in rule.released_names()
     ]
     for path, parts in zip(rule.paths, zip(*layers, strict=True), strict=True):
       values[path] = parts[0] if rule.layers is None else np.stack(parts)
   base = Base(settings['base_model_name_or_path'])
   return LowRank(lora, base, values, str(folder))
-
-
-def _floats(tensor: Tensor) -> np.ndarray:
-  return tensor.load().astype(np.float32)
 
 
 def _check_supported(raw: dict, path: Path) -> None:
@@ -236,19 +230,13 @@ def tensors_of(adapter: LowRank, config: QwenVLConfig) -> dict:
       f"PEFT's (decoder/embed and decoder/lm_head/kernel may be, beside "
       'low-rank factors): merge it instead (qwenvl-convert merge-adapter)'
     )
-  config = config.replace(lora=adapter.lora, scan_layers=True)
-  rules = lora_rules(config) + [
+  table = lora_rules(config.replace(lora=adapter.lora)) + [
     rule
     for rule in layout.rules(config, ['decoder'])
     if rule.paths[0] in adapter.whole
   ]
-  found = {}
-  for rule in rules:
-    arrays = [np.float32(adapter.values[path]) for path in rule.paths]
-    for layer, name in enumerate(rule.released_names()):
-      parts = arrays if rule.layers is None else [x[layer] for x in arrays]
-      found[_PREFIX + name] = np.ascontiguousarray(rule.to_released(*parts))
-  return found
+  tensors = released(adapter, table)
+  return {_PREFIX + name: x for name, x in tensors.items()}
 
 
 def config_of(adapter: LowRank, base: str) -> dict:

@@ -5,8 +5,6 @@ with an index. Only headers are read at first; values come a range of rows at a
 time, by plain reads rather than a memory map, whose pages would count as ours.
 """
 
-import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ import numpy as np
 from qwenvl_jax import buckets
 from qwenvl_jax.conversion import json_schema, schemas
 from qwenvl_jax.conversion.rules import nbytes
+from qwenvl_jax.conversion.tensors import Tensor
 from qwenvl_jax.errors import CheckpointError
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
   'BF16': ml_dtypes.bfloat16,
   'F16': np.float16,
   'F32': np.float32,
@@ -43,51 +42,8 @@ _FILES = (
   'pytorch_model.bin.index.json',
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """One tensor of a checkpoint: what it is, and how to get it.
-
-  Attributes:
-    shape: of the tensor.
-    dtype: of the tensor.
-    file: where it is stored, for messages.
-    read: (start, stop) to these rows, a C-ordered array of its own. Tensors
-      without axes have one row.
-    stored: where the values are in the file as they are; None where reading
-      computes them.
-  """
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  file: Path
-  read: Callable[[int, int], np.ndarray]
-  stored: 'Stored | None' = None
-
-  @classmethod
-  def of(cls, array: np.ndarray, file: Path) -> 'Tensor':
-    """Gives an array in memory as a tensor."""
-
-    def read(start, stop):
-      return array.reshape(-1, *array.shape[1:])[start:stop]
-
-    return cls(array.shape, array.dtype, file, read)
-
-  def read_into(self, start: int, rows: np.ndarray) -> None:
-    """Fills `rows` [n,*shape[1:]], each contiguous, from row `start` on.
-
-    Raises:
-      CheckpointError: the file is damaged.
-    """
-    if self.stored is None:
-      rows[...] = self.read(start, start + len(rows))
-    else:
-      self.stored.read_into(start, rows)
-
-  def load(self) -> np.ndarray:
-    """Reads the whole tensor."""
-    rows = self.read(0, self.shape[0] if self.shape else 1)
-    return rows.reshape(self.shape)
+# (shape, dtype, place of the first byte)
+Place = tuple[tuple[int, ...], np.dtype, int]
 
 
 def _present(folder: Path) -> list[str]:
@@ -151,10 +107,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
     found = torch_file.contents(path)
   for name in found:
     _check_name(path, name)
-  return {
-    name: Stored(path, name, offset, shape, dtype).tensor()
-    for name, (shape, dtype, offset) in found.items()
-  }
+  return {name: _stored(path, name, place) for name, place in found.items()}
 
 
 def _check_name(path: Path, name: str) -> None:
@@ -190,10 +143,6 @@ def _open_index(index: Path) -> dict[str, Tensor]:
         f'{index} says that {file} holds {name}, but it does not'
       )
   return tensors
-
-
-# (shape, dtype, place of the first byte)
-Place = tuple[tuple[int, ...], np.dtype, int]
 
 
 def _open_safetensors(path: Path) -> dict[str, Place]:
@@ -251,12 +200,12 @@ def _parse_entry(path: Path, name: str, entry: Any):
         f'{path}: tensor {name} has no shape or offsets that a file can '
         'hold; the file is damaged'
       )
-  if not isinstance(kind, str) or kind not in _SAFETENSORS_DTYPES:
+  if not isinstance(kind, str) or kind not in SAFETENSORS_DTYPES:
     raise CheckpointError(
       f'{path}: tensor {name} has dtype {repr(str(kind))[1:81]}, which is not '
-      f'supported ({", ".join(_SAFETENSORS_DTYPES)})'
+      f'supported ({", ".join(SAFETENSORS_DTYPES)})'
     )
-  dtype, (first, last) = np.dtype(_SAFETENSORS_DTYPES[kind]), offsets
+  dtype, (first, last) = np.dtype(SAFETENSORS_DTYPES[kind]), offsets
   if last - first != nbytes(shape, dtype):
     raise CheckpointError(
       f'{path}: tensor {name} has {last - first} bytes, not what its '
@@ -284,48 +233,22 @@ def _check_spans(path: Path, spans: list[tuple], start: int, size: int) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-  """Values that are in a file as they are, C-ordered.
+def _stored(path: Path, name: str, place: Place) -> Tensor:
+  """Gives values that are in a file as they are, C-ordered."""
+  shape, dtype, offset = place
+  row_bytes = nbytes(shape[1:], dtype)
 
-  Attributes:
-    file: the file.
-    name: of the tensor, for messages.
-    offset: of its first byte.
-    shape: of the tensor.
-    dtype: of the tensor.
-  """
-
-  file: Path
-  name: str
-  offset: int
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-  def tensor(self) -> Tensor:
-    return Tensor(self.shape, self.dtype, self.file, self.read, self)
-
-  def read(self, start: int, stop: int) -> np.ndarray:
-    """Reads rows `start` to `stop`."""
-    rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
-    self.read_into(start, rows)
-    return rows
-
-  def read_into(self, start: int, rows: np.ndarray) -> None:
-    """Fills `rows` [n,*shape[1:]], each contiguous, from row `start` on."""
-    row_bytes = nbytes(self.shape[1:], self.dtype)
+  def read_into(start, rows):
     try:
-      count = buckets.read_into(
-        self.file, self.offset + start * row_bytes, rows
-      )
+      count = buckets.read_into(path, offset + start * row_bytes, rows)
     except OSError as error:
       raise CheckpointError(
-        f'{self.file}: tensor {self.name} cannot be read ({error})'
+        f'{path}: tensor {name} cannot be read ({error})'
       ) from error
     if count != rows.nbytes:
-      raise CheckpointError(
-        _truncated(self.file, buckets.size(self.file), self.name)
-      )
+      raise CheckpointError(_truncated(path, buckets.size(path), name))
+
+  return Tensor(shape, dtype, path, read_into, offset)
 
 
 def _truncated(path: Path, size: int, name: str | None = None) -> str:

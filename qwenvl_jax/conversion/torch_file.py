@@ -11,21 +11,12 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
-from qwenvl_jax.conversion.reader import Place
+from qwenvl_jax.conversion.reader import SAFETENSORS_DTYPES, Place
 from qwenvl_jax.errors import CheckpointError
 
-_DTYPES = {
-  'bfloat16': ml_dtypes.bfloat16,
-  'float16': np.float16,
-  'float32': np.float32,
-  'float64': np.float64,
-  'int32': np.int32,
-  'int64': np.int64,
-  'uint8': np.uint8,
-}
+_DTYPES = {np.dtype(x).name: x for x in SAFETENSORS_DTYPES.values()}
 
 # Of the pickle and of other small records; the release's has 0.1 MB.
 _PICKLE_BYTES = 2**24

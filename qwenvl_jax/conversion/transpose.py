@@ -1,11 +1,10 @@
 """Copies between arrays whose axes are in another order, in cached tiles.
 
 NumPy copies a transposed matrix as it is one value a cache line. In tiles that
-stay in the caches it is about ten times as fast, if the rows are not a multiple
-of a large power of two apart: those would compete for the same lines.
+stay in the caches it is about ten times as fast. Rows that are a multiple of a
+large power of two apart would compete for the same lines there, so that a tile
+is copied to a place of its own first.
 """
-
-import math
 
 import numpy as np
 
@@ -13,20 +12,6 @@ import numpy as np
 # of 1 MiB, one fits a smaller one.
 _TILE_BYTES = 1024
 _LINE = 64
-
-
-def row_stride(row_bytes: int) -> int:
-  """Gives the distance at which rows are best transposed.
-
-  Args:
-    row_bytes: of a row.
-
-  Returns:
-    Bytes from one row to the next: an odd number of cache lines, which spreads
-    a column over all of a cache.
-  """
-  lines = -(-row_bytes // _LINE)
-  return (lines | 1) * _LINE
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
@@ -62,30 +47,15 @@ def _copy_tiles(target: np.ndarray, source: np.ndarray) -> None:
   """Target has contiguous rows, source contiguous columns."""
   rows, columns = target.shape
   side = _TILE_BYTES // target.itemsize
-  buffer = None
-  if _compete(source.strides[1], min(columns, side)):
-    stride = row_stride(min(rows, side) * target.itemsize) // target.itemsize
-    buffer = np.empty((min(columns, side), stride), target.dtype)
+  # Rows an odd number of lines apart: a column spreads over all of a cache.
+  buffer = np.empty((side, side + _LINE // target.itemsize), target.dtype)
   for top in range(0, rows, side):
     for left in range(0, columns, side):
       where = slice(top, top + side), slice(left, left + side)
       tile = source[where]
-      if buffer is not None:
-        spread = buffer[: tile.shape[1], : tile.shape[0]].T
-        spread[...] = tile
-        tile = spread
-      target[where] = tile
-
-
-def _compete(stride: int, count: int) -> bool:
-  """Whether so many lines at a distance share a part of the first cache.
-
-  It has 64 places for a line's address, and room for 8 lines in each.
-  """
-  if stride % _LINE:
-    return False
-  places = 64 // math.gcd(stride // _LINE, 64)
-  return count > 8 * places
+      spread = buffer[: tile.shape[1], : tile.shape[0]].T
+      spread[...] = tile
+      target[where] = spread
 
 
 def _innermost(array: np.ndarray) -> int:

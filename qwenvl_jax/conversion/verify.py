@@ -1,6 +1,7 @@
 """Compares two checkpoints tensor by tensor, whatever their layouts."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from qwenvl_jax.conversion import checkpoint_io, finite, layout
 from qwenvl_jax.conversion.blocks import Block, plan
 from qwenvl_jax.conversion.convert import Progress, copy
 from qwenvl_jax.conversion.families.qwen_vl import assets
-from qwenvl_jax.conversion.writer import narrow
+from qwenvl_jax.conversion.tensors import narrow
 from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.model.config import QwenVLConfig
 
@@ -63,44 +64,35 @@ def verify(
   configs = _packed_configs(first, second)
   if configs is None:
     configs = [checkpoint_io.read_config(folder) for folder in (first, second)]
-    (a, table), (b, other) = map(
-      checkpoint_io.open_dequantized, (first, second), configs
-    )
+    opened = list(map(checkpoint_io.open_dequantized, (first, second), configs))
     configs = list(map(checkpoint_io.dequantized, configs))
   else:
-    (a, table), (b, other) = map(
-      checkpoint_io.open_source, (first, second), configs
-    )
+    opened = map(checkpoint_io.open_tensors, (first, second), configs)
+  (a, table), (b, other) = opened
   shapes, others = layout.released_shapes(table), layout.released_shapes(other)
   shared = [
     rule
     for rule in table
     if all(others.get(n) == rule.shape for n in rule.released_names())
   ]
-  names = layout.released_shapes(shared)
-  blocks = list(plan(shared))
-  differing, casts = {}, set()
+  names, differing = layout.released_shapes(shared), {}
 
-  def compare(block: Block, boxes):
-    for path, x, y in zip(block.paths, boxes, b.read(block), strict=True):
-      if x.dtype != y.dtype:
-        casts.add((x.dtype.name, y.dtype.name))
-      difference = _difference(path, x, y)
-      if difference is not None:
-        before = differing.get(block.name, 0.0)
-        differing[block.name] = max(before, difference)
+  def compare(block: Block, rows: np.ndarray):
+    two = b[block.name].read(block.start, block.stop)
+    difference = _difference(block.name, rows, two)
+    if difference is not None:
+      before = differing.get(block.name, 0.0)
+      differing[block.name] = max(before, difference)
 
-  size = sum(
-    block.values * a.dtypes[block.paths[0]].itemsize for block in blocks
-  )
-  counts = copy(a, blocks, compare, size, progress)
+  counts = copy(a, plan(shared), compare, progress)
+  casts = {(a[name].dtype.name, b[name].dtype.name) for name in names}
   return Comparison(
     tensors=len(names),
-    values=sum(block.values for block in blocks),
+    values=sum(map(math.prod, names.values())),
     missing=tuple(sorted(shapes.keys() - names.keys())),
     added=tuple(sorted(others.keys() - names.keys())),
     differing=dict(sorted(differing.items())),
-    cast=tuple(sorted(casts)),
+    cast=tuple(sorted((x, y) for x, y in casts if x != y)),
     settings=tuple(_settings(first, second, *configs)),
     notes=tuple(filter(None, [finite.describe(counts)])),
   )
@@ -116,10 +108,10 @@ def _packed_configs(first: Path, second: Path) -> list[QwenVLConfig] | None:
     return None  # What is damaged says so again when it is read otherwise.
 
 
-def _difference(path: str, one: np.ndarray, two: np.ndarray) -> float | None:
+def _difference(name: str, one: np.ndarray, two: np.ndarray) -> float | None:
   """None if two is one, bit for bit, in its own dtype."""
   try:
-    cast = narrow(path, one, two.dtype)
+    cast = narrow(name, one, two.dtype)
   except OverflowError:
     return float('inf')
   kind = f'u{two.dtype.itemsize}'

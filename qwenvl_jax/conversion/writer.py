@@ -10,24 +10,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
-from qwenvl_jax.conversion.blocks import Block
+from qwenvl_jax.conversion.reader import SAFETENSORS_DTYPES
 from qwenvl_jax.conversion.rules import nbytes
 
 _INDEX = 'model.safetensors.index.json'
 
-DTYPES = {
-  'bfloat16': ml_dtypes.bfloat16,
-  'float16': np.float16,
-  'float32': np.float32,
-}
-
-_NAMES = {np.dtype(np.float64): 'F64', np.dtype(np.int32): 'I32'} | {
-  np.dtype(dtype): name
-  for name, dtype in zip(('BF16', 'F16', 'F32'), DTYPES.values(), strict=True)
-}
+_NAMES = {np.dtype(x): name for name, x in SAFETENSORS_DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +85,14 @@ class ReleasedWriter:
     os.pwrite(file, len(text).to_bytes(8, 'little') + text, 0)
     os.ftruncate(file, 8 + len(text) + end)
 
-  def write(self, block: Block, boxes: Sequence[np.ndarray]) -> None:
-    """Writes the released rows of a block; several threads may.
+  def write(self, name: str, start: int, rows: np.ndarray) -> None:
+    """Writes rows of a tensor, from row `start` on; several threads may.
 
     Args:
-      block: says where.
-      boxes: the values as our parameters have them, one for each path.
+      name: of the tensor.
+      start: the first of the rows.
+      rows: [n, ...], C-ordered.
     """
-    self.write_rows(block.name, block.start, block.to_released(boxes))
-
-  def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
-    """Writes rows of a tensor, C-ordered, from row `start` on."""
     place = self._places[name]
     data = memoryview(rows.reshape(-1).view(np.uint8))
     offset = place.offset + start * place.row_bytes
@@ -134,27 +121,3 @@ def _split(tensors, shard_bytes):
     shards[-1].append(tensor)
     size += nbytes(*tensor[1:])
   return shards
-
-
-def narrow(name: str, array: np.ndarray, dtype) -> np.ndarray:
-  """Casts to a released dtype, refusing values that do not fit.
-
-  Args:
-    name: of the tensor, for the error.
-    array: of any shape.
-    dtype: to cast to.
-
-  Raises:
-    OverflowError: a finite value became infinite (float16).
-  """
-  if array.dtype == dtype:
-    return array
-  with np.errstate(over='ignore'):  # Reported below, by name.
-    result = array.astype(dtype)
-  if np.dtype(dtype) == np.float16:
-    finite = np.isfinite(array.astype(np.float32))
-    if not np.isfinite(result[finite]).all():
-      raise OverflowError(
-        f'{name} has values beyond float16 (65504): choose bfloat16'
-      )
-  return result

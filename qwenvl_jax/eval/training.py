@@ -77,7 +77,7 @@ class DuringTraining:
     Raises:
       DataError: no example of a task has an answer, or its files are wrong.
     """
-    tokenizer = Tokenizer.from_file(workdir / VOCABULARY)
+    tokenizer = Tokenizer(workdir / VOCABULARY)
     params = on_one_device(params, config.dtype)
     sizes = EngineConfig(
       slots=self.slots,

@@ -60,24 +60,6 @@ class Context:
   dropped_images: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-  """A conversation to train on.
-
-  Attributes:
-    tokens: [T] token ids, not padded.
-    loss: [T] whether predicting this token counts (aligned with `tokens`, not
-      shifted).
-    image_paths: paths of the image spans, in reading order.
-    image_starts: index of the first feature token of each of them.
-  """
-
-  tokens: list[int]
-  loss: list[bool]
-  image_paths: list[str]
-  image_starts: list[int]
-
-
 def chat_context(
   tokenizer: Tokenizer,
   query: str,
@@ -214,45 +196,6 @@ def conversation_spans(
   return tuple(span for turn in both for span in turn_spans(*turn))
 
 
-def conversation(
-  tokenizer: Tokenizer,
-  turns: Sequence[Mapping[str, str]],
-  system: str = DEFAULT_SYSTEM,
-  image_tokens: int = IMAGE_TOKENS,
-  record: str = 'the conversation',
-) -> Conversation:
-  """Encodes `conversation_spans`. All special tokens are parsed.
-
-  Args:
-    tokenizer: the vocabulary.
-    turns: `{'from': 'user' or 'assistant', 'value': text}` each.
-    system: the system turn's content.
-    image_tokens: ids in an image span.
-    record: what an error names.
-
-  Raises:
-    DataError: a turn that is not such a mapping, tags that do not pair up, or
-      no turn at all.
-  """
-  turns = [_checked(turn, i, record) for i, turn in enumerate(turns, start=1)]
-  spans = conversation_spans(turns, system)
-  if not spans:
-    raise DataError(
-      f"{record}: no turn left; it needs a turn with 'from': 'user'"
-    )
-  tokens, loss = [], []
-  for span in spans:
-    ids = tokenizer.encode(span.text, image_tokens)
-    tokens += ids
-    loss += [span.loss] * len(ids)
-  return Conversation(
-    tokens=tokens,
-    loss=loss,
-    image_paths=[path for span in spans for path in image_paths(span.text)],
-    image_starts=tokenizer.image_starts(tokens, image_tokens, record),
-  )
-
-
 def sft_example(
   tokenizer: Tokenizer,
   turns: Sequence[Mapping[str, str]],
@@ -263,9 +206,12 @@ def sft_example(
 ) -> tuple[list[int], list[int]]:
   """Ids and labels as the release's fine-tuning makes them.
 
+  They are those of `conversation_spans`, of which all special tokens are
+  parsed.
+
   Args:
     tokenizer: the vocabulary.
-    turns: see `conversation`.
+    turns: `{'from': 'user' or 'assistant', 'value': text}` each.
     max_len: length to pad (`<|endoftext|>`, no loss) or cut to; None for the
       conversation's own.
     system: the system turn's content.
@@ -276,14 +222,20 @@ def sft_example(
     `input_ids`, and `labels` aligned with them: the id itself or -100.
 
   Raises:
-    DataError: as `conversation`; or cutting to `max_len` would cut an image.
+    DataError: a turn that is not such a mapping, tags that do not pair up, no
+      turn at all, or cutting to `max_len` would cut an image.
   """
-  whole = conversation(tokenizer, turns, system, image_tokens, record)
-  ids = whole.tokens
-  labels = [
-    token if counts else NO_LOSS
-    for token, counts in zip(ids, whole.loss, strict=True)
-  ]
+  turns = [_checked(turn, i, record) for i, turn in enumerate(turns, start=1)]
+  spans = conversation_spans(turns, system)
+  if not spans:
+    raise DataError(
+      f"{record}: no turn left; it needs a turn with 'from': 'user'"
+    )
+  ids, labels = [], []
+  for span in spans:
+    tokens = tokenizer.encode(span.text, image_tokens)
+    ids += tokens
+    labels += tokens if span.loss else [NO_LOSS] * len(tokens)
   if max_len is not None:
     ids, labels = ids[:max_len], labels[:max_len]
     tokenizer.image_starts(ids, image_tokens, f'{record}, cut to {max_len}')

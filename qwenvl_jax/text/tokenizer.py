@@ -38,6 +38,10 @@ _MOST_MARKS = 256
 _UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
+def _id_of(token: str) -> property:
+  return property(lambda tokenizer: tokenizer._bpe.special[token])
+
+
 class Tokenizer:
   """Encodes and decodes text with one vocabulary; immutable, picklable.
 
@@ -74,11 +78,6 @@ class Tokenizer:
       ) from error
     self._bpe = bpe.load(path, version)
     self.image_tokens = image_tokens
-
-  @classmethod
-  def from_file(cls, path: str | os.PathLike) -> 'Tokenizer':
-    """Same as `Tokenizer(path)`."""
-    return cls(path)
 
   @classmethod
   def from_ranks(
@@ -122,54 +121,18 @@ class Tokenizer:
     """
     return len(self._bpe.vocabulary) + len(SPECIAL_TOKENS)
 
-  @property
-  def eod_id(self) -> int:
-    """End of a document; also the padding."""
-    return self._bpe.special['<|endoftext|>']
-
-  @property
-  def im_start_id(self) -> int:
-    return self._bpe.special['<|im_start|>']
-
-  @property
-  def im_end_id(self) -> int:
-    return self._bpe.special['<|im_end|>']
-
-  @property
-  def ref_start_id(self) -> int:
-    return self._bpe.special['<ref>']
-
-  @property
-  def ref_end_id(self) -> int:
-    return self._bpe.special['</ref>']
-
-  @property
-  def box_start_id(self) -> int:
-    return self._bpe.special['<box>']
-
-  @property
-  def box_end_id(self) -> int:
-    return self._bpe.special['</box>']
-
-  @property
-  def quad_start_id(self) -> int:
-    return self._bpe.special['<quad>']
-
-  @property
-  def quad_end_id(self) -> int:
-    return self._bpe.special['</quad>']
-
-  @property
-  def img_start_id(self) -> int:
-    return self._bpe.special['<img>']
-
-  @property
-  def img_end_id(self) -> int:
-    return self._bpe.special['</img>']
-
-  @property
-  def img_pad_id(self) -> int:
-    return self._bpe.special['<imgpad>']
+  eod_id = _id_of('<|endoftext|>')  # Ends a document; also the padding.
+  im_start_id = _id_of('<|im_start|>')
+  im_end_id = _id_of('<|im_end|>')
+  ref_start_id = _id_of('<ref>')
+  ref_end_id = _id_of('</ref>')
+  box_start_id = _id_of('<box>')
+  box_end_id = _id_of('</box>')
+  quad_start_id = _id_of('<quad>')
+  quad_end_id = _id_of('</quad>')
+  img_start_id = _id_of('<img>')
+  img_end_id = _id_of('</img>')
+  img_pad_id = _id_of('<imgpad>')
 
   def encode(
     self,

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.conversion import layout
-from qwenvl_jax.conversion.blocks import BLOCK_VALUES, chunk_shapes, plan
+from qwenvl_jax.conversion.blocks import (
+  BLOCK_VALUES,
+  chunk_shapes,
+  covering,
+  plan,
+)
 from qwenvl_jax.conversion.reader import open_released
 from qwenvl_jax.model.config import qwen_vl_7b
 
@@ -22,13 +27,11 @@ def test_there_and_back(limit):
   back = {name: np.zeros(x.shape, x.dtype) for name, x in tensors.items()}
   for block in plan(table, limit):
     rows = tensors[block.name].read(block.start, block.stop)
-    boxes = [np.empty(block.box_shape, 'bfloat16') for _ in block.paths]
-    block.to_ours(rows, boxes)
+    boxes = block.to_ours(rows)
     for path, box in zip(block.paths, boxes, strict=True):
       assert not params[path][block.box].any()
       params[path][block.box] = box
-    part = block.to_released(boxes)
-    back[block.name][block.start : block.stop] = part
+    block.to_released(boxes, back[block.name][block.start : block.stop])
   for name, tensor in tensors.items():
     assert back[name].tobytes() == tensor.load().tobytes(), name
   expected = golden.released_tensors(table, layout.unflatten(params))
@@ -39,7 +42,7 @@ def test_there_and_back(limit):
 def test_the_release_in_blocks():
   """Small blocks, each in one chunk of what is stored."""
   table = layout.rules(qwen_vl_7b())
-  chunks, values = chunk_shapes(table), 0
+  chunks, values = chunk_shapes(plan(table)), 0
   for block in plan(table):
     assert block.values <= BLOCK_VALUES
     values += block.values
@@ -50,13 +53,23 @@ def test_the_release_in_blocks():
   assert values == 9_656_935_168
 
 
-def test_block_without_its_last_rows():
-  table = [r for r in layout.rules(golden.config()) if 'lm_head' in r.tensor]
-  (block,) = plan(table)
-  short = block.until(100)
-  assert (short.start, short.stop) == (0, 100)
-  assert short.box_shape == (256, 100)
-  rows = np.arange(100 * 256, dtype=np.float32).reshape(100, 256)
-  box = np.empty((256, 100), np.float32)
-  short.to_ours(rows, [box])
-  np.testing.assert_array_equal(box, rows.T)
+def test_rows_that_cover_several_parameters():
+  """The last rows of the queries and the first ones of the keys."""
+  (rule,) = [
+    r for r in layout.rules(golden.config()) if 'c_attn.weight' in r.tensor
+  ]
+  queries, keys = covering(rule, 1, 192, 320)
+  assert queries.paths == ('decoder/blocks/attn/q/kernel',)
+  assert keys.paths == ('decoder/blocks/attn/k/kernel',)
+  assert (queries.start, queries.stop, keys.stop) == (192, 256, 320)
+  layer, whole = slice(1, 2), slice(0, 256)
+  head_dim = golden.config().decoder.head_dim
+  heads = 256 // head_dim
+  per_head = slice(0, head_dim)
+  assert queries.box == (
+    layer,
+    whole,
+    slice(192 // head_dim, heads),
+    per_head,
+  )
+  assert keys.box == (layer, whole, slice(0, 64 // head_dim), per_head)

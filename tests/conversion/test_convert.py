@@ -75,12 +75,6 @@ def test_there_and_back_is_bit_exact(ours, tmp_path):
 def test_blocks_of_any_size_convert_alike(ours, tmp_path, monkeypatch):
   """Many chunks an array, as at full size."""
   monkeypatch.setattr('qwenvl_jax.conversion.convert.plan', small_plan)
-  monkeypatch.setattr(
-    'qwenvl_jax.conversion.convert.chunk_shapes',
-    lambda table: {
-      p: b.box_shape for b in reversed([*small_plan(table)]) for p in b.paths
-    },
-  )
   convert.from_hf(golden.FOLDER, tmp_path / 'ours')
   chunks = list((tmp_path / 'ours/params/decoder.embed').glob('[0-9]*'))
   assert len(chunks) > 4

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from qwenvl_jax.conversion import checkpoint_io, convert
 from qwenvl_jax.conversion.inspection import inspect
-from qwenvl_jax.conversion.reader import Tensor
+from qwenvl_jax.conversion.tensors import Tensor
 from qwenvl_jax.errors import CheckpointError
 
 GOLDENS = golden.FOLDER.parent

@@ -120,8 +120,9 @@ def test_a_prefix_of_openclips_names(tmp_path):
     tmp_path / 'open_clip_model.safetensors',
   )
   shutil.copy(OPENCLIP / openclip.CONFIG, tmp_path)
-  wanted = openclip.open_vision(OPENCLIP)
-  found = openclip.open_vision(tmp_path)
+  config = openclip.read_config(OPENCLIP)
+  wanted = openclip.open_vision(OPENCLIP, config)
+  found = openclip.open_vision(tmp_path, config)
   assert found.keys() == wanted.keys()
   for name, tensor in wanted.items():
     np.testing.assert_array_equal(found[name].load(), tensor.load())

@@ -47,4 +47,4 @@ def test_config_of_something_else():
 
 def test_folder_without_weights(tmp_path):
   with pytest.raises(CheckpointError, match='holds no OpenCLIP weights'):
-    openclip.open_vision(tmp_path)
+    openclip.open_vision(tmp_path, VisionConfig())

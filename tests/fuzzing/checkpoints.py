@@ -207,7 +207,7 @@ def config(chance: random.Random, folder: Path) -> str:
 
   def read():
     found = checkpoint_io.read_config(folder)
-    checkpoint_io.open_source(folder, found)
+    checkpoint_io.open_tensors(folder, found)
 
   return _outcome(read)
 

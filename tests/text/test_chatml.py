@@ -100,19 +100,17 @@ def test_history_survives_a_models_unfinished_words(tokenizer):
     chatml.chat_context(tokenizer, 'look: <img>a.png')
 
 
-def test_conversation_says_where_loss_and_images_are(tokenizer):
+def test_of_a_conversation_the_answers_are_learned(tokenizer):
   turns = [
     {'from': 'user', 'value': 'Picture 1: <img>a.jpg</img>\nwho?'},
     {'from': 'assistant', 'value': '<ref>me</ref><box>(1,2),(3,4)</box>'},
   ]
-  example = chatml.conversation(tokenizer, turns, image_tokens=64)
-  assert len(example.tokens) == len(example.loss)
-  assert example.image_paths == ['a.jpg']
-  (start,) = example.image_starts
-  assert example.tokens[start - 1] == tokenizer.img_start_id
-  assert not any(example.loss[start - 1 : start + 65])
-  trained = [
-    t for t, on in zip(example.tokens, example.loss, strict=True) if on
+  ids, labels = chatml.sft_example(tokenizer, turns, image_tokens=64)
+  (start,) = tokenizer.image_starts(ids, 64)
+  assert set(labels[start - 1 : start + 65]) == {chatml.NO_LOSS}
+  trained = [x for x in labels if x != chatml.NO_LOSS]
+  assert trained == [
+    i for i, x in zip(ids, labels, strict=True) if x != chatml.NO_LOSS
   ]
   assert tokenizer.decode(trained) == (
     '<|im_start|><|im_end|>\n<|im_start|><|im_end|>\n'
@@ -149,7 +147,7 @@ def test_malformed_conversations_are_refused_by_record(
   tokenizer, turns, message
 ):
   with pytest.raises(DataError, match=message):
-    chatml.conversation(tokenizer, turns, record='rec')
+    chatml.sft_example(tokenizer, turns, record='rec')
 
 
 def test_list_format_numbers_on_and_takes_quads():

@@ -145,7 +145,7 @@ def test_saving_the_default_gives_the_released_file(tokenizer, tmp_path):
   digest = hashlib.sha256(path.read_bytes()).hexdigest()
   assert digest == RELEASED_SHA256
   assert list(tmp_path.iterdir()) == [path]
-  assert Tokenizer.from_file(path) == tokenizer
+  assert Tokenizer(path) == tokenizer
   with pytest.raises(DataError, match='cannot write.*folder exists'):
     tokenizer.save(tmp_path / 'nowhere' / 'x.tiktoken')
 

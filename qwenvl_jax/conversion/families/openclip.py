@@ -7,19 +7,18 @@ place in Qwen-VL and are left out.
 import dataclasses
 from pathlib import Path
 
+import einops
+
 from qwenvl_jax.conversion import json_schema, schemas
 from qwenvl_jax.conversion.families.names import without_prefix
-from qwenvl_jax.conversion.families.qwen_vl.table import rules
-from qwenvl_jax.conversion.reader import Tensor, open_file
-from qwenvl_jax.conversion.rules import Rule
+from qwenvl_jax.conversion.reader import open_file
+from qwenvl_jax.conversion.tensors import Tensor
 from qwenvl_jax.errors import CheckpointError, ConfigError
-from qwenvl_jax.model.config import QwenVLConfig, VisionConfig
+from qwenvl_jax.model.config import VisionConfig
 
 CONFIG = 'open_clip_config.json'
 
 FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')
-
-_POSITIONS = 'visual.positional_embedding'
 
 # Of `visual.`, what Qwen-VL does not use.
 DROPPED = ('class_embedding', 'ln_post.weight', 'ln_post.bias', 'proj')
@@ -69,30 +68,15 @@ def vision_config(raw: dict, where: str) -> VisionConfig:
     ) from error
 
 
-def openclip_rules(config: QwenVLConfig) -> list[Rule]:
-  """Makes the vision part of the conversion table under OpenCLIP's names."""
-  return [_rename(rule) for rule in rules(config, parts=('vision',))]
-
-
-def _rename(rule: Rule) -> Rule:
-  name = rule.tensor.removeprefix('transformer.')
-  pattern = rule.pattern
-  if '.in_proj.' in name:
-    # [q; k; v] one after the other, not head by head.
-    name = name.replace('.in_proj.', '.in_proj_')
-    pattern = pattern.replace('(heads qkv head_dim)', '(qkv heads head_dim)')
-  return dataclasses.replace(rule, tensor=name, pattern=pattern)
-
-
-def open_vision(folder: Path) -> dict[str, Tensor]:
-  """Opens the vision tower of an OpenCLIP checkpoint.
+def open_vision(folder: Path, config: VisionConfig) -> dict[str, Tensor]:
+  """Opens the vision tower of an OpenCLIP checkpoint as Qwen-VL's.
 
   Args:
     folder: with `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
+    config: of the vision tower.
 
   Returns:
-    OpenCLIP's name to tensor, as `openclip_rules` expect them but for what
-    does not match.
+    Qwen-VL's released name to tensor, but for what does not match.
 
   Raises:
     CheckpointError: no weights, or a damaged file.
@@ -102,14 +86,16 @@ def open_vision(folder: Path) -> dict[str, Tensor]:
     raise CheckpointError(
       f'{folder} holds no OpenCLIP weights: expected {" or ".join(FILES)}'
     )
-  tensors = {
-    name: tensor
-    for name, tensor in without_prefix(open_file(path), str(path)).items()
-    if name.startswith('visual.')
-    and name.removeprefix('visual.') not in DROPPED
-  }
-  if _POSITIONS in tensors:
-    tensors[_POSITIONS] = _without_class_token(tensors[_POSITIONS])
+  tensors = {}
+  for name, tensor in without_prefix(open_file(path), str(path)).items():
+    prefix, _, rest = name.partition('visual.')
+    if prefix or not rest or rest in DROPPED:
+      continue
+    if rest == 'positional_embedding':
+      tensor = _without_class_token(tensor)
+    elif '.in_proj_' in rest:
+      tensor = _head_by_head(tensor, config.heads)
+    tensors['transformer.' + name.replace('.in_proj_', '.in_proj.')] = tensor
   return tensors
 
 
@@ -119,6 +105,17 @@ def _without_class_token(table: Tensor) -> Tensor:
   return dataclasses.replace(
     table,
     shape=(max(first - 1, 0), *rest),
-    read=lambda start, stop: table.read(start + 1, stop + 1),
-    stored=None,
+    read_into=lambda start, rows: table.read_into(start + 1, rows),
   )
+
+
+def _head_by_head(fused: Tensor, heads: int) -> Tensor:
+  """Gives rows [q; k; v] as the release has them, interleaved by head."""
+
+  def read_into(start, rows):
+    whole = einops.rearrange(
+      fused.load(), '(qkv h d) ... -> (h qkv d) ...', qkv=3, h=heads
+    )
+    rows[...] = whole[start : start + len(rows)]
+
+  return dataclasses.replace(fused, read_into=read_into)

@@ -120,11 +120,10 @@ def rules(config: QwenVLConfig, parts: Iterable[str] = PARTS) -> list[Rule]:
   return [rule for part in parts for rule in of_part[part](config)]
 
 
-def decoder_sizes(config: QwenVLConfig) -> dict[str, int]:
-  """Lengths of the axes that the decoder's patterns name."""
+def _decoder(config: QwenVLConfig) -> Iterable[Rule]:
   c = config.decoder
   attn, group = c.heads * c.head_dim, c.int4_group or 1
-  return {
+  sizes = {
     FUSED: 3,
     'vocab': c.vocab_size,
     'dim': c.dim,
@@ -139,20 +138,15 @@ def decoder_sizes(config: QwenVLConfig) -> dict[str, int]:
     'attn_groups': attn // group,
     'mlp_groups': c.mlp_dim // group,
   }
-
-
-def _decoder(config: QwenVLConfig) -> Iterable[Rule]:
-  c, sizes = config.decoder, decoder_sizes(config)
   kernels = _DECODER_KERNELS if c.int4_group is None else _INT4_KERNELS
   where = 'transformer.h.*.', 'decoder/blocks/', c.layers
   yield from make_rules(_DECODER, sizes)
   yield from make_rules(_DECODER_NORMS + kernels, sizes, *where)
 
 
-def vision_sizes(config: QwenVLConfig) -> dict[str, int]:
-  """Lengths of the axes that the vision transformer's patterns name."""
+def _vision(config: QwenVLConfig) -> Iterable[Rule]:
   c = config.vision
-  return {
+  sizes = {
     FUSED: 3,
     'rgb': 3,
     'patch_rows': c.patch_size,
@@ -163,10 +157,6 @@ def vision_sizes(config: QwenVLConfig) -> dict[str, int]:
     'head_dim': c.head_dim,
     'mlp': c.mlp_dim,
   }
-
-
-def _vision(config: QwenVLConfig) -> Iterable[Rule]:
-  c, sizes = config.vision, vision_sizes(config)
   where = _VISUAL + 'transformer.resblocks.*.', 'vision/blocks/', c.layers
   yield from make_rules(_VISION, sizes, _VISUAL)
   yield from make_rules(_VISION_BLOCK, sizes, *where)
