@@ -153,6 +153,7 @@ def test_a_misspelt_override_says_what_is_close(binding, said):
     ('from qwenvl_jax.train import optimiser', 'did you mean optimizer?'),
     ('optimiser.OptimizerConfig.peak = 1', 'did you mean optimizer?'),
     ('optimizer.OptimiserConfig.peak = 1', 'did you mean OptimizerConfig'),
+    ('from qwenvl_jax.data import packed', 'it is qwenvl_jax.data.packing'),
     ('optimizer.OptimizerConfig.steeps = 1', 'did you mean steps'),
     ('optimizer.OptimizerConfig.peak = ', 'parse value'),
   ],
@@ -161,6 +162,13 @@ def test_a_misspelt_file_says_what_is_close_and_where(here, text, said):
   (here / 'bad.gin').write_text(RUN + text + '\n')
   error = message(file='bad.gin')
   assert said in error and 'bad.gin' in error
+
+
+def test_what_took_the_place_of_a_name_of_an_earlier_version_is_said(here):
+  text = 'from qwenvl_jax.data import tasks\ntasks.AskedTasks.branches = 6\n'
+  (here / 'old.gin').write_text(HEADER + text)
+  said = message(file='old.gin')
+  assert 'old.gin line 3' in said and 'qwenvl_jax.data.formats.Answers' in said
 
 
 def test_what_only_another_file_imports_is_said(here):

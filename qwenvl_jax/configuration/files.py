@@ -25,6 +25,7 @@ from qwenvl_jax.configuration.parsing import (
   Reference,
   check_import,
   find_config,
+  instead_of,
   leaves,
   may_be_called,
   packages,
@@ -184,9 +185,9 @@ class Configuration:
     found = sys.modules[first if plain else statement.module]
     for name in rest:
       if not isinstance(found, ModuleType) or not hasattr(found, name):
-        raise ConfigError(
-          f'{where}: there is no {selector}' + did_you_mean(name, public(found))
-        )
+        path = getattr(found, '__name__', '')
+        hint = instead_of(path, name, public(found))
+        raise ConfigError(f'{where}: there is no {selector}{hint}')
       found = getattr(found, name)
     if not may_be_called(found):
       raise ConfigError(

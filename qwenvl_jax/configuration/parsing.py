@@ -11,7 +11,7 @@ import os
 import pkgutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,13 @@ PACKAGES = 'QWENVL_CONFIG_PACKAGES'
 
 HEADER = 'from __gin__ import dynamic_registration'
 REQUIRED = 'gin.REQUIRED'
+
+# What config files of earlier versions name, and what has taken its place.
+_REPLACED = {
+  'qwenvl_jax.data.packed': 'qwenvl_jax.data.packing',
+  'qwenvl_jax.data.tasks.AskedTasks': 'qwenvl_jax.data.formats.Answers '
+  '(branches = 6 is what AskedTasks had)',
+}
 
 # No config file comes near this.
 _MAX_BYTES = 2**20
@@ -165,6 +172,25 @@ def packages() -> list[str]:
   return ['qwenvl_jax', *filter(None, more)]
 
 
+def instead_of(path: str, name: str, known: Iterable[str]) -> str:
+  """The end of a message about a name that a module does not have.
+
+  Args:
+    path: of the module.
+    name: as the config file has it.
+    known: names that the module has.
+
+  Returns:
+    What has replaced it since an earlier version, or what may have been meant.
+  """
+  new = _REPLACED.get(f'{path}.{name}')
+  return (
+    f'; since an earlier version it is {new}'
+    if new
+    else did_you_mean(name, known)
+  )
+
+
 def check_import(statement: config_parser.ImportStatement, where: str) -> None:
   """Imports a module that config files may name.
 
@@ -186,7 +212,8 @@ def check_import(statement: config_parser.ImportStatement, where: str) -> None:
   except ImportError as error:
     paths = getattr(sys.modules.get(package), '__path__', [])
     near = [module.name for module in pkgutil.iter_modules(paths)]
-    raise ConfigError(f'{where}: {error}' + did_you_mean(name, near)) from error
+    hint = instead_of(package, name, near)
+    raise ConfigError(f'{where}: {error}{hint}') from error
 
 
 def public(module: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The command, as a person meets it."""
 
-import argparse
 import base64
 import json
 import shutil
@@ -12,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 import qwenvl_jax
 from qwenvl_jax.conversion import cli
+from qwenvl_jax.conversion.job import byte_size
+from qwenvl_jax.errors import ConfigError
 
 OPENCLIP = golden.FOLDER.parent / 'openclip'
 
@@ -85,13 +86,13 @@ def test_what_inspect_misses_is_its_status(tmp_path, capsys):
   [('2GB', 2 * 10**9), ('500 MB', 5 * 10**8), ('1.5GiB', 3 * 2**29), ('9', 9)],
 )
 def test_sizes(text, size):
-  assert cli._size(text) == size
+  assert byte_size(text) == size
 
 
 @pytest.mark.parametrize('text', ['big', '0MB', '-1GB', '5 apples'])
 def test_no_sizes(text):
-  with pytest.raises(argparse.ArgumentTypeError, match='write e.g. 500MB'):
-    cli._size(text)
+  with pytest.raises(ConfigError, match='write e.g. 500MB'):
+    byte_size(text)
 
 
 @pytest.mark.parametrize(('error', 'status'), [(0.0, 0), (0.01, 1)])
