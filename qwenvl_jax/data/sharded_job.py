@@ -204,8 +204,8 @@ def notes(folder: Path, name: str, split: str, key: str) -> list[Any]:
       found += noted
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise DataError(
-        f'{file} cannot be read ({error!r}); prepare {name} again, into the '
-        'same folder'
+        f'{file} cannot be read ({error!r}); run `qwenvl-data prepare {name}` '
+        'again, into the same folder'
       ) from error
   return found
 
