@@ -262,7 +262,7 @@ def _engine(args: argparse.Namespace, identity: Mapping[str, Any]) -> Model:
   handle = checkpoint_options.load(args)
   engine = handle.engine(
     EngineConfig(
-      slots=_positive(args, 'slots'),
+      slots=args.slots,
       max_len=args.max_len or handle.config.decoder.seq_length,
       read_rows=min(args.slots, _READ_ROWS),
       cache_dtype=args.cache_dtype,

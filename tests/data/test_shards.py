@@ -1,10 +1,9 @@
 import json
-import resource
 
 import downloads
 import pytest
 
-from qwenvl_jax.data import cli, shard_files, shards, sources, storage
+from qwenvl_jax.data import cli, shards, sources, storage
 from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.readers.captions import CocoCaptions
 from qwenvl_jax.data.readers.conversations import Conversations
@@ -118,17 +117,6 @@ def test_too_many_bad_records_stop_it(tmp_path):
   assert '10.jpg' in said[0] and 'and 5 more; ' in said[-1]
   example = json.loads(next(report.folder.glob('*.report.json')).read_text())
   assert '10.jpg' in example['examples'][0]
-
-
-def test_a_disk_that_is_full_is_told(tmp_path):
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-  try:
-    with pytest.raises(OSError, match='too large.*a.array_record'):
-      shard_files.write_records(tmp_path / 'a.array_record', [bytes(2**18)])
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_shards_are_named(tmp_path):
