@@ -126,14 +126,30 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+  """Makes OSErrors of what array_record raises for those of a disk."""
+  try:
+    yield
+  except RuntimeError as error:
+    what, failed, cause = str(error).partition('() failed: ')
+    if not failed or what not in ('open', 'write'):
+      raise
+    reason = cause.partition(';')[0]
+    raise OSError(errno.EIO, reason, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
   """Gives a local file to write to, which becomes `path` if all goes well.
 
   However the program ends, there is the whole new file, or the old one or none.
   A killed one may leave a file for `remove_partial`, which nothing reads.
+
+  Raises:
+    OSError: the disk is full, or refuses, also where array_record writes.
   """
   path = as_path(path)
-  with contextlib.ExitStack() as stack:
+  with _disk_errors(path), contextlib.ExitStack() as stack:
     if in_bucket(path):
       folder = stack.enter_context(tempfile.TemporaryDirectory())
       local = Path(folder, path.name)

@@ -3,10 +3,12 @@
 import importlib.util
 import os
 import pathlib
+import resource
 import weakref
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from bucket_standin import Refused
 
 from qwenvl_jax import buckets
@@ -202,6 +204,22 @@ def test_a_file_appears_whole_or_the_old_one_stays(bucket, tmp_path):
     assert path.read_text() == 'new'
   assert [x.name for x in tmp_path.iterdir()] == ['a.bin']
   assert list(bucket.objects) == ['x/a.bin']
+
+
+def test_a_disk_that_is_full_is_told(tmp_path):
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+  try:
+    with (
+      pytest.raises(OSError, match='too large.*a.array_record'),
+      buckets.atomic_write(tmp_path / 'a.array_record') as local,
+    ):
+      writer = ArrayRecordWriter(str(local), 'group_size:1,uncompressed')
+      writer.write(bytes(2**18))
+      writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_writer_leaves_is_removed(tmp_path):

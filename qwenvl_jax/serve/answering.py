@@ -115,12 +115,12 @@ class Answers:
       self.cancel()
 
   async def _follow(self, choice: Choice, queue: asyncio.Queue) -> None:
-    answer, first = choice.listening.answer, True
+    answer, first = choice.listening.answer, None
     try:
       async for count in choice.listening.grown():
-        if count and first:
-          self._metrics.first_token.observe(time.monotonic() - self._began)
-          first = False
+        if count and first is None:
+          first = time.monotonic()
+          self._metrics.first_token.observe(first - self._began)
         new = answer.tokens[choice.taken : count]
         choice.taken = count
         last = answer.finished and count == len(answer.tokens)
@@ -137,17 +137,17 @@ class Answers:
           queue.put_nowait((choice, piece.text, piece.tokens))
         if choice.finish_reason:
           break
-      self._count(choice)
+      self._count(choice, first)
     except Exception as error:
       queue.put_nowait(error)
 
-  def _count(self, choice: Choice) -> None:
-    metrics, seconds = self._metrics, time.monotonic() - self._began
+  def _count(self, choice: Choice, first: float | None) -> None:
+    metrics, now = self._metrics, time.monotonic()
     metrics.prompt_tokens.inc(len(choice.listening.answer.request.tokens))
     metrics.generation_tokens.inc(choice.taken)
-    metrics.latency.observe(seconds)
+    metrics.latency.observe(now - self._began)
     if choice.taken > 1:
-      metrics.inter_token.observe(seconds / choice.taken)
+      metrics.inter_token.observe((now - first) / (choice.taken - 1))
     metrics.success(choice.finish_reason).inc()
 
   def usage(self, prompts: int = 1) -> dict[str, int]:

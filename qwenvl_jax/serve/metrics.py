@@ -58,6 +58,8 @@ class Metrics:
       counter, 'request_success', 'Answers that ended.', ('finished_reason',)
     )
     self.success = lambda reason: success.labels(model, reason)
+    for reason in ('stop', 'length'):  # There, at 0, before the first one.
+      self.success(reason)
 
   def text(self) -> bytes:
     """All of them, in Prometheus' format."""

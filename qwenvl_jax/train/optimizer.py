@@ -8,7 +8,7 @@ and no float32 master copy.
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -18,6 +18,7 @@ import optax
 
 from qwenvl_jax.errors import ConfigError, check_fields
 from qwenvl_jax.model.qwen_vl import CONSTANTS
+from qwenvl_jax.train.schedule import warmup_cosine
 
 # Norms' scales and all biases are not decayed, everything else is (position
 # tables and queries included): what the golden trajectory calls vectors.
@@ -86,38 +87,6 @@ class OptimizerConfig:
   def schedule(self):
     """Learning rate of update k; see `warmup_cosine`."""
     return warmup_cosine(self.peak, self.end, self.warmup, self.steps)
-
-
-def warmup_cosine(peak: float, end: float, warmup: int, steps: int) -> Callable:
-  """Rate of update k, counted from 0.
-
-  `peak*(k+1)/warmup` while k < warmup, then
-  `end + (peak-end)*(1+cos(pi*(k-warmup)/(steps-warmup)))/2`; `end` from `steps`
-  on.
-
-  >>> rate = warmup_cosine(peak=1e-3, end=1e-5, warmup=4, steps=20)
-  >>> [round(float(rate(k)), 6) for k in (0, 3, 4, 12, 20)]
-  [0.00025, 0.001, 0.001, 0.000505, 1e-05]
-
-  Returns:
-    A function of an int or int32 array k to a float32 scalar.
-
-  Raises:
-    ConfigError: the warm-up leaves no room for the cosine.
-  """
-  if not 0 <= warmup < steps:
-    raise ConfigError(
-      f'warmup={warmup} of steps={steps}: the warm-up must be shorter than the '
-      'schedule (lower OptimizerConfig.warmup or raise OptimizerConfig.steps)'
-    )
-
-  def rate(k):
-    k = jnp.asarray(k, jnp.float32)
-    done = jnp.clip((k - warmup) / (steps - warmup), 0.0, 1.0)
-    cosine = end + (peak - end) * (1 + jnp.cos(jnp.pi * done)) / 2
-    return jnp.where(k < warmup, peak * (k + 1) / max(warmup, 1), cosine)
-
-  return rate
 
 
 def flatten(tree: Any) -> dict[str, Any]:

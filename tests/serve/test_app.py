@@ -190,13 +190,21 @@ def test_what_is_counted(http_client):
   names = ('prompt_tokens_total', 'generation_tokens_total')
   names += ('request_success_total', 'e2e_request_latency_seconds_count')
   names += ('time_to_first_token_seconds_count',)
+  seconds = (
+    'time_to_first_token',
+    'inter_token_latency',
+    'e2e_request_latency',
+  )
+  names += tuple(f'{name}_seconds_sum' for name in seconds)
   before = [counted(http_client, name) for name in names]
   usage = http_client.post(
     '/v1/chat/completions', json=QUESTION | {'temperature': 0}
   ).json()['usage']
   after = [counted(http_client, name) for name in names]
   more = [b - a for a, b in zip(before, after, strict=True)]
+  *more, first, between, whole = more
   assert more == [usage['prompt_tokens'], reciter.TOKENS, 1, 1, 1]
+  assert first + between * (reciter.TOKENS - 1) == pytest.approx(whole)
   for name in 'num_requests_running', 'num_requests_waiting':
     assert counted(http_client, name) == 0
   assert counted(http_client, 'kv_cache_usage_perc') == 0

@@ -1,6 +1,3 @@
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +8,8 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.train import optimizer
 from qwenvl_jax.train.objective import NextToken
-from qwenvl_jax.train.optimizer import OptimizerConfig, warmup_cosine
+from qwenvl_jax.train.optimizer import OptimizerConfig
 from qwenvl_jax.train.state import abstract_params, abstract_state
-
-TRAJECTORY = (
-  pathlib.Path(__file__).parents[1] / 'goldens' / 'tiny' / 'trajectory.json'
-)
 
 
 def config(**changes):
@@ -109,24 +102,3 @@ def test_layer_decay_without_trained_vision_is_refused():
   transform = optimizer.make_optimizer(c)
   with pytest.raises(ConfigError, match='no vision block is trained'):
     transform.update(params, transform.init(params), params)
-
-
-@pytest.mark.parametrize('stage', ['stage1', 'stage2', 'stage3'])
-def test_rates_are_those_of_the_trajectory(stage):
-  golden = json.loads(TRAJECTORY.read_text())[stage]
-  rate = warmup_cosine(
-    golden['peak'], golden['end'], golden['warmup'], golden['steps']
-  )
-  rates = [float(rate(k)) for k in range(golden['steps'])]
-  assert rates == pytest.approx(golden['lr'], rel=1e-5)
-
-
-def test_stays_at_the_end():
-  rate = warmup_cosine(1e-3, 1e-5, 0, 10)
-  assert float(rate(0)) == pytest.approx(1e-3)
-  assert float(rate(10)) == float(rate(1000)) == pytest.approx(1e-5)
-
-
-def test_a_warmup_as_long_as_the_run_is_refused():
-  with pytest.raises(ConfigError, match='warmup=10 of steps=10'):
-    warmup_cosine(1e-3, 1e-5, 10, 10)
