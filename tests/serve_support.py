@@ -1,6 +1,7 @@
 """Serving in this process, and by the command in one of its own."""
 
 import contextlib
+import io
 import pathlib
 import re
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 import uvicorn
+from PIL import Image
 
 from qwenvl_jax.serve import web_demo
 from qwenvl_jax.serve.app import make_app
@@ -70,3 +72,10 @@ def key_file(folder) -> tuple[str, str]:
   key, path = KEY.replace(' ', '-'), pathlib.Path(folder) / 'key'
   path.write_text(f'{key}\n', encoding='utf-8')
   return key, f'--api_key_file={path}'
+
+
+def encoded(size=(64, 48), kind='PNG', colour=(200, 200, 200)):
+  """Bytes of a picture in one colour."""
+  file = io.BytesIO()
+  Image.new('RGB', size, colour).save(file, kind)
+  return file.getvalue()

@@ -3,7 +3,7 @@
 import openai
 import pytest
 import reciter
-from serve_support import KEY, running
+from serve_support import KEY, encoded, running
 
 import qwenvl_jax
 from qwenvl_jax.infer.engine import EngineConfig
@@ -12,6 +12,7 @@ from qwenvl_jax.infer.scheduler import Scheduler
 from qwenvl_jax.serve.limits import Limits
 from qwenvl_jax.serve.metrics import Metrics
 from qwenvl_jax.serve.server import Server
+from qwenvl_jax.serve.web_demo_turns import keep_picture
 from qwenvl_jax.serve.worker import Worker
 
 
@@ -71,3 +72,13 @@ def client(address):
     base_url=f'{address}/v1', api_key=KEY, max_retries=0
   ) as found:
     yield found
+
+
+@pytest.fixture
+def picture(tmp_path):
+  """Makes files of pictures."""
+
+  def make(size=(64, 48), kind='PNG'):
+    return keep_picture(encoded(size, kind), tmp_path)
+
+  return make
