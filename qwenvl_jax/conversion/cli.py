@@ -28,7 +28,7 @@ from qwenvl_jax.conversion import (
 )
 from qwenvl_jax.conversion.families.qwen_vl import assets
 from qwenvl_jax.conversion.hub import local_folder
-from qwenvl_jax.conversion.job import Conversion
+from qwenvl_jax.conversion.job import Conversion, byte_size
 from qwenvl_jax.conversion.layout import some
 from qwenvl_jax.conversion.tensors import DTYPES
 from qwenvl_jax.conversion.verify import verify
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
   _dtype(sub)
   sub.add_argument(
     '--max_shard_size',
+    type=_size,
     default='2GB',
     metavar='SIZE',
     help='upper bound on a shard, e.g. 500MB or 5GB (default: %(default)s)',
@@ -227,6 +228,13 @@ def _dtype(sub):
     choices=sorted(DTYPES),
     help='cast to this dtype (default: keep what is stored, bit for bit)',
   )
+
+
+def _size(text: str) -> int:
+  try:
+    return byte_size(text)
+  except ConfigError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @contextlib.contextmanager
