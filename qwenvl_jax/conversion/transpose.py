@@ -65,6 +65,8 @@ def _innermost(array: np.ndarray) -> int:
 
 def _merged(target: np.ndarray, source: np.ndarray):
   """Both with neighbouring axes merged where both allow it."""
+  # An axis of one value has a stride that means nothing.
+  target, source = np.squeeze(target), np.squeeze(source)
   shape = []
   for axis, size in enumerate(target.shape):
     if shape and all(
