@@ -73,7 +73,11 @@ class OptimizerConfig:
       (lambda x: x >= 0, 'must not be negative', 'end', 'weight_decay'),
       (lambda x: 0 <= x < 1, 'is not in [0, 1)', 'b1', 'b2'),
       (lambda x: 0 < x <= 1, 'is not in (0, 1]', 'vision_layer_decay'),
-      (lambda x: x < 2**31, 'is too large for int32', 'steps'),
+      (
+        lambda x: x < 2**31,
+        'is too large: updates are counted in int32',
+        'steps',
+      ),
     ):
       check_fields(self, fits, rule, *names)
     for pattern, rate in self.rates.items():
