@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from qwenvl_jax import api
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.infer.engine import Engine, EngineConfig
 
 # Those that change what a model says.
@@ -37,7 +37,7 @@ def add_engine_options(parser: Any, slots: int) -> None:
   """Adds `--slots` of so many by default, `--max_len` and `--cache_dtype`."""
   parser.add_argument(
     '--slots',
-    type=_at_least_one,
+    type=_slots,
     default=slots,
     metavar='N',
     help='answers at a time (default: %(default)s)',
@@ -53,10 +53,10 @@ def add_engine_options(parser: Any, slots: int) -> None:
   )
 
 
-def _at_least_one(text: str) -> int:
+def _slots(text: str) -> int:
   number = int(text)
   if number < 1:
-    raise argparse.ArgumentTypeError(f'{number}: must be at least 1')
+    raise ConfigError(f'--slots={number}: must be at least 1')
   return number
 
 
