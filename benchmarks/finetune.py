@@ -187,7 +187,7 @@ def new_pictures(count: int) -> Iterator[Example]:
   rng = random.Random('held out')
   for number in range(count):
     drawn = own_pictures.draw(rng, new=number % 2 == 0)
-    picture = Picture(functools.partial(getattr, drawn, 'picture'), 'drawn')
+    picture = Picture(functools.partial(getattr, drawn, 'image'), 'drawn')
     yield Example(
       f'new/{number}',
       Prompt((picture, own_pictures.QUESTION), chat=True),
