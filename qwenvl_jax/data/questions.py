@@ -24,7 +24,6 @@ KINDS = {
   'refer': 'referring',
   'name_box': 'grounded_captioning',
   'ocr': 'ocr',
-  'read': 'ocr',
   'translate': 'text',
   'compare': 'text',
 }
@@ -37,8 +36,6 @@ _LEAD = {
   'en': {
     **{kind: ' ' for kind, task in KINDS.items() if task != 'text'},
     'refer': '',
-    # Words are single tokens without a space before them (`things.WORDS`).
-    'read': '',
     'name_box': ' is ',
     'compare': ' ',
   },
@@ -123,7 +120,7 @@ def subjects(kind: str, scene: Scene | ScenePair, classes: int) -> list:
     return list(present)
   if kind == 'name_box':
     return list(range(len(scene.objects)))
-  if kind in ('ocr', 'read'):
+  if kind == 'ocr':
     return [()] if scene.words else []
   if kind == 'translate':
     return ['caption', *present]
@@ -308,10 +305,6 @@ def _ocr(scene, *_):
   return (), ''.join(wording.quad_text(scene, x) for x in scene.words), {}
 
 
-def _read(scene, *_):
-  return (), ' '.join(x.word for x in scene.words), {}
-
-
 def _translate(scene, language, subject):
   other = 'zh' if language == 'en' else 'en'
   if subject == 'caption':
@@ -361,7 +354,6 @@ _BUILD = {
   'refer': _refer,
   'name_box': _name_box,
   'ocr': _ocr,
-  'read': _read,
   'translate': _translate,
   'compare': _compare,
   'which': _which,

@@ -54,8 +54,6 @@ def _ask(scene, kind, language, subject, chat=False):
       'ocr', 'en', (), 'OCR with grounding:',
       ' <ref>open</ref><quad>(9,18),(179,27),(179,179),(9,179)</quad>',
     ),
-    ('read', 'en', (), 'OCR:', 'open'),
-    ('read', 'zh', (), '识别文字：', 'open'),
     ('translate', 'en', 0, 'Translate into Chinese: two apples\n', '两个苹果'),
   ],
 )  # fmt: skip
