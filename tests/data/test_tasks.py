@@ -26,10 +26,11 @@ def _turns(questions_, pictures):
 def _assert_same(sample, turns):
   """One conversation, as the release's fine-tuning encodes it."""
   encoded = encode_sample(plain(sample), _TOKENIZER, image_tokens=16)
-  expected = chatml.conversation(_TOKENIZER, turns, image_tokens=16)
-  assert encoded.tokens.tolist() == expected.tokens
-  assert (encoded.weights > 0).tolist() == expected.loss
-  assert list(encoded.image_starts) == expected.image_starts
+  ids, labels = chatml.sft_example(_TOKENIZER, turns, image_tokens=16)
+  assert encoded.tokens.tolist() == ids
+  learned = [label != chatml.NO_LOSS for label in labels]
+  assert (encoded.weights > 0).tolist() == learned
+  assert list(encoded.image_starts) == _TOKENIZER.image_starts(ids, 16)
 
 
 def test_conversations_are_what_fine_tuning_sees(two_apples_and_a_cat):
