@@ -72,8 +72,13 @@ class Clients:
         tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION
       )
     finally:
-      for task in tasks:
-        task.cancel()
+      # Again until they end: `wait_for` of Python 3.11 loses a cancellation
+      # that comes together with its result.
+      running = set(tasks)
+      while running:
+        for task in running:
+          task.cancel()
+        _, running = await asyncio.wait(running, timeout=1)
       await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
       task.result()
