@@ -132,6 +132,9 @@ def multiply(
   scattered in one go: left alone, the compiler may sum the whole kernel on
   every chip, which is twice the traffic, and split that.
 
+  There, gradients are products with the axes apart: of heads that are 104 wide,
+  a TPU would make one axis by copying them.
+
   Args:
     x: [B,...,*K].
     kernel: [*K,...], or [...,*K].
@@ -190,12 +193,10 @@ def _multiply_forward(x, kernel, names, axes):
 def _multiply_backward(names, axes, saved, gradient):
   x, kernel = saved
   split = param_spec(names, kernel.shape, mesh_in_use())
-  inner = math.prod(kernel.shape[:axes])
+  lead = tuple(range(x.ndim - axes))
 
   def of_kernel(x, gradient):
-    rows = x.reshape(-1, inner)
-    partial = rows.T @ gradient.reshape(rows.shape[0], -1)
-    return _scattered(partial.reshape(kernel.shape), split)
+    return _scattered(jnp.tensordot(x, gradient, (lead, lead)), split)
 
   manual = PartitionSpec(
     *(tuple(a for a in _names(e) if a in BATCH_AXES) or None for e in split)
@@ -207,9 +208,12 @@ def _multiply_backward(names, axes, saved, gradient):
     axis_names=set(BATCH_AXES),
     check_vma=False,
   )(x, gradient)
-  whole = _whole(kernel, split).reshape(inner, -1)
-  by_x = gradient.reshape(-1, whole.shape[1]) @ whole.T
-  return by_x.reshape(x.shape), by_kernel
+  outputs = (
+    tuple(range(len(lead), gradient.ndim)),
+    tuple(range(axes, kernel.ndim)),
+  )
+  by_x = jnp.tensordot(gradient, _whole(kernel, split), outputs)
+  return by_x, by_kernel
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)

@@ -225,6 +225,7 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 
   Its gradient in bfloat16 is a product with ones: left to itself, a TPU sums
   over rows in layouts of heads, which takes several times what reading does.
+  The axes stay apart, as in `fsdp.multiply`.
 
   Args:
     y: [...,*out].
@@ -244,9 +245,9 @@ def _add_bias(y, bias):
 
 
 def _add_bias_backward(bias, gradient):
-  rows = gradient.reshape(-1, bias.size)
-  ones = jnp.ones((_SUBLANES, len(rows)), rows.dtype)
-  return gradient, (ones @ rows)[0].reshape(bias.shape)
+  lead = gradient.ndim - bias.ndim
+  ones = jnp.ones((_SUBLANES, *gradient.shape[:lead]), gradient.dtype)
+  return gradient, jnp.tensordot(ones, gradient, lead)[0]
 
 
 _add_bias.defvjp(lambda y, bias: (y + bias, bias), _add_bias_backward)
