@@ -24,6 +24,7 @@ KINDS = {
   'refer': 'referring',
   'name_box': 'grounded_captioning',
   'ocr': 'ocr',
+  'read': 'ocr',
   'translate': 'text',
   'compare': 'text',
 }
@@ -36,6 +37,8 @@ _LEAD = {
   'en': {
     **{kind: ' ' for kind, task in KINDS.items() if task != 'text'},
     'refer': '',
+    # Words are single tokens without a space before them (`things.WORDS`).
+    'read': '',
     'name_box': ' is ',
     'compare': ' ',
   },
@@ -120,7 +123,7 @@ def subjects(kind: str, scene: Scene | ScenePair, classes: int) -> list:
     return list(present)
   if kind == 'name_box':
     return list(range(len(scene.objects)))
-  if kind == 'ocr':
+  if kind in ('ocr', 'read'):
     return [()] if scene.words else []
   if kind == 'translate':
     return ['caption', *present]
@@ -305,6 +308,10 @@ def _ocr(scene, *_):
   return (), ''.join(wording.quad_text(scene, x) for x in scene.words), {}
 
 
+def _read(scene, *_):
+  return (), ' '.join(x.word for x in scene.words), {}
+
+
 def _translate(scene, language, subject):
   other = 'zh' if language == 'en' else 'en'
   if subject == 'caption':
@@ -354,6 +361,7 @@ _BUILD = {
   'refer': _refer,
   'name_box': _name_box,
   'ocr': _ocr,
+  'read': _read,
   'translate': _translate,
   'compare': _compare,
   'which': _which,

@@ -59,8 +59,8 @@ class Scene:
 
   @property
   def classes(self) -> tuple[int, ...]:
-    """Distinct class ids, ordered by their leftmost object."""
-    return tuple(dict.fromkeys(x.thing for x in self.objects))
+    """Distinct class ids, ascending."""
+    return tuple(sorted({x.thing for x in self.objects}))
 
   def colour_name(self, language: str) -> str:
     return things.COLOURS[self.colour].name(language)

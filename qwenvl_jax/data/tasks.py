@@ -8,7 +8,7 @@ own. More branches are offered than may fit: rows drop what does not.
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qwenvl_jax.data import questions, things, wording
 from qwenvl_jax.data.examples import Question, Sample, plain
@@ -60,14 +60,18 @@ class SceneTasks:
   places: bool = True
 
   def __post_init__(self):
-    for kind in self.kinds:
-      if kind not in questions.KINDS:
+    self._check('kinds', questions.KINDS)
+
+  def _check(self, key: str, known: Iterable[str]) -> None:
+    kinds = getattr(self, key)
+    for kind in kinds:
+      if kind not in known:
         raise ConfigError(
-          f'{type(self).__name__}.kinds names {kind!r}, which is none of '
-          f'{", ".join(questions.KINDS)}'
+          f'{type(self).__name__}.{key} names {kind!r}, which is none of '
+          f'{", ".join(known)}'
         )
-    if not self.kinds:
-      raise ConfigError(f'{type(self).__name__}.kinds is empty; name a kind')
+    if not kinds:
+      raise ConfigError(f'{type(self).__name__}.{key} is empty; name a kind')
 
   def _ask(
     self, scene, rng, count: int, chat: bool = False, kinds=None
@@ -138,17 +142,26 @@ class Chats(SceneTasks):
   Attributes:
     turns: most questions in one conversation.
     two: share of samples with two pictures.
+    pairs: relative frequency of the kinds of questions about two pictures
+      (`questions.PAIR_KINDS`).
     text: share of rows that also hold a conversation without a picture.
   """
 
   turns: int = 2
   two: float = 0.25
+  pairs: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: dict.fromkeys(questions.PAIR_KINDS, 1.0)
+  )
   text: float = 0.1
   kinds: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: {
       k: v for k, v in MULTITASK.items() if questions.KINDS[k] != 'text'
     }
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._check('pairs', questions.PAIR_KINDS)
 
   def __call__(
     self, record: Scene, rng: random.Random, another: Callable[[], Scene]
@@ -157,8 +170,10 @@ class Chats(SceneTasks):
     scenes = [record]
     if rng.random() < self.two:
       scenes.append(another())
-      pair, kinds = ScenePair(*scenes), dict.fromkeys(questions.PAIR_KINDS, 1)
-      asked = self._ask(pair, rng, wanted * self.turns, chat=True, kinds=kinds)
+      pair = ScenePair(*scenes)
+      asked = self._ask(
+        pair, rng, wanted * self.turns, chat=True, kinds=self.pairs
+      )
     else:
       asked = self._ask(record, rng, wanted * self.turns, chat=True)
     if not asked:

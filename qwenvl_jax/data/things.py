@@ -3,7 +3,7 @@
 Names were chosen so that a thing is one token of the Qwen vocabulary wherever
 the templates use it (` apple`, ` apples`, `苹果`), whatever stands next to it;
 `tests/data/test_things.py` holds this. Class ids index `THINGS`, colour ids
-`COLOURS`; a patch label is a class id, or `len(THINGS)` plus a colour id.
+`COLOURS`.
 """
 
 import dataclasses
@@ -100,8 +100,8 @@ WORDS_EN = (
   'info', 'food', 'road', 'park', 'music', 'water', 'start', 'north',
 )  # fmt: skip
 WORDS_ZH = (
-  '中国', '北京', '上海', '公司', '学校', '时间', '生活', '世界',
-  '音乐', '电影', '医院', '银行', '城市', '新闻', '老师', '安全',
+  '中国', '北京', '上海', '公司', '大学', '时间', '生活', '世界',
+  '音乐', '电影', '医院', '银行', '城市', '天气', '老师', '安全',
 )  # fmt: skip
 WORDS = tuple((word, 'en') for word in WORDS_EN) + tuple(
   (word, 'zh') for word in WORDS_ZH

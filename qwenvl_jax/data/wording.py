@@ -53,7 +53,7 @@ def join(phrases: list[str], language: str) -> str:
 
 
 def caption(scene: Scene, language: str, boxes: bool = False) -> str:
-  """Everything in the scene: classes left to right, then the colour.
+  """Everything in the scene: classes as `things.THINGS` has them, the colour.
 
   'a cat and two apples on a red background' or '一只猫和两个苹果，红色背景';
   each phrase followed by its boxes on request.
@@ -145,6 +145,7 @@ PLAIN = {
     'refer': '<ref>{}</ref>',
     'name_box': '<ref>This</ref>{}',
     'ocr': 'OCR with grounding:',
+    'read': 'OCR:',
     'translate': 'Translate into Chinese: {}\n',
     'compare': '{} is to the left of {}. Is {} to the left of {}? Answer:',
   },
@@ -161,6 +162,7 @@ PLAIN = {
     'refer': '<ref>{}</ref>',
     'name_box': '<ref>这</ref>{}',
     'ocr': '识别文字并标出位置：',
+    'read': '识别文字：',
     'translate': '翻译成英文：{}\n',
     'compare': '{}在{}的左边。{}在{}的左边吗？回答：',
   },
@@ -180,6 +182,7 @@ CHAT = {
     'refer': 'Find {}.',
     'name_box': 'What is in {}?',
     'ocr': 'Read the text and show where it is.',
+    'read': 'Read the text.',
     'translate': 'Translate into Chinese: {}',
     'compare': '{} is to the left of {}. Is {} to the left of {}?',
     'which': 'Which picture has {}?',
@@ -200,6 +203,7 @@ CHAT = {
     'refer': '框出{}。',
     'name_box': '{}里是什么？',
     'ocr': '读出文字并标出位置。',
+    'read': '读出文字。',
     'translate': '翻译成英文：{}',
     'compare': '{}在{}的左边。{}在{}的左边吗？',
     'which': '哪张图里有{}？',

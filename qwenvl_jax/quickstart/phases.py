@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 # Seconds on two CPU cores, the compilation included.
 EXPECTED = {
-  'data': 40,
-  'decoder': 150,
-  'vision': 160,
-  'stage1': 330,
-  'stage2': 390,
-  'stage3': 230,
-  'evaluation': 150,
+  'data': 20,
+  'decoder': 160,
+  'vision': 180,
+  'stage1': 320,
+  'stage2': 380,
+  'stage3': 240,
+  'evaluation': 120,
 }
 
 

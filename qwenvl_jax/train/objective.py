@@ -141,7 +141,12 @@ class PatchObjects:
     return _PatchHead(self.config, self.classes + 4 * self.lines)
 
   def check(self, batch: dict[str, np.ndarray]) -> None:
-    """Finds nothing to say."""
+    found = int(batch['patch_labels'].max())
+    if found >= self.classes:
+      raise DataError(
+        f'a patch has label {found}, and PatchObjects.classes={self.classes} '
+        'ends before it: raise classes (data.patches.LABELS is enough)'
+      )
 
   def init(self, key: jax.Array) -> Any:
     side = self.config.vision.image_size

@@ -7,6 +7,9 @@ def test_labels_follow_the_boxes(two_apples_and_a_cat):
   red = len(things.THINGS)
   labels, boxes = patches.patch_targets(two_apples_and_a_cat, 8)
   expected = np.full((8, 8), red)
+  expected[0, 0] = (
+    red + len(things.COLOURS) + things.WORDS.index(('open', 'en'))
+  )
   expected[1:3, 4:7] = 1
   expected[4:6, 0:3] = 0
   expected[4, 5:7] = 0
@@ -16,7 +19,9 @@ def test_labels_follow_the_boxes(two_apples_and_a_cat):
   for thing in two_apples_and_a_cat.objects:
     shares = np.array(thing.box, np.float32) / side
     assert (boxes == shares).all(-1).any()
-  assert (boxes.any(-1) == (labels < red)).all()
+  np.testing.assert_allclose(boxes[0, 0], np.array([1, 2, 20, 20]) / side)
+  assert (boxes.any(-1) == (labels != red)).all()
+  assert labels.max() < patches.LABELS
 
 
 def test_half_a_cell_counts_and_the_larger_share_wins():

@@ -54,6 +54,8 @@ def _ask(scene, kind, language, subject, chat=False):
       'ocr', 'en', (), 'OCR with grounding:',
       ' <ref>open</ref><quad>(9,18),(179,27),(179,179),(9,179)</quad>',
     ),
+    ('read', 'en', (), 'OCR:', 'open'),
+    ('read', 'zh', (), '识别文字：', 'open'),
     ('translate', 'en', 0, 'Translate into Chinese: two apples\n', '两个苹果'),
   ],
 )  # fmt: skip
@@ -75,9 +77,9 @@ def test_three_classes_and_vowels():
     colour=3,
   )
   caption = questions.ask('caption', scene, 'en', ()).reference
-  assert caption == 'a fish, an elephant and an apple on a blue background'
+  assert caption == 'an apple, a fish and an elephant on a blue background'
   caption = questions.ask('caption', scene, 'zh', ()).reference
-  assert caption == '一条鱼、一头大象和一个苹果，蓝色背景'
+  assert caption == '一个苹果、一条鱼和一头大象，蓝色背景'
 
 
 def test_left_of_is_true_and_only_asked_about_two_single_things():
@@ -88,7 +90,7 @@ def test_left_of_is_true_and_only_asked_about_two_single_things():
     [records.Object(3, (70, 0, 100, 30)), records.Object(4, (0, 50, 30, 80))],
     colour=3,
   )
-  assert questions.subjects('left_of', far, 16) == [(4, 3), (3, 4)]
+  assert questions.subjects('left_of', far, 16) == [(3, 4), (4, 3)]
   asked = _ask(far, 'left_of', 'en', (4, 3))
   assert asked == ('Is the house to the left of the car? Answer:', ' yes')
   asked = _ask(far, 'left_of', 'zh', (3, 4))

@@ -1,9 +1,11 @@
 import random
 
 import numpy as np
+import pytest
 
 from qwenvl_jax.data import questions, records, tasks
 from qwenvl_jax.data.examples import encode_sample, plain
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text import chatml
 from qwenvl_jax.text.chatml import TextSpan
 from qwenvl_jax.text.tokenizer import Tokenizer
@@ -101,3 +103,23 @@ def test_rows_of_chats_have_one_or_two_pictures_or_words(two_apples_and_a_cat):
   assert text.count('<box>') == 2 * len(scene.objects)
   assert 'Picture 2: <ref>' in text
   assert not sample.images
+
+
+def test_kinds_about_two_pictures_come_as_often_as_is_said(
+  two_apples_and_a_cat,
+):
+  scene = two_apples_and_a_cat
+  captions = counts = 0
+  for seed in range(100):
+    chats = tasks.Chats(
+      branches=1, turns=1, two=1, pairs={'nth_caption': 3, 'nth_count': 1}
+    )
+    (sample, *_) = chats(scene, random.Random(seed), lambda: scene)
+    text = ''.join(piece.text for piece in sample.continuations[0])
+    captions += 'Describe' in text or '描述' in text
+    counts += 'How many' in text or '有几' in text
+  assert captions + counts == 100 and 60 < captions < 90
+  with pytest.raises(ConfigError, match=r"Chats\.pairs names 'caption'.*which"):
+    tasks.Chats(pairs={'caption': 1})
+  with pytest.raises(ConfigError, match=r'Chats\.pairs is empty'):
+    tasks.Chats(pairs={})

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import standin
 
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.sharding import make_mesh, put_batch
 from qwenvl_jax.train.objective import NO_LABEL, PatchObjects
 from qwenvl_jax.train.state import abstract_params, create_state, random_params
@@ -137,3 +137,5 @@ def test_patch_objects_learn_and_leave_a_vision_tree():
   assert float(metrics['weight']) == 31
   assert float(metrics['accuracy']) > 0.95
   assert float(metrics['exact_boxes']) > 0.95
+  with pytest.raises(DataError, match=r'label 2, .*classes=2 .*raise classes'):
+    objective.check({'patch_labels': labels + 1})

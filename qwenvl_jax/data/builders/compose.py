@@ -31,13 +31,16 @@ class Style:
     side: of the square picture, in pixels.
     classes: how many of `things.THINGS` occur.
     sprite: smallest and largest longer side of a sprite, in pixels.
-    lattice: sides and corners of boxes are multiples of this many pixels, so
-      that few coordinates occur and a small model can learn to write them.
+    lattice: sides and corners of boxes, and of words that are not turned, are
+      multiples of this many pixels, so that few coordinates occur and a small
+      model can learn to write them.
     counts: relative frequency of scenes with 1, 2, .. sprites.
     repeat: chance that a further sprite is of a class already there.
     overlap: largest share of the smaller box that two boxes may share.
     text: chance of a painted word; such a scene has at most two sprites.
-    font: smallest and largest font size.
+    words: how many of `things.WORDS_EN` and of `things.WORDS_ZH` occur.
+    font: smallest and largest font size, before a word is stretched to the
+      lattice.
     tilt: largest angle of a word, in degrees.
   """
 
@@ -48,9 +51,10 @@ class Style:
   counts: tuple[float, ...] = (0.35, 0.4, 0.25)
   repeat: float = 0.25
   overlap: float = 0.05
-  text: float = 0.25
-  font: tuple[int, int] = (15, 20)
-  tilt: float = 12.0
+  text: float = 0.35
+  words: int = 4
+  font: tuple[int, int] = (18, 24)
+  tilt: float = 0.0
 
 
 def compose(rng: random.Random, style: Style, combos: bool = False) -> Scene:
@@ -198,27 +202,38 @@ def _pattern(rng, side, texture):
 
 
 @functools.lru_cache(maxsize=4096)
-def _word_mask(word: str, size: int) -> Image.Image:
-  """The word in white on black, cut to its pixels."""
+def _word_mask(word: str, size: int, lattice: int, most: int) -> Image.Image:
+  """The word in white on black, cut to its pixels.
+
+  Both sides are stretched to the next multiple of `lattice`, but not beyond the
+  last one within `most` pixels.
+  """
   # The packaged font, so that scenes are the same on every machine.
   font, _ = fonts.find_font(word, size, system=False)
   left, top, right, bottom = font.getbbox(word)
   mask = Image.new('L', (right - left, bottom - top))
   ImageDraw.Draw(mask).text((-left, -top), word, fill=255, font=font)
-  return mask.crop(mask.getbbox())
+  mask = mask.crop(mask.getbbox())
+  shape = tuple(
+    lattice * min(-(-side // lattice), most // lattice) for side in mask.size
+  )
+  return mask.resize(shape, Image.Resampling.LANCZOS)
 
 
 def _paint_word(rng, style, picture) -> tuple[Word, tuple]:
   """Paints a word and returns it with the upright box around it."""
-  word, _ = rng.choice(things.WORDS)
-  mask = _word_mask(word, rng.randint(*style.font))
+  word = rng.choice(
+    things.WORDS_EN[: style.words] + things.WORDS_ZH[: style.words]
+  )
+  size = rng.randint(*style.font)
+  mask = _word_mask(word, size, style.lattice, style.side)
   width, height = mask.size
   angle = math.radians(rng.uniform(-style.tilt, style.tilt))
   cos, sin = math.cos(angle), math.sin(angle)
   outer_width = width * cos + height * abs(sin)
   outer_height = width * abs(sin) + height * cos
-  x = rng.uniform(outer_width / 2, style.side - outer_width / 2)
-  y = rng.uniform(outer_height / 2, style.side - outer_height / 2)
+  x = _centre(rng, style, width, outer_width)
+  y = _centre(rng, style, height, outer_height)
   quad = tuple(
     (x + cos * u - sin * v, y + sin * u + cos * v)
     for u, v in (
@@ -246,3 +261,10 @@ def _paint_word(rng, style, picture) -> tuple[Word, tuple]:
     y + outer_height / 2,
   )
   return Word(word, quad), around
+
+
+def _centre(rng, style, length: int, outer: float) -> float:
+  """Where on an axis a word may have its centre, unturned on the lattice."""
+  first = math.ceil((outer - length) / 2 / style.lattice)
+  last = int((style.side - (outer + length) / 2) // style.lattice)
+  return style.lattice * rng.randint(first, max(first, last)) + length / 2

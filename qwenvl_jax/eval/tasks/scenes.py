@@ -31,7 +31,7 @@ from qwenvl_jax.text import grounding
 
 # Kinds of questions that the quickstart has floors for, and the others.
 WITH_FLOOR = ('caption', 'exist', 'count', 'colour', 'refer')
-OTHERS = ('left_of', 'side', 'name_box', 'grounded_caption', 'ocr')
+OTHERS = ('left_of', 'side', 'name_box', 'grounded_caption', 'ocr', 'read')
 
 # Classes of things in the data.
 CLASSES = 16

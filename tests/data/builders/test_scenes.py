@@ -8,6 +8,7 @@ from PIL import Image
 
 from qwenvl_jax.data import sources, things
 from qwenvl_jax.data.builders import compose, scenes
+from qwenvl_jax.text import fonts
 
 _PLAIN = compose.Style(text=0)
 
@@ -73,6 +74,24 @@ def test_quads_hold_the_words():
     for share in (along, down):
       assert share.min() > -0.1 and share.max() < 1.1
       assert share.max() - share.min() > 0.6, 'the word fills its quad'
+
+
+def test_upright_words_stand_on_the_lattice():
+  style = compose.Style(text=1, words=2)
+  found = set()
+  for drawing in _drawings(60, style):
+    found.add(drawing.words[0].word)
+    quad = np.array(drawing.words[0].quad)
+    assert (quad % style.lattice == 0).all()
+    assert quad.min() >= 0 and quad.max() <= style.side
+  assert found == {*things.WORDS_EN[:2], *things.WORDS_ZH[:2]}
+
+
+def test_every_character_of_a_word_is_drawn():
+  for word, _ in things.WORDS:
+    font, _ = fonts.find_font(word, 20, system=False)
+    for character in word:
+      assert font.getmask(character).getbbox(), f'{character} of {word}'
 
 
 def test_sizes_counts_and_overlap_follow_the_style():
