@@ -22,9 +22,9 @@ from rich.table import Table
 from qwenvl_jax import configuration
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan import topology
-from qwenvl_jax.plan.kept import kept_plan
 from qwenvl_jax.plan.main import UNREAD, pod_settings
 from qwenvl_jax.plan.plan import Plan
+from qwenvl_jax.plan.plan_cache import cached_plan
 from qwenvl_jax.train.loop import TrainConfig
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def plan(row: Row, folder: Path) -> Plan:
   files, _ = pod_settings([row.stage], wanted)
   configuration.load(files, UNREAD)
   config = configuration.build(TrainConfig, whole=False)
-  return kept_plan(config, wanted, devices, folder)
+  return cached_plan(config, wanted, devices, folder)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,30 +37,30 @@ def main() -> int:
 
 
 def _measure(flags, folder: pathlib.Path) -> int:
-  import crowd
+  import multiprocess_runner
   import numpy as np
 
   steps = 6 * flags.kills + 12
   common = {'processes': flags.processes, 'steps': steps}
-  calm = crowd.Run(str(folder / 'calm'), **common)
-  assert crowd.go(calm, 0)['statuses'] == [0] * flags.processes
+  calm = multiprocess_runner.Run(str(folder / 'calm'), **common)
+  assert multiprocess_runner.go(calm, 0)['statuses'] == [0] * flags.processes
 
   rng = random.Random(flags.seed)
   print(f'seed {flags.seed}, {flags.processes} processes, {steps} steps')
   workdir, attempt, seconds = str(folder / 'run'), 0, []
   moments, others = collections.Counter(), collections.Counter()
   while attempt < flags.kills:
-    run = crowd.Run(workdir, **common)
-    done = crowd.logged(run)
+    run = multiprocess_runner.Run(workdir, **common)
+    done = multiprocess_runner.logged(run)
     # A third anywhere from the start on, the rest while it trains.
     after, delay = done + rng.randint(1, 5), rng.uniform(0, 0.5)
     if rng.random() < 1 / 3:
       after, delay = 0, rng.uniform(0, 5)
     victim = rng.randrange(flags.processes)
-    run = crowd.Run(
+    run = multiprocess_runner.Run(
       workdir, **common, signum=9, victim=victim, after=after, delay=delay
     )
-    result = crowd.go(run, attempt)
+    result = multiprocess_runner.go(run, attempt)
     attempt += 1
     assert result['statuses'][victim] == -9, result
     survivors = [s for i, s in enumerate(result['statuses']) if i != victim]
@@ -81,7 +81,9 @@ def _measure(flags, folder: pathlib.Path) -> int:
       f'{result["seconds"]:.1f} s, {sum(named)} named it',
       flush=True,
     )
-  last = crowd.go(crowd.Run(workdir, **common), attempt)
+  last = multiprocess_runner.go(
+    multiprocess_runner.Run(workdir, **common), attempt
+  )
   assert last['statuses'] == [0] * flags.processes, last
   same = np.array_equal(
     np.load(f'{workdir}/checksums.npy'),

@@ -53,7 +53,7 @@ def load(
   int8: bool = False,
   adapter: str | Path | None = None,
   adapters: Mapping[str, str | Path] = MappingProxyType({}),
-) -> 'Handle':
+) -> 'QwenVLModel':
   """Opens a checkpoint folder.
 
   Args:
@@ -82,7 +82,7 @@ def load(
       `score`), or none for the model itself, and one batch may mix them.
 
   Returns:
-    A `Handle`.
+    A `QwenVLModel`.
 
   Raises:
     CheckpointError: the folder is not a Qwen-VL checkpoint, or damaged, or has
@@ -141,7 +141,7 @@ def load(
   config = config.replace(dtype=dtype, param_dtype=dtype, remat='none')
   tokenizer = assets.read_tokenizer(folder, config)
   source = inspection.origin(folder, adapter)
-  return Handle(config, params, tokenizer, rows, source)
+  return QwenVLModel(config, params, tokenizer, rows, source)
 
 
 @buckets.refusals_told()
@@ -158,7 +158,7 @@ def digest(folder: str | Path) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Handle:
+class QwenVLModel:
   """A model ready to use.
 
   Attributes:

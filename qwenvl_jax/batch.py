@@ -27,9 +27,9 @@ class Batch:
       the next token of the same segment. Any id where the weight is 0.
     loss_weights: [B,T] float32, aligned with `targets`; 0 = no loss.
     positions: [B,T] int32, the rotary position, counted from 0 within each
-      segment (a branch continues the count of its trunk).
+      segment (a branch continues the count of its prefix).
     segment_ids: [B,T] int32. Attention stays within a segment; 0 is padding.
-    branch_ids: [B,T] int32. 0 is a segment's trunk, which all later tokens of
+    branch_ids: [B,T] int32. 0 is a segment's prefix, which all later tokens of
       the segment see. Tokens of branch k > 0 are seen by branch k only, so that
       several questions about one picture share its tokens and each still gets
       exactly what it would get alone.

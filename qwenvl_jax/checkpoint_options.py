@@ -61,7 +61,7 @@ def _slots(text: str) -> int:
 
 
 def make_engine(
-  args: argparse.Namespace, handle: api.Handle, read_rows: int = 1
+  args: argparse.Namespace, handle: api.QwenVLModel, read_rows: int = 1
 ) -> Engine:
   """Makes the engine that `add_engine_options` asks for."""
   sizes = EngineConfig(
@@ -73,7 +73,7 @@ def make_engine(
   return handle.engine(sizes)
 
 
-def load(args: argparse.Namespace, **more: Any) -> api.Handle:
+def load(args: argparse.Namespace, **more: Any) -> api.QwenVLModel:
   """Opens the checkpoint of a command line.
 
   Returns:

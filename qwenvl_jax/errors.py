@@ -34,7 +34,7 @@ class BadRecordError(DataError):
   """A record that cannot be used, and why.
 
   Attributes:
-    reason: a key of `data.bad.DROPPED`, which is counted by it.
+    reason: a key of `data.record_errors.DROPPED`, which is counted by it.
   """
 
   def __init__(self, reason: str, message: str):

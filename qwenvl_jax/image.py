@@ -62,7 +62,7 @@ def load(
   Args:
     source: encoded bytes, a path, a PIL image, or a [H,W,3] uint8 array.
     record: what an error names, besides the file.
-    notes: receives the keys of `bad.REPAIRED` that apply.
+    notes: receives the keys of `record_errors.REPAIRED` that apply.
     min_side: pixels of the shortest side that is accepted.
 
   Raises:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 
 import pytest
-from bucket_standin import Standin
+from fake_storage import FakeStorage
 
 # Before anything imports JAX. Tests are about one CPU device unless they ask
 # for more (`run_on_devices`).
@@ -33,11 +33,11 @@ def cloud():
   """The one stand-in of a test run: clients remember where they went first."""
   if not importlib.util.find_spec('gcsfs'):
     pytest.skip("needs the extra 'gcs'")
-  standin = Standin()
+  storage = FakeStorage()
   # Before any client is imported.
-  os.environ |= standin.environ()
-  yield standin
-  standin.close()
+  os.environ |= storage.environ()
+  yield storage
+  storage.close()
 
 
 @pytest.fixture

@@ -44,21 +44,21 @@ class Pod:
     python = shlex.quote(sys.executable)
     executable(
       folder / 'bin/gcloud',
-      f'#!/bin/sh\nexec {python} {shlex.quote(str(HERE))}/gcloud_standin.py '
+      f'#!/bin/sh\nexec {python} {shlex.quote(str(HERE))}/fake_gcloud.py '
       '"$@"\n',
     )
     remote = self.folder / 'remote bin'
-    trainer = shlex.quote(str(HERE / 'trainer_standin.py'))
+    trainer = shlex.quote(str(HERE / 'fake_trainer.py'))
     executable(
       remote / 'qwenvl-train', f'#!/bin/sh\nexec {python} {trainer} "$@"\n'
     )
-    executable(remote / 'gcsfuse', (HERE / 'gcsfuse_standin.sh').read_text())
+    executable(remote / 'gcsfuse', (HERE / 'fake_gcsfuse.sh').read_text())
     executable(remote / 'curl', '#!/bin/sh\necho "$WORKER"\n')
-    executable(remote / 'python3.11', (HERE / 'python_standin.sh').read_text())
+    executable(remote / 'python3.11', (HERE / 'fake_python.sh').read_text())
     self._environment = {
       **{k: v for k, v in os.environ.items() if not k.startswith('QWENVL_')},
       'PATH': f'{folder / "bin"}:{os.environ["PATH"]}',
-      'STANDIN': str(self.folder),
+      'FAKE': str(self.folder),
       'QWENVL_POD_SPEEDUP': str(SPEEDUP),
       'QWENVL_POD_STATE': str(folder / 'state'),
       'QWENVL_POD_TPU': 'pod1',

@@ -33,7 +33,8 @@ def test_a_handle_says_what_it_is_in_one_line(handle):
 
 
 def test_the_package_shows_what_it_offers():
-  assert {'Handle', 'digest', 'load'} <= set(dir(qwenvl_jax))
+  assert {'QwenVLModel', 'digest', 'load'} <= set(dir(qwenvl_jax))
+  assert qwenvl_jax.Handle is qwenvl_jax.QwenVLModel
   assert qwenvl_jax.__version__ == importlib.metadata.version('qwenvl_jax')
 
 

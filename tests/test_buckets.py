@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from bucket_standin import Refused
+from fake_storage import Refused
 
 from qwenvl_jax import buckets
 from qwenvl_jax.errors import ConfigError
@@ -98,7 +98,7 @@ def test_a_move_that_is_interrupted_leaves_nothing_that_looks_whole(bucket):
     if method == 'PUT':
       raise Refused(403, 'no')
 
-  bucket.standin.before = refuse
+  bucket.storage.before = refuse
   with pytest.raises(OSError, match='Forbidden'):
     buckets.move(place, buckets.as_path(f'{bucket.url}/b'), 'one')
   assert set(bucket.objects) == {'a/d/two', 'a/d/e/three'}
@@ -116,9 +116,9 @@ def test_many_objects_are_few_requests(bucket):
   place = buckets.as_path(f'{bucket.url}/a')
   for number in range(1500):
     bucket.put(f'a/{number}', b'x')
-  before = len(bucket.standin.requests)
+  before = len(bucket.storage.requests)
   assert len(buckets.sizes(place)) == 1500
-  assert len(bucket.standin.requests) - before <= 3
+  assert len(bucket.storage.requests) - before <= 3
 
 
 def test_what_others_write_is_seen(bucket):
@@ -137,7 +137,7 @@ def test_refusals_are_told_from_damage(bucket):
   def refuse(method, name):
     raise Refused(401 if name.endswith('1') else 403, f'no access to {name}')
 
-  bucket.standin.before = refuse
+  bucket.storage.before = refuse
   bucket.put('a/1', b'x')
   bucket.put('a/3', b'x')
   for name in '13':
@@ -162,7 +162,7 @@ def test_who_may_not_use_a_bucket_is_told_so_in_a_line(bucket):
     raise Refused(401, 'Anonymous caller does not have storage.objects.get')
 
   bucket.put('a/config.json', b'{}')
-  bucket.standin.before = refuse
+  bucket.storage.before = refuse
   file = buckets.as_path(f'{bucket.url}/a/config.json')
   told = pytest.raises(ConfigError, match='refuses: Anonymous.*login')
   with told, buckets.refusals_told():
@@ -177,7 +177,7 @@ def test_what_was_to_be_written_goes_before_its_refusal(bucket):
   def refuse(method, name):
     raise Refused(403, 'no access')
 
-  bucket.standin.before = refuse
+  bucket.storage.before = refuse
   place, views = buckets.as_path(f'{bucket.url}/a'), []
 
   def write():

@@ -7,13 +7,13 @@ import os, sys
 # Compiling is most of the time here.
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 sys.path.insert(0, {here!r})
-import jax, numpy as np, standin
+import jax, numpy as np, fake
 from qwenvl_jax.model.attention import attend, causal_mask
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch, use_mesh
 from qwenvl_jax.train import init, objective, optimizer, state, step
 
 def run(mesh, trainable, remat='none'):
-  model = objective.NextToken(standin.small_config(remat=remat))
+  model = objective.NextToken(fake.small_config(remat=remat))
   decay = 0.9 if 'vision/.*' in trainable or '.*' in trainable else None
   config = optimizer.OptimizerConfig(
     1e-3, 1e-4, 1, 10, vision_layer_decay=decay, trainable=trainable
@@ -26,7 +26,7 @@ def run(mesh, trainable, remat='none'):
   f = step.compile_step(model, config, 2, mesh, s)
   metrics = []
   for k in range(2):
-    s, m = f(s, put_batch(standin.rows(k, 16), mesh))
+    s, m = f(s, put_batch(fake.rows(k, 16), mesh))
     metrics.append((float(m['loss']), float(m['grad_norm'])))
   assert jax.tree.map(lambda x: x.sharding, s) == where
   for path, x in jax.tree_util.tree_leaves_with_path(s.trained):
@@ -74,7 +74,7 @@ for stage, meshes in (
       assert np.abs(a - b).max() < 2e-4 * scale, (stage, sizes, a.shape)
     with use_mesh(mesh):
       jax.eval_shape(
-        objective.NextToken(standin.small_config()).init, jax.random.key(0)
+        objective.NextToken(fake.small_config()).init, jax.random.key(0)
       )
 """
 

@@ -35,6 +35,8 @@ REQUIRED = 'gin.REQUIRED'
 
 # What config files of earlier versions name, and what has taken its place.
 _REPLACED = {
+  'qwenvl_jax.data.bad': 'qwenvl_jax.data.record_errors, and its Limit '
+  'ErrorBudget',
   'qwenvl_jax.data.packed': 'qwenvl_jax.data.packing',
   'qwenvl_jax.data.tasks.AskedTasks': 'qwenvl_jax.data.formats.Answers '
   '(branches = 6 is what AskedTasks had)',

@@ -7,8 +7,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from qwenvl_jax.data.bad import Counts, Limit
 from qwenvl_jax.data.packing import Row
+from qwenvl_jax.data.record_errors import Counts, ErrorBudget
 from qwenvl_jax.errors import DataError
 
 State = dict[str, Any]
@@ -28,7 +28,7 @@ class Batches(grain.DatasetIterator):
     start: Callable[[State], grain.DatasetIterator],
     rows: int,
     processes: int = 1,
-    limit: Limit | None = None,
+    limit: ErrorBudget | None = None,
   ):
     """Starts nothing yet.
 

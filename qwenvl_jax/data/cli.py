@@ -19,9 +19,9 @@ from qwenvl_jax.data import (
   sources,
   storage,
 )
-from qwenvl_jax.data.bad import DROPPED, REPAIRED, Limit
 from qwenvl_jax.data.cleaning import cli as cleaning_cli
 from qwenvl_jax.data.making import cli as making_cli
+from qwenvl_jax.data.record_errors import DROPPED, REPAIRED, ErrorBudget
 from qwenvl_jax.errors import ConfigError, DataError, did_you_mean
 from qwenvl_jax.progress import PrintableConsole, bars
 
@@ -110,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument(
     '--max_bad',
     type=float,
-    default=Limit().share,
+    default=ErrorBudget().share,
     metavar='SHARE',
     help='share of records that may be dropped (default: %(default)s); judged '
-    f'from {Limit().after:,} records on, and at the end',
+    f'from {ErrorBudget().after:,} records on, and at the end',
   )
   command.add_argument(
     '--again',
@@ -318,7 +318,7 @@ def _prepare_public(arguments, console):
       arguments.manual_dir,
       sources.disk_path(arguments.data_dir),
       workers=arguments.workers,
-      limit=Limit(share=arguments.max_bad),
+      limit=ErrorBudget(share=arguments.max_bad),
       again=arguments.again,
       progress=progress,
       say=functools.partial(_print_whole, console),

@@ -16,8 +16,8 @@ import numpy as np
 
 from qwenvl_jax import image
 from qwenvl_jax.batch import NO_IMAGE
-from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.data.examples import EncodedSample, encode_sample
+from qwenvl_jax.data.record_errors import Counts
 from qwenvl_jax.errors import BadRecordError, ConfigError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ class PackItem:
     source: label of the stream.
     samples: empty if the record was dropped.
     error: why it was dropped.
-    repaired: keys of `bad.REPAIRED`.
+    repaired: keys of `record_errors.REPAIRED`.
   """
 
   source: str

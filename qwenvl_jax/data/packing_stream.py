@@ -20,9 +20,9 @@ import grain
 import grain.experimental
 
 from qwenvl_jax.data import packing
-from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.batches import State
 from qwenvl_jax.data.packing import PackItem, Row, RowStats
+from qwenvl_jax.data.record_errors import ErrorBudget
 from qwenvl_jax.errors import ConfigError, DataError
 
 # Streams begin with different groups; up to so many examples of a group count
@@ -171,7 +171,7 @@ class RowMaker:
   packer: packing.Packer
   single: bool
   seed: int
-  limit: Limit
+  limit: ErrorBudget
   prefetch: int
   workers: int
   pad_id: int

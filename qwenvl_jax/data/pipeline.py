@@ -15,10 +15,10 @@ import grain
 
 from qwenvl_jax import image
 from qwenvl_jax.data import packing, patches
-from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.batches import Batches, State
 from qwenvl_jax.data.packing import Row, RowStats
 from qwenvl_jax.data.packing_stream import Group, RowMaker
+from qwenvl_jax.data.record_errors import ErrorBudget
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -97,7 +97,7 @@ class Pipeline:
   prefetch: int = 32
   workers: int = 0
   packer: packing.Packer | None = None
-  limit: Limit = Limit()
+  limit: ErrorBudget = ErrorBudget()
 
   @property
   def shape(self) -> packing.RowShape:

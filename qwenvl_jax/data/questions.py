@@ -190,7 +190,7 @@ def sample(
   return list(found.values())
 
 
-def exam(
+def held_out(
   scene: Scene | ScenePair,
   kinds: Iterable[str],
   *,

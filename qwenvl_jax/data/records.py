@@ -160,7 +160,8 @@ class Record:
     text: a document without pictures.
     texts: a document with pictures: what stands before the first, between each
       two, and after the last.
-    notes: keys of `bad.REPAIRED`: what its reader left out; not stored.
+    notes: keys of `record_errors.REPAIRED`: what its reader left out; not
+      stored.
   """
 
   id: str

@@ -1,6 +1,7 @@
 """Checks a record before it is stored: pictures, boxes, special tokens.
 
-What can be repaired is, what cannot is dropped; `bad` lists the rules.
+What can be repaired is, what cannot is dropped, by the rules that
+`record_errors` lists.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ MAX_TEXT = 200_000
 
 
 def sanitize(record: Record) -> tuple[Record, list[str]]:
-  """Returns a record (its images bytes) to store, and its `bad.REPAIRED`.
+  """Returns a record (its images bytes) to store, and what was repaired.
+
+  The latter are keys of `record_errors.REPAIRED`.
 
   Every picture is decoded once, so that what is stored can be read. Boxes turn
   with a picture that EXIF turns, are sorted and clipped; plain text loses what

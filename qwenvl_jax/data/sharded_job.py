@@ -18,7 +18,7 @@ from typing import Any
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import storage
-from qwenvl_jax.data.bad import Counts
+from qwenvl_jax.data.record_errors import Counts
 from qwenvl_jax.errors import ConfigError, DataError
 
 # Called with how many shards are done, and of how many.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwenvl_jax.data import roots, sharded_job, storage
-from qwenvl_jax.data.bad import Counts, Limit
+from qwenvl_jax.data.record_errors import Counts, ErrorBudget
 from qwenvl_jax.data.records import Record
 from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.data.sharded_job import ShardedJob
@@ -26,7 +26,7 @@ _EXAMPLES = 20
 # Of them, those that are told when enough is left.
 _TOLD = 5
 
-_LIMIT = Limit()
+_LIMIT = ErrorBudget()
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,7 +53,7 @@ def prepare(
   data_dir: str | os.PathLike,
   *,
   workers: int = 1,
-  limit: Limit = _LIMIT,
+  limit: ErrorBudget = _LIMIT,
   again: bool = False,
   progress: Progress = lambda what, done, total: None,
   say: Callable[[str], None] = lambda line: None,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data import formats, html_page, pipeline, sources, tasks
-from qwenvl_jax.data.bad import DROPPED, Counts
+from qwenvl_jax.data.record_errors import DROPPED, Counts
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.text import drawing
 from qwenvl_jax.text.tokenizer import Tokenizer

@@ -221,8 +221,8 @@ def causal_mask(segment_ids, branch_ids, kernel: str) -> Mask:
     return Mask(segment_ids=segment_ids, kernel='splash')
   seen = _causal(jnp.arange(length), segment_ids, segment_ids)
   if branch_ids is not None:
-    trunk = (branch_ids == 0)[:, None, :]
-    seen &= trunk | (branch_ids[:, :, None] == branch_ids[:, None, :])
+    prefix = (branch_ids == 0)[:, None, :]
+    seen &= prefix | (branch_ids[:, :, None] == branch_ids[:, None, :])
   return Mask(bias=_bias(seen), causal=True)
 
 

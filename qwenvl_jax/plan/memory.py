@@ -100,7 +100,9 @@ def lower_bound(config: TrainConfig, sizes: Sizes, chips: int) -> float:
   return state / (fsdp * tensor) + rows * kept * compute
 
 
-def promise(config: TrainConfig, sizes: Sizes, topology: Topology) -> float:
+def heuristic_step_time(
+  config: TrainConfig, sizes: Sizes, topology: Topology
+) -> float:
   """Seconds a step might take: an order of candidates, not an estimate."""
   model, chip = config.objective.config, topology.chip
   copies, fsdp, tensor = config.mesh.sizes(topology.chips)

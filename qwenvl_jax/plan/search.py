@@ -12,9 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.plan.kept import kept_plan
-from qwenvl_jax.plan.memory import POLICIES, Sizes, lower_bound, promise
+from qwenvl_jax.plan.memory import (
+  POLICIES,
+  Sizes,
+  heuristic_step_time,
+  lower_bound,
+)
 from qwenvl_jax.plan.plan import Plan
+from qwenvl_jax.plan.plan_cache import cached_plan
 from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.sharding import MeshConfig, make_mesh
 from qwenvl_jax.train.loop import TrainConfig
@@ -150,7 +155,7 @@ def search(
     changed = candidate.apply(config)
     needed = lower_bound(changed, sizes, topology.chips)
     if needed <= topology.chip.hbm_bytes:
-      seconds = promise(changed, sizes, topology)
+      seconds = heuristic_step_time(changed, sizes, topology)
       promising.append((seconds, len(promising), candidate, needed))
   if not promising:
     raise ConfigError(
@@ -174,7 +179,7 @@ def search(
     candidate, needed = queue.pop(0)
     said(tried, total, candidate.text)
     try:
-      plan = kept_plan(candidate.apply(config), topology, devices, folder)
+      plan = cached_plan(candidate.apply(config), topology, devices, folder)
     except ConfigError as error:
       # A mesh that the network does not allow: nothing was compiled.
       yield candidate, str(error)

@@ -154,7 +154,7 @@ def open_run(
   checkpoint: Path,
   data: Path,
   out: Path,
-  handle: api.Handle | None = None,
+  handle: api.QwenVLModel | None = None,
   slots: int = _SLOTS,
 ) -> Run:
   """Opens an evaluation; what is there of an earlier call is not asked again.

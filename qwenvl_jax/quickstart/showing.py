@@ -48,7 +48,7 @@ def gallery(
 
 
 def conversations(
-  handle: api.Handle, test: Sequence[Scene], classes: int
+  handle: api.QwenVLModel, test: Sequence[Scene], classes: int
 ) -> list[list[report.Turn]]:
   """Holds short conversations about held-out scenes.
 
@@ -71,12 +71,12 @@ def _question(
   scene: Scene, kind: str, language: str, classes: int
 ) -> Question | None:
   """Returns a question of a kind, None if the scene does not allow it."""
-  exam = questions.exam(scene, [kind], classes=classes, chat=True)
-  return next((x for x in exam if x.language == language), None)
+  asked = questions.held_out(scene, [kind], classes=classes, chat=True)
+  return next((x for x in asked if x.language == language), None)
 
 
 def _converse(
-  handle: api.Handle, scene: Scene, asked: Sequence[Question]
+  handle: api.QwenVLModel, scene: Scene, asked: Sequence[Question]
 ) -> list[report.Turn]:
   turns, history, shown = [], None, picture(scene)
   for question in asked:

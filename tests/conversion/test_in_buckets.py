@@ -4,7 +4,7 @@ import golden
 import jax
 import numpy as np
 import pytest
-from bucket_standin import Refused
+from fake_storage import Refused
 
 import qwenvl_jax
 from qwenvl_jax.buckets import as_path
@@ -64,7 +64,7 @@ def test_a_refusal_is_said_in_a_line(bucket, ours, command, capsys):
     if method == 'PUT' and '/new/' in name and '.partial' not in name:
       raise Refused(403, 'x does not have storage.objects.create access')
 
-  bucket.standin.before = refuse
+  bucket.storage.before = refuse
   source = str(golden.FOLDER) if command == 'from-hf' else ours
   assert cli.main([command, source, f'{bucket.url}/new']) == 2
   said = capsys.readouterr().err

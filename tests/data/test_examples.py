@@ -17,8 +17,8 @@ def _branch(prompt, answer):
 _IMAGE = (TextSpan('<img>0</img>'),)
 
 
-def _sample(*branches, trunk=_IMAGE, images=(b'',)):
-  return Sample('a/record', trunk, branches, images)
+def _sample(*branches, prefix=_IMAGE, images=(b'',)):
+  return Sample('a/record', prefix, branches, images)
 
 
 def test_branches_continue_the_trunk():
@@ -76,10 +76,10 @@ def test_plain_writes_the_first_branch_on():
   ('sample', 'says'),
   [
     (_sample(_branch('<ref>a', ' b')), '<ref> at character 0 is not closed'),
-    (_sample(trunk=(TextSpan('<img>0'),)), 'is not closed'),
+    (_sample(prefix=(TextSpan('<img>0'),)), 'is not closed'),
     (_sample(_branch('a', '</box>')), 'closes nothing'),
     (_sample((TextSpan('a', loss=True),)), 'begins with loss'),
-    (_sample(trunk=(TextSpan('no image'),)), '0 <img> spans for 1 images'),
+    (_sample(prefix=(TextSpan('no image'),)), '0 <img> spans for 1 images'),
     (_sample(images=(b'', b'')), '1 <img> spans for 2 images'),
   ],
 )

@@ -11,12 +11,12 @@ import listed
 import pytest
 
 from qwenvl_jax.data import formats, shards, sources
-from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.packing import Packer
 from qwenvl_jax.data.pipeline import Pipeline, Stream
 from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
 from qwenvl_jax.data.readers.release import EvaluationLines
+from qwenvl_jax.data.record_errors import ErrorBudget
 
 _NASTY = (
   '', ' ', '\0', '\ud800', '<img>', '</box>', '<|endoftext|>', '<|im_start|>',
@@ -55,7 +55,7 @@ def _rows(data_dir, name, task, split='train'):
   made = Pipeline(
     streams=(stream,), sequence_length=160, image_tokens=16, image_size=14,
     image_slots=2, batch_size=4, packer=Packer(shards=2, pool=4),
-    limit=Limit(share=1.0), prefetch=0,
+    limit=ErrorBudget(share=1.0), prefetch=0,
   )  # fmt: skip
   iterator = made.iterator()
   for _ in range(5):
@@ -66,7 +66,11 @@ def _rows(data_dir, name, task, split='train'):
 
 def _prepared(tmp_path, name, reader, count):
   report = shards.prepare(
-    name, {'train': reader}, tmp_path / 'in', tmp_path, limit=Limit(share=1.0)
+    name,
+    {'train': reader},
+    tmp_path / 'in',
+    tmp_path,
+    limit=ErrorBudget(share=1.0),
   )
   dropped = sum(report.counts.of('train').values())
   # Nothing is silent: what was seen was either written or counted.
@@ -154,7 +158,7 @@ def test_damaged_shards(tmp_path):
   made = Pipeline(
     streams=(stream,), sequence_length=160, image_tokens=16, image_size=14,
     image_slots=4, batch_size=4, packer=Packer(shards=2, pool=4),
-    limit=Limit(share=1.0), prefetch=0,
+    limit=ErrorBudget(share=1.0), prefetch=0,
   )  # fmt: skip
   iterator = made.iterator()
   for _ in range(8):

@@ -4,7 +4,7 @@ import pathlib
 import pickle
 
 import pytest
-from bucket_standin import Refused
+from fake_storage import Refused
 
 from qwenvl_jax.data import prepare, records, sources, storage
 from qwenvl_jax.errors import ConfigError, DataError
@@ -60,7 +60,7 @@ def test_a_bucket_that_refuses_is_no_bad_record(captions, bucket):
   def refuse(method, name):
     raise Refused(403, 'x does not have storage.objects.get access')
 
-  bucket.standin.before = refuse
+  bucket.storage.before = refuse
   with pytest.raises(DataError, match='May this account read') as caught:
     for index in range(7):
       sequence[index]

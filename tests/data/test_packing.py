@@ -25,9 +25,9 @@ _RED = (_picture('red'),)
 
 
 def _encoded(*branches, images=_RED, record='a/record'):
-  trunk = [TextSpan(f'<img>{i}</img>') for i in range(len(images))]
+  prefix = [TextSpan(f'<img>{i}</img>') for i in range(len(images))]
   asked = [(TextSpan(p), TextSpan(a, loss=True)) for p, a in branches]
-  sample = Sample(record, tuple(trunk), tuple(asked), images)
+  sample = Sample(record, tuple(prefix), tuple(asked), images)
   return encode_sample(sample, _TOKENIZER, _Q)
 
 
@@ -56,7 +56,7 @@ def test_every_learned_token_is_predicted_from_its_own_context():
     _encoded(('a?', ' yes'), ('b c?', ' no way'), record='x'),
     _encoded(('d?', ' so'), images=(), record='y'),
   ]
-  # Trunks need no loss here; a text's trunk may carry it.
+  # Prefixes need no loss here; a text's prefix may carry it.
   arrays = _row(samples)
   learned = np.flatnonzero(arrays['loss_weights'])
   for at in learned:

@@ -97,7 +97,7 @@ def test_left_of_is_true_and_only_asked_about_two_single_things():
   assert asked == ('汽车在房子的左边吗？回答：', '不是')
   alone = records.scene('one', b'', 112, far.objects[:1], colour=3)
   assert not questions.subjects('left_of', alone, 16)
-  assert not questions.exam(alone, ['left_of'], classes=16)
+  assert not questions.held_out(alone, ['left_of'], classes=16)
   close = records.scene(
     'close',
     b'',
@@ -181,14 +181,14 @@ def test_chinese_share(two_apples_and_a_cat):
 
 def test_exam_asks_both_languages_about_the_same(two_apples_and_a_cat):
   kinds = ['caption', 'exist', 'count', 'refer', 'ocr']
-  asked = questions.exam(two_apples_and_a_cat, kinds, classes=16)
+  asked = questions.held_out(two_apples_and_a_cat, kinds, classes=16)
   assert [x.kind for x in asked] == [k for k in kinds for _ in range(2)]
   english, chinese = asked[6:8]
   assert english.boxes == chinese.boxes
   assert {x.language for x in asked} == set(things.LANGUAGES)
-  again = questions.exam(two_apples_and_a_cat, kinds, classes=16)
+  again = questions.held_out(two_apples_and_a_cat, kinds, classes=16)
   assert again == asked
-  alone = questions.exam(two_apples_and_a_cat, ['refer'], classes=16)
+  alone = questions.held_out(two_apples_and_a_cat, ['refer'], classes=16)
   assert alone == asked[6:8], 'a question does not depend on the others'
 
 

@@ -7,9 +7,9 @@ import downloads
 import pytest
 
 from qwenvl_jax.data import cli, shards, sources, storage
-from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
 from qwenvl_jax.data.readers.release import EvaluationLines
+from qwenvl_jax.data.record_errors import ErrorBudget
 from qwenvl_jax.data.sharded_job import ShardedJob, check_settings, run
 from qwenvl_jax.errors import ConfigError, DataError
 
@@ -101,7 +101,7 @@ def test_a_corrected_download_is_read_again(prepared):
   path = prepared.root / '00002.tar'
   whole = path.read_bytes()
   path.write_bytes(whole[:700])
-  captions, _, folder = prepared(limit=Limit(share=1.0))
+  captions, _, folder = prepared(limit=ErrorBudget(share=1.0))
   assert captions == ['caption 0', 'caption 1']
   path.write_bytes(whole)
   captions, said, _ = prepared()
@@ -116,7 +116,7 @@ def test_a_picture_that_comes_later_is_read(tmp_path):
   def prepare():
     return shards.prepare(
       'x', {'train': EvaluationLines()}, tmp_path / 'in', tmp_path,
-      limit=Limit(share=0.5),
+      limit=ErrorBudget(share=0.5),
     ).lengths  # fmt: skip
 
   assert prepare() == {'train': [1]}
@@ -192,7 +192,7 @@ def test_a_small_source_is_judged_at_its_end(prepared, tmp_path):
     'The first: empty_text: 00001.tar/a', '.report.json',
   ):  # fmt: skip
     assert part in str(caught.value)
-  assert len(prepared(limit=Limit(share=0.4))[0]) == 2
+  assert len(prepared(limit=ErrorBudget(share=0.4))[0]) == 2
 
 
 def test_the_first_example_is_shown_when_nothing_can_be_used(tmp_path, capsys):
@@ -212,13 +212,13 @@ def test_names_that_are_no_text_are_names_all_the_same(prepared):
   with pytest.raises(DataError) as caught:
     prepared()
   assert '\n' not in str(caught.value)
-  captions, (dropped,), folder = prepared(limit=Limit(share=0.3))
+  captions, (dropped,), folder = prepared(limit=ErrorBudget(share=0.3))
   assert captions == ['caption 0', 'caption 1', 'caption 2']
   assert dropped.startswith('dropped: empty_text: caf') and '\n' not in dropped
   before = times(folder)
-  prepared(limit=Limit(share=0.3))
+  prepared(limit=ErrorBudget(share=0.3))
   assert times(folder) == before
   archive(prepared.root, 0, 'corrected')
   downloads.tar(odd, {'b.jpg': b'no picture'})
-  _, (line, *_), _ = prepared(limit=Limit(share=0.3))
+  _, (line, *_), _ = prepared(limit=ErrorBudget(share=0.3))
   assert '2 of 4' in line and line.isprintable()

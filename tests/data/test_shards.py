@@ -4,11 +4,11 @@ import downloads
 import pytest
 
 from qwenvl_jax.data import cli, shards, sources, storage
-from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.readers.captions import CocoCaptions
 from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.img2dataset import Img2Dataset
 from qwenvl_jax.data.readers.release import EvaluationLines
+from qwenvl_jax.data.record_errors import ErrorBudget
 from qwenvl_jax.errors import DataError
 
 
@@ -82,7 +82,7 @@ def test_no_path_leaves_the_folder(tmp_path):
   (root / 'x.jsonl').write_text('\n'.join(lines))
   report = shards.prepare(
     'paths', {'val': EvaluationLines()}, root, tmp_path / 'data',
-    limit=Limit(share=1.0),
+    limit=ErrorBudget(share=1.0),
   )  # fmt: skip
   assert report.lengths == {'val': [3]}
   assert report.counts.of('val') == {
@@ -108,10 +108,10 @@ def test_too_many_bad_records_stop_it(tmp_path):
     downloads.write(tmp_path, f'{number}.jpg', downloads.picture())
   arguments = ('c', {'val': CocoCaptions('c.json')}, tmp_path, tmp_path / 'd')
   with pytest.raises(DataError, match='source val: 10 of 20.*missing_image'):
-    shards.prepare(*arguments, limit=Limit(share=0.4, after=10))
+    shards.prepare(*arguments, limit=ErrorBudget(share=0.4, after=10))
   said = []
   report = shards.prepare(
-    *arguments, limit=Limit(share=0.5, after=10), say=said.append
+    *arguments, limit=ErrorBudget(share=0.5, after=10), say=said.append
   )
   assert sum('dropped: missing_image: ' in line for line in said) == 5
   assert '10.jpg' in said[0] and 'and 5 more; ' in said[-1]

@@ -9,7 +9,7 @@ import pytest
 import toy
 from PIL import Image
 
-from qwenvl_jax.api import Handle
+from qwenvl_jax.api import QwenVLModel
 from qwenvl_jax.eval.engine_model import EngineModel
 from qwenvl_jax.eval.task import Decoding, Example, Picture, Prompt, Task
 from qwenvl_jax.infer.engine import EngineConfig
@@ -28,7 +28,7 @@ def random_handle():
     ),
     image_start_id=tokenizer.img_start_id,
   )
-  return Handle(config, toy.params(config), tokenizer)
+  return QwenVLModel(config, toy.params(config), tokenizer)
 
 
 @pytest.fixture(scope='session')

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.data import formats, packing, roots, storage
-from qwenvl_jax.data.bad import DROPPED, REPAIRED, Counts
 from qwenvl_jax.data.readers.conversations import Conversations
 from qwenvl_jax.data.readers.interleaved import Interleaved
 from qwenvl_jax.data.readers.release import EvaluationLines, PlainText
+from qwenvl_jax.data.record_errors import DROPPED, REPAIRED, Counts
 from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.errors import BadRecordError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer

@@ -299,9 +299,9 @@ def test_what_does_not_end_is_killed_in_the_end(pod):
 
 def test_workers_with_an_old_python_get_a_newer_one(pod):
   remote = pod.folder / 'remote bin'
-  standin = (remote / 'python3.11').read_text()
-  executable(remote / 'python3', standin)
-  executable(pod.folder / 'of uv/python3.11', standin)
+  fake = (remote / 'python3.11').read_text()
+  executable(remote / 'python3', fake)
+  executable(pod.folder / 'of uv/python3.11', fake)
   for version in (11, 12, 13):
     executable(remote / f'python3.{version}', '#!/bin/sh\nexit 1\n')
   assert 'installed on 2 worker(s)' in pod.run('up', TYPE).err

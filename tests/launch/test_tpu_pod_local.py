@@ -17,15 +17,15 @@ from __gin__ import dynamic_registration
 from qwenvl_jax.train import checkpoint
 from qwenvl_jax.train import loop
 from qwenvl_jax.train import optimizer
-import standin
+import fake
 
 loop.TrainConfig:
-  objective = @standin.Line()
-  data = @standin.Points()
+  objective = @fake.Line()
+  data = @fake.Points()
   optimizer = @optimizer.OptimizerConfig()
   checkpoint = @checkpoint.CheckpointConfig()
   log_every = 1
-standin.Points.pause = 0.03
+fake.Points.pause = 0.03
 checkpoint.CheckpointConfig.every = 5
 optimizer.OptimizerConfig:
   trainable = ('model/.*',)
@@ -124,7 +124,7 @@ def test_local_trains_for_real_and_survives(pod, tmp_path):
   arguments += [f'--config={config}', f'--workdir={tmp_path / "my runs"}']
   environment = {
     'QWENVL_POD_PYTHON': sys.executable,
-    'QWENVL_CONFIG_PACKAGES': 'standin',
+    'QWENVL_CONFIG_PACKAGES': 'fake',
     'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests/train"}',
   }
 

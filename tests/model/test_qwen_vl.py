@@ -78,18 +78,18 @@ def test_sizes_of_the_release():
 def test_packed_row_equals_samples_alone():
   """Two samples, each with an image and two branches, in one padded row."""
   e, config = golden.expected(), golden.config()
-  trunk = e['eval/one_image/ids'][0][:270].astype(np.int32)
-  starts, images = golden.spans(trunk)
+  prefix = e['eval/one_image/ids'][0][:270].astype(np.int32)
+  starts, images = golden.spans(prefix)
   branches = [np.arange(40, 52), np.arange(90, 97)]
   alone = []
   for branch in branches:
-    ids = np.concatenate([trunk, branch])[None]
+    ids = np.concatenate([prefix, branch])[None]
     logits = golden.apply(False)(golden.params(), golden.batch(ids))
     alone.append(np.asarray(logits)[0])
 
-  sample = np.concatenate([trunk, *branches])
-  branch_ids = np.repeat([0, 1, 2], [len(trunk), 12, 7])
-  n, pad = len(trunk), 5
+  sample = np.concatenate([prefix, *branches])
+  branch_ids = np.repeat([0, 1, 2], [len(prefix), 12, 7])
+  n, pad = len(prefix), 5
   positions = np.concatenate(
     [np.arange(n), n + np.arange(12), n + np.arange(7)]
   )

@@ -34,7 +34,7 @@ def test_galleries_show_scenes_of_one_thing_and_of_several(test_scenes):
   answers = [
     scenes.judge(question, question.reference)
     for scene in test_scenes
-    for question in questions.exam(
+    for question in questions.held_out(
       scene, ['caption', 'refer'], classes=scenes.CLASSES
     )
   ]

@@ -16,15 +16,15 @@ import pathlib
 import sys
 import traceback
 
+import fake
 import numpy as np
-import standin
 
 from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.loop import train
 
 
 def configuration(**changes):
-  return standin.line_run(
+  return fake.line_run(
     steps=8,
     checkpoint=CheckpointConfig(every=2, keep=2),
     log_every=1,
@@ -36,7 +36,7 @@ def leaves(state) -> dict[str, np.ndarray]:
   import jax
 
   values = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-  return dict(zip(standin.keys(state), values, strict=True))
+  return dict(zip(fake.keys(state), values, strict=True))
 
 
 def child(workdir, result, pid_file) -> int:

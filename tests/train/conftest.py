@@ -1,5 +1,5 @@
 import pathlib
 import sys
 
-# `standin` is shared by the tests here and by the programs that they start.
+# `fake` is shared by the tests here and by the programs that they start.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))

@@ -16,8 +16,8 @@ import pathlib
 import sys
 import time
 
+import fake
 import numpy as np
-import standin
 
 from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.loop import train
@@ -27,9 +27,9 @@ from qwenvl_jax.train.signals import Interrupted
 def run(workdir, result):
   """What one child does."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  config = standin.line_run(
+  config = fake.line_run(
     steps=60,
-    data=standin.Points(pause=0.02),
+    data=fake.Points(pause=0.02),
     checkpoint=CheckpointConfig(every=3, keep=2),
     log_every=1,
   )
@@ -38,7 +38,7 @@ def run(workdir, result):
   except Interrupted as stop:
     print(stop, file=sys.stderr)
     return 128 + stop.signum
-  leaves = dict(zip(standin.keys(state), _leaves(state), strict=True))
+  leaves = dict(zip(fake.keys(state), _leaves(state), strict=True))
   np.savez(result, **leaves)
   return 0
 

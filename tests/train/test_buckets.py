@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 
+import fake
 import numpy as np
 import pytest
-import standin
 from bucket_runner import configuration, leaves
-from bucket_standin import Refused
+from fake_storage import Refused
 
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train import log_upload
@@ -70,7 +70,7 @@ def test_killed_while_it_writes_it_ends_as_on_a_disk(
       os.kill(int(pid.read_text()), signal.SIGKILL)
       raise Refused(503, 'too late')
 
-  bucket.standin.before = kill
+  bucket.storage.before = kill
   done = subprocess.run(
     [sys.executable, RUNNER, f'{bucket.url}/run', tmp_path / 'end.npz', pid],
     env=os.environ | {'PYTHONPATH': str(RUNNER.parents[2])},
@@ -148,11 +148,11 @@ def test_a_bucket_that_refuses_is_no_damaged_checkpoint(stopped):
     if method == 'GET' and '/6/' in name and name.endswith('json'):
       raise Refused(403, 'x does not have storage.objects.get access')
 
-  stopped.standin.before = refuse
+  stopped.storage.before = refuse
   with pytest.raises(CheckpointError, match='storage.objects.get') as error:
     train(configuration(), f'{stopped.url}/run')
   assert 'roles storage.objectAdmin' in str(error.value)
-  stopped.standin.before = None
+  stopped.storage.before = None
   assert stopped.objects.keys() == before.keys()
 
 
@@ -161,7 +161,7 @@ def test_a_bucket_that_cannot_be_written_is_said_before_the_first_step(bucket):
     if method == 'PUT':
       raise Refused(403, 'x does not have storage.objects.create access')
 
-  bucket.standin.before = refuse
+  bucket.storage.before = refuse
   with pytest.raises(
     ConfigError, match='cannot write to --workdir gs://.*crea'
   ):
@@ -174,7 +174,7 @@ def test_a_bucket_that_is_not_there_is_named(cloud):
 
 
 def test_the_best_state_is_kept_in_a_bucket(bucket):
-  data = standin.Points(batch_size=16)
+  data = fake.Points(batch_size=16)
   heldout = HeldOut(data, every=2, batches=1, patience=9)
   for stop in 4, 8:
     train(configuration(heldout=heldout), f'{bucket.url}/run', stop_at=stop)
@@ -187,8 +187,8 @@ def test_the_best_state_is_kept_in_a_bucket(bucket):
 
 
 def test_a_roll_back_deletes_what_came_after(bucket, capsys):
-  data = standin.Points(bad_from=20, bad_until=26, bad=30.0)
-  config = standin.line_run(
+  data = fake.Points(bad_from=20, bad_until=26, bad=30.0)
+  config = fake.line_run(
     steps=26,
     data=data,
     log_every=1,
@@ -213,10 +213,8 @@ def test_the_log_is_copied_while_the_run_goes_on(bucket, monkeypatch):
     if method == 'PUT' and name.endswith('log.jsonl'):
       seen.append(name)
 
-  bucket.standin.before = look
-  config = standin.line_run(
-    steps=12, log_every=1, data=standin.Points(pause=0.05)
-  )
+  bucket.storage.before = look
+  config = fake.line_run(steps=12, log_every=1, data=fake.Points(pause=0.05))
   train(config, f'{bucket.url}/run')
   # Not only at the checkpoint and the end.
   assert len(seen) > 3
@@ -230,7 +228,7 @@ def test_a_log_that_cannot_be_copied_does_not_end_a_run(
     if method == 'PUT' and ('log.jsonl' in name or 'events' in name):
       raise Refused(403, 'no logs here')
 
-  bucket.standin.before = refuse
+  bucket.storage.before = refuse
   state = train(configuration(), f'{bucket.url}/run')
   same(leaves(state), undisturbed)
   said = capsys.readouterr().err

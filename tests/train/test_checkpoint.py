@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 
+import fake
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import standin
 
 from qwenvl_jax.conversion.orbax_store import open_stores
 from qwenvl_jax.errors import CheckpointError
@@ -93,7 +93,7 @@ def finished(tmp_path_factory):
 
 
 def configuration(**changes):
-  return standin.line_run(
+  return fake.line_run(
     steps=4, checkpoint=CheckpointConfig(every=2, keep=3), **changes
   )
 
@@ -249,15 +249,15 @@ def small_disk(tmp_path):
 
 FULL = """
 import sys
-import standin
+import fake
 from qwenvl_jax import entry
 from qwenvl_jax.train.checkpoint import CheckpointConfig
 from qwenvl_jax.train.loop import train
 
 steps, every, keep = map(int, sys.argv[2:])
-config = standin.line_run(
+config = fake.line_run(
   steps=steps,
-  data=standin.Points(pause=0.01),
+  data=fake.Points(pause=0.01),
   checkpoint=CheckpointConfig(every=every, keep=keep),
 )
 sys.exit(entry.run(lambda argv: train(config, argv[0]) and None))

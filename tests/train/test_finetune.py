@@ -2,10 +2,10 @@
 
 import json
 
+import fake
 import golden
 import numpy as np
 import pytest
-import standin
 from PIL import Image
 
 import qwenvl_jax
@@ -19,7 +19,7 @@ from qwenvl_jax.train.objective import NextToken
 from qwenvl_jax.train.optimizer import OptimizerConfig
 from qwenvl_jax.train.state import abstract_params, random_params
 
-# The sizes of `standin.small_config`, with the goldens' vocabulary.
+# The sizes of `fake.small_config`, with the goldens' vocabulary.
 SMALL = (
   'VisionConfig.patch_size=14',
   'VisionConfig.width=16',
@@ -48,7 +48,7 @@ def place(tmp_path_factory):
   """A folder with a model, a vocabulary and a prepared data set."""
   folder = tmp_path_factory.mktemp('finetune')
   (folder / 'small.tiktoken').write_text(golden.vocabulary())
-  small = standin.small_config()
+  small = fake.small_config()
   decoder = {'vocab_size': 512, 'dim': 16, 'layers': 2, 'heads': 2}
   decoder |= {'head_dim': 8, 'mlp_dim': 32, 'seq_length': 2048}
   config = small.replace(
@@ -108,7 +108,7 @@ def test_from_pictures_to_an_adapter(place, capsys):
   *half_epochs, end = held
   assert len(half_epochs) == 3 and end == records[-1]['step']
   assert held[end] < held[half_epochs[0]]
-  tokens = standin.rows(0, 1)['tokens'][:, 6:]
+  tokens = fake.rows(0, 1)['tokens'][:, 6:]
   plain = qwenvl_jax.load(place / 'base').logits(tokens)
   for folder in (run, run / 'best'):
     opened = qwenvl_jax.load(place / 'base', adapter=folder)

@@ -1,10 +1,10 @@
 import json
 import math
 
+import fake
 import jax
 import numpy as np
 import pytest
-import standin
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.checkpoint import CheckpointConfig
@@ -61,9 +61,9 @@ def test_impossible_guards_are_refused():
 
 def configuration(bad, **changes):
   """Bad data in batches 14 to 18, after a checkpoint of step 12."""
-  return standin.line_run(
+  return fake.line_run(
     steps=24,
-    data=standin.Points(bad_from=14, bad_until=19, bad=bad),
+    data=fake.Points(bad_from=14, bad_until=19, bad=bad),
     optimizer={'peak': 0.02, 'end': 0.02},
     checkpoint=CheckpointConfig(every=4, keep=3),
     log_every=1,
@@ -98,9 +98,9 @@ def test_it_goes_back_leaves_out_the_data_and_ends_well(bad, tmp_path, capsys):
 
 
 def test_it_does_not_go_back_for_ever(tmp_path):
-  config = standin.line_run(
+  config = fake.line_run(
     steps=40,
-    data=standin.Points(bad_from=14, bad_until=999, bad=50.0),
+    data=fake.Points(bad_from=14, bad_until=999, bad=50.0),
     checkpoint=CheckpointConfig(every=4, keep=3),
     guard=Guard(window=6, sigmas=6.0, rise=2.0, steps=4, limit=2),
   )
@@ -109,9 +109,9 @@ def test_it_does_not_go_back_for_ever(tmp_path):
 
 
 def test_with_nothing_to_go_back_to_it_says_so(tmp_path):
-  config = standin.line_run(
+  config = fake.line_run(
     steps=30,
-    data=standin.Points(bad_from=14, bad_until=30, bad=50.0),
+    data=fake.Points(bad_from=14, bad_until=30, bad=50.0),
     checkpoint=CheckpointConfig(every=50),
     guard=Guard(window=6, sigmas=6.0, rise=2.0, steps=4),
   )

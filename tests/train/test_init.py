@@ -1,11 +1,11 @@
 import dataclasses
 import functools
 
+import fake
 import golden
 import jax
 import numpy as np
 import pytest
-import standin
 
 from qwenvl_jax.conversion import convert, layout
 from qwenvl_jax.conversion.checkpoint_io import (
@@ -26,7 +26,7 @@ from qwenvl_jax.train.state import (
   random_params,
 )
 
-MODEL = NextToken(standin.small_config(dtype='bfloat16'))
+MODEL = NextToken(fake.small_config(dtype='bfloat16'))
 
 
 def target(model=MODEL, **changes):

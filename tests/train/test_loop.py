@@ -4,10 +4,10 @@ import json
 import os
 import signal
 
+import fake
 import jax
 import numpy as np
 import pytest
-import standin
 from tensorboardX.proto import event_pb2
 
 from qwenvl_jax.conversion.checkpoint_io import params_folder
@@ -47,7 +47,7 @@ def scalars(workdir):
 
 
 def test_a_run_learns_and_leaves_its_records(tmp_path, capsys):
-  config = standin.line_run(
+  config = fake.line_run(
     steps=30, log_every=10, checkpoint=CheckpointConfig(every=10, keep=2)
   )
   state = train(config, tmp_path / 'run')
@@ -71,8 +71,8 @@ def test_a_run_learns_and_leaves_its_records(tmp_path, capsys):
 
 
 def test_the_loss_of_a_record_is_the_mean_over_labels(tmp_path):
-  one = standin.line_run(steps=4, log_every=1)
-  four = standin.line_run(steps=4, log_every=4)
+  one = fake.line_run(steps=4, log_every=1)
+  four = fake.line_run(steps=4, log_every=4)
   train(one, tmp_path / 'one')
   train(four, tmp_path / 'four')
   iterator = one.data.iterator()
@@ -84,7 +84,7 @@ def test_the_loss_of_a_record_is_the_mean_over_labels(tmp_path):
 
 
 def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path):
-  config = standin.line_run(
+  config = fake.line_run(
     steps=12, log_every=1, checkpoint=CheckpointConfig(every=4)
   )
   whole = train(config, tmp_path / 'whole')
@@ -99,15 +99,15 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path):
 
 
 def test_skipped_steps_are_counted_and_a_run_of_them_ends_it(tmp_path):
-  data = standin.Points(bad_from=3, bad_until=5)
-  state = train(standin.line_run(data=data, log_every=4), tmp_path / 'few')
+  data = fake.Points(bad_from=3, bad_until=5)
+  state = train(fake.line_run(data=data, log_every=4), tmp_path / 'few')
   assert int(state.skipped) == 2
   assert [r['skipped'] for r in log(tmp_path / 'few')] == [1, 2, 2]
   # The mean is over the good steps.
   assert all(r['loss'] is not None for r in log(tmp_path / 'few'))
 
-  data = standin.Points(bad_from=4, bad_until=99)
-  config = standin.line_run(
+  data = fake.Points(bad_from=4, bad_until=99)
+  config = fake.line_run(
     steps=50, data=data, max_skipped=3, checkpoint=CheckpointConfig(every=2)
   )
   with pytest.raises(DivergedError) as error:
@@ -127,7 +127,7 @@ def test_sigterm_finds_no_second_long_step_queued(tmp_path, monkeypatch):
 
   monkeypatch.setattr(Window, 'add', noticed)
   # Every step is long, measured by such a notice.
-  config = standin.line_run(log_every=1, notice=1e-9)
+  config = fake.line_run(log_every=1, notice=1e-9)
   with pytest.raises(Interrupted, match='at step 6, which is saved'):
     train(config, tmp_path)
   (saved,) = (tmp_path / 'checkpoints').iterdir()
@@ -135,9 +135,9 @@ def test_sigterm_finds_no_second_long_step_queued(tmp_path, monkeypatch):
 
 
 def test_what_a_rollback_leaves_out_does_not_depend_on_waiting(tmp_path):
-  config = standin.line_run(
+  config = fake.line_run(
     steps=24,
-    data=standin.Points(bad_from=14, bad_until=19, bad=50.0),
+    data=fake.Points(bad_from=14, bad_until=19, bad=50.0),
     optimizer={'peak': 0.02, 'end': 0.02},
     checkpoint=CheckpointConfig(every=4, keep=3),
     guard=Guard(window=6, sigmas=6.0, rise=2.0, steps=4, limit=2),
@@ -149,10 +149,10 @@ def test_what_a_rollback_leaves_out_does_not_depend_on_waiting(tmp_path):
 
 
 def test_held_out_loss(tmp_path):
-  config = standin.line_run(
+  config = fake.line_run(
     steps=20,
     log_every=10,
-    heldout=HeldOut(standin.Points(batch_size=16), every=10, batches=2),
+    heldout=HeldOut(fake.Points(batch_size=16), every=10, batches=2),
   )
   train(config, tmp_path)
   losses = [r['heldout_loss'] for r in log(tmp_path) if 'heldout_loss' in r]
@@ -160,15 +160,15 @@ def test_held_out_loss(tmp_path):
 
 
 def test_data_that_ends_says_when(tmp_path):
-  config = standin.line_run(steps=12, data=standin.Points(end=5))
+  config = fake.line_run(steps=12, data=fake.Points(end=5))
   with pytest.raises(DataError, match='ended after 5 of 12 steps'):
     train(config, tmp_path)
 
 
 def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path):
   for config, said in (
-    (standin.line_run(accumulation=3), r'may be one of \[1, 2, 4, 8\]'),
-    (standin.line_run(mesh=MeshConfig(tensor=2)), r'does not fit 1 device'),
+    (fake.line_run(accumulation=3), r'may be one of \[1, 2, 4, 8\]'),
+    (fake.line_run(mesh=MeshConfig(tensor=2)), r'does not fit 1 device'),
   ):
     with pytest.raises(ConfigError, match=said):
       train(config, tmp_path / 'run')
@@ -178,11 +178,11 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path):
 def test_a_workdir_that_is_a_file_is_named(tmp_path):
   (tmp_path / 'run').write_text('')
   with pytest.raises(ConfigError, match='cannot write to --workdir'):
-    train(standin.line_run(), tmp_path / 'run')
+    train(fake.line_run(), tmp_path / 'run')
 
 
 def test_a_resumed_run_says_what_of_its_configuration_changed(tmp_path, capsys):
-  config = standin.line_run(steps=4, checkpoint=CheckpointConfig(every=2))
+  config = fake.line_run(steps=4, checkpoint=CheckpointConfig(every=2))
   old = 'A = 1\nx.B.rate = 0.5\nx.B.names = \\\n    (1,\n     2)\n'
   train(config, tmp_path, stop_at=2, resolved=old)
   assert 'changed since' not in capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_a_resumed_run_says_what_of_its_configuration_changed(tmp_path, capsys):
 
 def test_a_second_process_ends_before_it_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'WAIT_S', 0.1)
-  config = standin.line_run(steps=4, checkpoint=CheckpointConfig(every=2))
+  config = fake.line_run(steps=4, checkpoint=CheckpointConfig(every=2))
   train(config, tmp_path, stop_at=2)
 
   def files():
@@ -220,16 +220,16 @@ def test_a_second_process_ends_before_it_writes(tmp_path, monkeypatch):
 @pytest.mark.parametrize('seed', [-1, 2**32, 2**64])
 def test_seeds_that_jax_would_cut_are_refused(seed):
   with pytest.raises(ConfigError, match=f'TrainConfig.seed={seed} is not'):
-    dataclasses.replace(standin.line_run(steps=4), seed=seed)
+    dataclasses.replace(fake.line_run(steps=4), seed=seed)
 
 
 def test_the_best_state_is_kept_and_the_run_ends_early(tmp_path):
   # A rate that never falls overshoots: the first steps are the best.
   optimizer = {'peak': 2.0, 'end': 2.0, 'warmup': 0}
-  config = standin.line_run(
+  config = fake.line_run(
     steps=100,
     optimizer=optimizer,
-    heldout=HeldOut(standin.Points(batch_size=16), 2, 2, patience=3),
+    heldout=HeldOut(fake.Points(batch_size=16), 2, 2, patience=3),
   )
   state = train(config, tmp_path)
   losses = {

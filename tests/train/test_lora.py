@@ -4,13 +4,13 @@ import dataclasses
 import pathlib
 import shutil
 
+import fake
 import golden
 import grain
 import jax
 import lora_golden
 import numpy as np
 import pytest
-import standin
 
 import qwenvl_jax
 from qwenvl_jax.conversion import (
@@ -96,8 +96,8 @@ LORA = LoraConfig(
 
 def configuration(base, steps=4, **changes):
   values = {
-    'objective': NextToken(standin.small_config(lora=LORA)),
-    'data': standin.Rows(),
+    'objective': NextToken(fake.small_config(lora=LORA)),
+    'data': fake.Rows(),
     'optimizer': OptimizerConfig(
       peak=0.05,
       end=0.01,
@@ -114,7 +114,7 @@ def configuration(base, steps=4, **changes):
 def save_model(folder, seed):
   """A model of random values, as a checkpoint folder of ours."""
   config = OptimizerConfig(peak=1, end=0, warmup=1, steps=2)
-  objective = NextToken(standin.small_config())
+  objective = NextToken(fake.small_config())
   target = abstract_params(objective, config, make_mesh())
   golden.save_params(folder, random_params(objective, target, seed))
   write_assets(folder, objective.config)
@@ -138,7 +138,7 @@ def test_what_is_frozen_has_no_state_and_is_not_saved(run):
   trained = flatten(state.trained)
   assert 'decoder/embed' in trained
   assert all('lora_' in path or path == 'decoder/embed' for path in trained)
-  moments = {key.split('/', 2)[-1] for key in standin.keys(state.opt_state)}
+  moments = {key.split('/', 2)[-1] for key in fake.keys(state.opt_state)}
   assert not moments & set(flatten(state.frozen))
   saved = low_rank.read_ours(folder)
   assert saved.values.keys() == trained.keys()
@@ -157,7 +157,7 @@ def test_a_run_goes_on_where_it_was(run, base, tmp_path):
 
 @pytest.mark.parametrize('dropout', [0.0, 0.25])
 def test_dropout_follows_from_the_seed_of_the_run(dropout, run, base, tmp_path):
-  model = standin.small_config(lora=dataclasses.replace(LORA, dropout=dropout))
+  model = fake.small_config(lora=dataclasses.replace(LORA, dropout=dropout))
   config = configuration(
     base,
     objective=NextToken(model),
@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_an_adapter_of_peft(run, base, tmp_path):
 
 def test_a_run_opens_as_an_adapter_and_by_itself(run, base, tmp_path):
   folder, state = run
-  tokens = standin.rows(0, 2)['tokens'][:, 6:]
+  tokens = fake.rows(0, 2)['tokens'][:, 6:]
   wanted = np.asarray(qwenvl_jax.load(base, adapter=folder).logits(tokens))
   plain = np.asarray(qwenvl_jax.load(base).logits(tokens))
   assert np.abs(wanted - plain).max() > 0.01
@@ -287,14 +287,14 @@ MESHES = """
 import os, sys
 os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 sys.path.insert(0, {here!r})
-import dataclasses, jax, numpy as np, standin
+import dataclasses, jax, numpy as np, fake
 from qwenvl_jax.model.lora import LoraConfig
 from qwenvl_jax.sharding import MeshConfig, make_mesh, put_batch
 from qwenvl_jax.train import objective, optimizer, state, step
 
 def run(mesh, group):
-  small = standin.small_config()
-  model = objective.NextToken(standin.small_config(
+  small = fake.small_config()
+  model = objective.NextToken(fake.small_config(
     decoder=dataclasses.replace(small.decoder, int4_group=group),
     lora=LoraConfig(
       rank=4, alpha=4, dropout=0.25, targets=('decoder/.*', 'vision/.*')
@@ -316,7 +316,7 @@ def run(mesh, group):
   f = step.compile_step(model, config, 2, mesh, s)
   found = []
   for k in range(2):
-    s, m = f(s, put_batch(standin.rows(k, 16), mesh))
+    s, m = f(s, put_batch(fake.rows(k, 16), mesh))
     found.append((float(m['loss']), float(m['grad_norm'])))
   if mesh.size > 1:
     places = [x.sharding for x in jax.tree.leaves(s.trained)]

@@ -1,8 +1,8 @@
+import fake
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import standin
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.sharding import make_mesh
@@ -65,7 +65,7 @@ def test_decay_spares_biases_and_norms_only():
 
 
 def test_frozen_parameters_have_no_state_and_no_master_copy():
-  model = NextToken(standin.small_config(dtype='bfloat16'))
+  model = NextToken(fake.small_config(dtype='bfloat16'))
   c = config(trainable=('vision/.*', 'adapter/.*'))
   mesh = make_mesh()
   params = abstract_params(model, c, mesh)
@@ -75,7 +75,7 @@ def test_frozen_parameters_have_no_state_and_no_master_copy():
   assert set(state.frozen) == {'decoder', 'adapter'}
   # The sine-cosine table is a constant, whatever the patterns say.
   assert list(state.frozen['adapter']) == ['pos_embed']
-  assert not any('decoder' in key for key in standin.keys(state.opt_state))
+  assert not any('decoder' in key for key in fake.keys(state.opt_state))
 
   trained = sum(x.size for x in jax.tree.leaves(state.trained))
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)

@@ -16,17 +16,17 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.coordinator import LOST
 from qwenvl_jax.train.processes import Place, find_place
 
-CROWD = pathlib.Path(__file__).with_name('crowd.py')
+RUNNER = pathlib.Path(__file__).with_name('multiprocess_runner.py')
 BATCH = 8
 
 
 def run(folder, *runs):
-  """What became of some starts of one run, see `crowd.Run`."""
+  """What became of some starts of one run, see `multiprocess_runner.Run`."""
   file = folder.with_suffix('.json')
   file.write_text(json.dumps([{'workdir': str(folder), **x} for x in runs]))
   done = subprocess.run(
-    [sys.executable, CROWD, file],
-    env=os.environ | {'PYTHONPATH': str(CROWD.parents[2])},
+    [sys.executable, RUNNER, file],
+    env=os.environ | {'PYTHONPATH': str(RUNNER.parents[2])},
     capture_output=True,
     text=True,
   )

@@ -1,5 +1,5 @@
+import fake
 import pytest
-import standin
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.loop import train
@@ -7,7 +7,7 @@ from qwenvl_jax.train.profile import parse_steps
 
 
 def test_some_steps_are_traced(tmp_path, capsys):
-  train(standin.line_run(steps=5, profile_steps=(2, 3)), tmp_path)
+  train(fake.line_run(steps=5, profile_steps=(2, 3)), tmp_path)
   (trace,) = (tmp_path / 'profile').rglob('*.xplane.pb')
   content = trace.read_bytes()
   assert b'train' in content
@@ -17,7 +17,7 @@ def test_some_steps_are_traced(tmp_path, capsys):
 
 
 def test_a_run_that_ends_before_keeps_what_it_has(tmp_path):
-  train(standin.line_run(steps=3, profile_steps=(2, 9)), tmp_path)
+  train(fake.line_run(steps=3, profile_steps=(2, 9)), tmp_path)
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 

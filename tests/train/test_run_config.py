@@ -3,8 +3,8 @@
 import dataclasses
 import json
 
+import fake
 import pytest
-import standin
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.heldout import HeldOut
@@ -26,7 +26,7 @@ class Scores:
 
 def test_the_best_state_is_named_and_there_whatever_is_kept(tmp_path):
   scores = Scores([0.5, 0.75, 0.75, 0.25])
-  train(standin.line_run(steps=20, evaluation=scores), tmp_path)
+  train(fake.line_run(steps=20, evaluation=scores), tmp_path)
   best = json.loads((tmp_path / 'best/best.json').read_text())
   assert best == {'step': 10, 'eval/task/accuracy': 0.75}
   assert [x.name for x in (tmp_path / 'best/checkpoints').iterdir()] == ['10']
@@ -43,15 +43,15 @@ def test_the_best_state_is_named_and_there_whatever_is_kept(tmp_path):
 
 
 def test_the_last_state_may_be_the_best(tmp_path):
-  train(standin.line_run(steps=7, evaluation=Scores([0.5, 0.75])), tmp_path)
+  train(fake.line_run(steps=7, evaluation=Scores([0.5, 0.75])), tmp_path)
   best = json.loads((tmp_path / 'best/best.json').read_text())
   assert best == {'step': 7, 'eval/task/accuracy': 0.75}
 
 
 def test_patience_counts_what_decides(tmp_path, capsys):
   scores = Scores([0.5, 0.4, 0.3])
-  heldout = HeldOut(standin.Points(16), every=1, batches=1, patience=2)
-  config = standin.line_run(steps=20, evaluation=scores, heldout=heldout)
+  heldout = HeldOut(fake.Points(16), every=1, batches=1, patience=2)
+  config = fake.line_run(steps=20, evaluation=scores, heldout=heldout)
   # The loss is computed ten times before the second score.
   assert int(train(config, tmp_path).step) == 15
   assert 'better than 0.5000 since step 5' in capsys.readouterr().err
@@ -60,7 +60,7 @@ def test_patience_counts_what_decides(tmp_path, capsys):
 
 
 def test_a_score_that_is_not_measured_is_named(tmp_path):
-  config = standin.line_run(evaluation=Scores([0.5]), best='eval/task/anls')
+  config = fake.line_run(evaluation=Scores([0.5]), best='eval/task/anls')
   with pytest.raises(ConfigError, match='scores are eval/task/accuracy, eval'):
     train(config, tmp_path)
 
@@ -75,4 +75,4 @@ def test_a_score_that_is_not_measured_is_named(tmp_path):
 )
 def test_a_measure_that_cannot_be_is_refused(changes, said):
   with pytest.raises(ConfigError, match=said):
-    standin.line_run(**changes)
+    fake.line_run(**changes)

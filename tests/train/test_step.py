@@ -1,7 +1,7 @@
+import fake
 import jax
 import numpy as np
 import pytest
-import standin
 
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.sharding import make_mesh, put_batch
@@ -34,7 +34,7 @@ def run(config, batches):
 
 
 def batches(count, **changes):
-  iterator = standin.Points(**changes).iterator()
+  iterator = fake.Points(**changes).iterator()
   return [next(iterator) for _ in range(count)]
 
 
@@ -42,8 +42,8 @@ def test_accumulation_changes_nothing():
   made = batches(5)
   # Weights differ, so that a mean over microbatches' means would be wrong.
   assert len({batch['weight'][::4].sum() for batch in made}) > 1
-  once, m1 = run(standin.line_run(), made)
-  many, m4 = run(standin.line_run(accumulation=4), made)
+  once, m1 = run(fake.line_run(), made)
+  many, m4 = run(fake.line_run(accumulation=4), made)
   for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(many)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   for a, b in zip(m1, m4):
@@ -54,7 +54,7 @@ def test_accumulation_changes_nothing():
 
 def test_first_update_by_hand():
   """Adam's first step is the learning rate's size, against the gradient."""
-  config = standin.line_run(optimizer={'warmup': 0, 'weight_decay': 0.0})
+  config = fake.line_run(optimizer={'warmup': 0, 'weight_decay': 0.0})
   before, step = begin(config)
   bias = np.asarray(before.trained['model']['bias'])
   after, metrics = step(before, put_batch(batches(1)[0], MESH))
@@ -64,7 +64,7 @@ def test_first_update_by_hand():
 
 
 def test_frozen_parameters_stay():
-  config = standin.line_run()
+  config = fake.line_run()
   state, _ = run(config, batches(3))
   np.testing.assert_array_equal(state.frozen['fixed']['scale'], np.ones(2))
 
@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(spoiled):
     bad['y'] = bad['y'] * np.inf
   else:  # Nothing to learn from: 0/0.
     bad['weight'] = bad['weight'] * 0
-  config = standin.line_run()
+  config = fake.line_run()
   wanted, m = run(config, good)
   got, n = run(config, [good[0], bad, bad, *good[1:]])
   for name in ('trained', 'opt_state'):
@@ -107,8 +107,8 @@ def test_impossible_splits_say_what_is_possible(rows, accumulation, said):
 
 
 def test_patch_objects_learn_and_leave_a_vision_tree():
-  model = standin.small_config()
-  config = standin.line_run(
+  model = fake.small_config()
+  config = fake.line_run(
     optimizer={'peak': 1e-2, 'end': 1e-3, 'trainable': ('.*',)}, steps=40
   )
   objective = PatchObjects(model, classes=2, lines=11)

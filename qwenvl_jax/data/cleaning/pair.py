@@ -101,7 +101,7 @@ class Outcome:
   Attributes:
     pair: with its text cleaned, also if it is dropped.
     reason: name of the rule that dropped it, or why it cannot be read (a key of
-      `bad.DROPPED`); '' if it is kept.
+      `record_errors.DROPPED`); '' if it is kept.
     detail: that rule's words.
     changed: names of the rules that changed the text, in order.
   """

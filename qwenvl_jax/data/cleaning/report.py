@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from html import escape
 
 from qwenvl_jax.data import html_page
-from qwenvl_jax.data.bad import DROPPED
 from qwenvl_jax.data.cleaning.rule_stats import KEPT, Example, RuleStats
 from qwenvl_jax.data.cleaning.shards import Job
+from qwenvl_jax.data.record_errors import DROPPED
 
 _STYLE = """
 tr.kept { background: #eaf6ec; font-weight: 600; }

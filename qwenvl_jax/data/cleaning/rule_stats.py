@@ -8,8 +8,8 @@ import collections
 import dataclasses
 import json
 
-from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.data.cleaning.pair import Outcome, thumbnail
+from qwenvl_jax.data.record_errors import Counts
 
 KEPT = ''
 # Of each reason, source and shard.

@@ -32,7 +32,7 @@ qwenvl-data make-ocr --kind html --n 5000 --documents site data/ocr_html
 """
 
 
-# Fields of `make.Making`.
+# Fields of `make.OcrSynthConfig`.
 _OPTIONS = {
   'seed': ('N', 'other pages for another seed'),
   'chinese': ('SHARE', 'share of pages in Chinese'),
@@ -57,7 +57,7 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
     '--n', dest='count', type=int, default=1000,
     help='pages (default: %(default)s)',
   )  # fmt: skip
-  entry.add_fields(parser, make.Making, _OPTIONS)
+  entry.add_fields(parser, make.OcrSynthConfig, _OPTIONS)
   parser.add_argument(
     '--fonts', action='append', default=[], metavar='DIR',
     help='a folder of further fonts; may be repeated',
@@ -70,7 +70,7 @@ def command(argv: Sequence[str], console: rich.console.Console) -> None:
   )
   flags, _ = entry.parse(parser, argv)
   flags.fonts = tuple(flags.fonts)
-  making = entry.from_flags(make.Making, flags)
+  making = entry.from_flags(make.OcrSynthConfig, flags)
   with bars(console) as progress:
     made = make.make(
       making,

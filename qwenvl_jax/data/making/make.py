@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 from qwenvl_jax import buckets
 from qwenvl_jax.data import sharded_job, storage
-from qwenvl_jax.data.bad import Counts
 from qwenvl_jax.data.languages import language_of
 from qwenvl_jax.data.making import (
   backgrounds,
@@ -25,6 +24,7 @@ from qwenvl_jax.data.making import (
   words,
 )
 from qwenvl_jax.data.making.page import Page, RefusedError
+from qwenvl_jax.data.record_errors import Counts
 from qwenvl_jax.data.records import Record, Word
 from qwenvl_jax.data.sharded_job import Progress, ShardedJob
 from qwenvl_jax.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ _MOST_SHARDS = 99_999
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Making:
+class OcrSynthConfig:
   """What is made.
 
   Attributes:
@@ -102,7 +102,7 @@ _TRIES = 100
 class Maker:
   """Makes pages; to be closed after use."""
 
-  def __init__(self, making: Making):
+  def __init__(self, making: OcrSynthConfig):
     self._making = making
     self._faces = typefaces.find(making.fonts)
     self._words = words.from_vocabulary()
@@ -180,7 +180,7 @@ def _rounded(line: Word) -> Word:
 
 
 @functools.lru_cache(maxsize=4)
-def _chosen(making: Making) -> tuple[tuple[str, int], ...]:
+def _chosen(making: OcrSynthConfig) -> tuple[tuple[str, int], ...]:
   """(file, page) of every page that is tried, in an order of the seed's.
 
   Raises:
@@ -227,7 +227,7 @@ class Made:
 
 
 def make(
-  making: Making,
+  making: OcrSynthConfig,
   output: str | os.PathLike,
   workers: int = 1,
   progress: Progress = lambda done, total: None,
@@ -295,7 +295,7 @@ def make(
   return Made(folder, tuple(lengths), refused)
 
 
-def _settings(making: Making) -> str:
+def _settings(making: OcrSynthConfig) -> str:
   """All that decides what pages look like, but for documents."""
   fonts = (pathlib.Path(x.path).name for x in typefaces.find(making.fonts))
   lines = [repr(making), f'fonts: {" ".join(fonts)}']
@@ -308,7 +308,7 @@ def _settings(making: Making) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _origin(making: Making, numbers: range) -> str:
+def _origin(making: OcrSynthConfig, numbers: range) -> str:
   pages = f'pages {numbers[0]} to {numbers[-1]}'
   if making.kind == 'pages':
     return pages
@@ -323,7 +323,7 @@ def _files(paths: Iterable[str]) -> str:
 
 
 def _write_shard(
-  making: Making,
+  making: OcrSynthConfig,
   job: ShardedJob,
   shard: int,
   numbers: range,

@@ -176,7 +176,7 @@ class SceneTask(Task):
       if self.pairs:
         shown = [before, scene]
         about, kinds, before = ScenePair(*shown), questions.PAIR_KINDS, None
-      asked = questions.exam(about, kinds, classes=CLASSES, chat=self.chat)
+      asked = questions.held_out(about, kinds, classes=CLASSES, chat=self.chat)
       yield [Picture(x.image, x.id) for x in shown], asked
 
   def _example(

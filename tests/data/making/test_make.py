@@ -23,7 +23,7 @@ def contents(folder):
 
 
 def test_interrupted_it_goes_on_to_the_same_result(tmp_path, monkeypatch):
-  making = make.Making(**SMALL)
+  making = make.OcrSynthConfig(**SMALL)
   seen = []
   whole = make.make(
     making, tmp_path / 'whole', progress=lambda *x: seen.append(x)
@@ -49,7 +49,7 @@ def test_interrupted_it_goes_on_to_the_same_result(tmp_path, monkeypatch):
   assert calls == [0, 1, 2, 3, 2, 3, 4]
   assert contents(folder) == contents(whole.folder)
   with pytest.raises(ConfigError, match='other settings'):
-    make.make(make.Making(**{**SMALL, 'seed': 1}), tmp_path / 'whole')
+    make.make(make.OcrSynthConfig(**{**SMALL, 'seed': 1}), tmp_path / 'whole')
 
 
 def test_records_are_read_as_all_others(tmp_path):
@@ -86,7 +86,7 @@ def test_refused_documents_are_counted(tmp_path):
   made.add_page()
   made.output(str(folder / 'good.pdf'))
   (folder / 'bad.pdf').write_bytes(b'not a PDF')
-  making = make.Making(kind='pdf', count=9, documents=str(folder))
+  making = make.OcrSynthConfig(kind='pdf', count=9, documents=str(folder))
   result = make.make(making, tmp_path / 'out')
   assert result.lengths == (1,)
   assert result.refused == {'no_text': 1, 'unreadable_file': 1}
@@ -97,7 +97,8 @@ def test_refused_documents_are_counted(tmp_path):
   (folder / 'good.pdf').unlink()
   with pytest.raises(DataError, match='none of'):
     make.make(
-      make.Making(kind='pdf', count=1, documents=str(folder)), tmp_path / 'none'
+      make.OcrSynthConfig(kind='pdf', count=1, documents=str(folder)),
+      tmp_path / 'none',
     )
 
 
@@ -148,7 +149,7 @@ def test_changed_documents_are_read_again(tmp_path):
 
   def run(**options):
     said = []
-    making = make.Making(
+    making = make.OcrSynthConfig(
       kind='pdf', count=9, documents=str(tmp_path), per_shard=1
     )
     made = make.make(making, tmp_path / 'out', say=said.append, **options)

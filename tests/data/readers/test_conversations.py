@@ -7,8 +7,8 @@ import downloads
 import pytest
 
 from qwenvl_jax.data import shards
-from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.readers.conversations import Conversations, conversation
+from qwenvl_jax.data.record_errors import ErrorBudget
 from qwenvl_jax.data.records import Turn
 from qwenvl_jax.data.sanitize import sanitize
 from qwenvl_jax.errors import BadRecordError, DataError
@@ -248,7 +248,7 @@ def test_a_preparation_counts_and_goes_on(tmp_path):
   )
   report = shards.prepare(
     'x', {'train': Conversations()}, tmp_path / 'in', tmp_path,
-    limit=Limit(share=1),
+    limit=ErrorBudget(share=1),
   )  # fmt: skip
   assert report.lengths == {'train': [1]}
   assert report.counts.of('train') == {'malformed': 1, 'unpaired_tag': 1}

@@ -8,10 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from qwenvl_jax.data import cli, formats, shards, sources, storage
-from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.packing import Packer
 from qwenvl_jax.data.pipeline import Pipeline, Stream
 from qwenvl_jax.data.readers.interleaved import Interleaved
+from qwenvl_jax.data.record_errors import ErrorBudget
 from qwenvl_jax.errors import BadRecordError
 from qwenvl_jax.text.tokenizer import Tokenizer
 
@@ -153,7 +153,7 @@ def test_a_preparation_counts_missing_pictures(tmp_path):
   )
   report = shards.prepare(
     'x', {'train': Interleaved()}, tmp_path / 'in', tmp_path,
-    limit=Limit(share=1),
+    limit=ErrorBudget(share=1),
   )  # fmt: skip
   assert report.counts.of('train') == {'missing_image': 1}
   assert report.counts.of('train', 'repaired') == {'missing_picture': 1}

@@ -7,10 +7,10 @@ import base64
 import io
 import shutil
 
+import fake_vllm
 import golden
 import numpy as np
 import pytest
-import vllm_standins
 from PIL import Image
 
 import qwenvl_jax
@@ -19,7 +19,7 @@ from qwenvl_jax.conversion import convert
 from qwenvl_jax.serve.conversation import build_prompt
 from qwenvl_jax.serve.schemas import Message
 
-if not vllm_standins.prepare():
+if not fake_vllm.prepare():
   pytest.skip('run by launch/in_env.sh vllm', allow_module_level=True)
 
 import vllm
@@ -45,7 +45,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def engine(folder):
-  made = vllm.LLM(str(folder), **vllm_standins.SIZES)
+  made = vllm.LLM(str(folder), **fake_vllm.SIZES)
   yield made
   made.llm_engine.engine_core.shutdown()
 

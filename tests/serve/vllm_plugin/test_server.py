@@ -13,13 +13,13 @@ import sys
 import time
 import urllib.request
 
+import fake_vllm
 import numpy as np
 import pytest
 import reciter
-import vllm_standins
 from PIL import Image
 
-if not vllm_standins.available():
+if not fake_vllm.available():
   pytest.skip('run by launch/in_env.sh vllm', allow_module_level=True)
 
 import openai
@@ -34,23 +34,23 @@ def client(tmp_path_factory):
   folder = tmp_path_factory.mktemp('vllm')
   reciter.save(folder / 'tiny')
   # vLLM's processes find the stand-ins as they find the plugin.
-  about = folder / 'site' / 'standins-0.dist-info'
+  about = folder / 'site' / 'fakes-0.dist-info'
   about.mkdir(parents=True)
-  (about / 'METADATA').write_text('Name: standins\nVersion: 0\n')
+  (about / 'METADATA').write_text('Name: fakes\nVersion: 0\n')
   (about / 'entry_points.txt').write_text(
-    '[vllm.general_plugins]\nstandins = vllm_standins:prepare\n'
+    '[vllm.general_plugins]\nstandins = fake_vllm:prepare\n'
   )
   paths = [str(about.parent), str(TESTS), os.environ.get('PYTHONPATH', '')]
   environment = {
     **os.environ,
-    **vllm_standins.ENVIRONMENT,
+    **fake_vllm.ENVIRONMENT,
     'VLLM_ENABLE_V1_MULTIPROCESSING': '1',
     'PYTHONPATH': os.pathsep.join(filter(None, paths)),
   }
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  sizes = dict(vllm_standins.SIZES)
+  sizes = dict(fake_vllm.SIZES)
   sizes.pop('async_scheduling')
   command = [
     *(sys.executable, '-m', 'vllm.entrypoints.cli.main', 'serve'),

@@ -3,7 +3,7 @@
 Started as a program: it imports everything once and forks every process before
 JAX has a backend.
 
-  crowd.py RUNS.json
+  multiprocess_runner.py RUNS.json
 
 RUNS.json lists what `Run` says; they run one after another. Prints a JSON list
 with a dict for each: `statuses` and `said` of the processes, `seconds` from the
@@ -22,9 +22,9 @@ import sys
 import time
 import traceback
 
+import fake
 import jax
 import numpy as np
-import standin
 
 from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.checkpoint import CheckpointConfig, checksums
@@ -80,7 +80,7 @@ class Run:
 def work(run: Run, attempt: int) -> int:
   """What each process does."""
   rows = pathlib.Path(run.workdir, 'rows')
-  data = standin.Numbered(str(rows), attempt, pause=0.02)
+  data = fake.Numbered(str(rows), attempt, pause=0.02)
   changes = {}
   if run.bad is not None:
     size = data.batch_size
@@ -94,10 +94,10 @@ def work(run: Run, attempt: int) -> int:
     }
   if run.overshoots:
     changes = {
-      'heldout': HeldOut(standin.Points(16), every=2, batches=2, patience=3),
+      'heldout': HeldOut(fake.Points(16), every=2, batches=2, patience=3),
       'optimizer': {'peak': 2.0, 'end': 2.0, 'warmup': 0},
     }
-  config = standin.line_run(
+  config = fake.line_run(
     steps=run.steps,
     data=data,
     checkpoint=CheckpointConfig(every=run.every, keep=3),

@@ -15,7 +15,7 @@ from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.train.loop import TrainConfig
 
 
-def kept_plan(
+def cached_plan(
   config: TrainConfig, topology: Topology, devices: Sequence, folder: Path
 ) -> Plan:
   """The plan of a training step, compiled unless the folder has it.

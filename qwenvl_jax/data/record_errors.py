@@ -2,7 +2,7 @@
 
 Pictures and text come from strangers. A record either is used, or is repaired
 and used, or is dropped; both of the latter are counted by reason and source,
-never silent, and past a share of dropped records the run stops (`Limit`).
+never silent, and past a share of dropped records the run stops (`ErrorBudget`).
 """
 
 import collections
@@ -83,7 +83,7 @@ class Counts(collections.Counter):
 
 
 @dataclasses.dataclass(frozen=True)
-class Limit:
+class ErrorBudget:
   """How many records of a source may be dropped.
 
   Attributes:
@@ -102,7 +102,8 @@ class Limit:
     self,
     counts: Counts,
     at_end: bool = False,
-    remedy: str = 'take it out of the mixture, or raise bad.Limit.share',
+    remedy: str = 'take it out of the mixture, or raise '
+    'record_errors.ErrorBudget.share',
     example: Callable[[str], str] = lambda source: '',
   ) -> None:
     """Raises DataError naming the source that is beyond the limit.

@@ -2,7 +2,7 @@
 
 What is served is the JSON API: objects appear whole and are replaced whole,
 each write gives a new generation, nothing can be appended to or renamed. Who
-is to use it sets the variables of `Standin.environ`; then gcsfs,
+is to use it sets the variables of `FakeStorage.environ`; then gcsfs,
 google-cloud-storage, TensorStore and array_record come here.
 """
 
@@ -35,11 +35,11 @@ class Bucket:
 
   Attributes:
     name: of the bucket.
-    standin: whose it is.
+    storage: whose it is.
   """
 
   name: str
-  standin: 'Standin'
+  storage: 'FakeStorage'
 
   @property
   def url(self) -> str:
@@ -47,12 +47,12 @@ class Bucket:
 
   @property
   def objects(self) -> dict[str, bytes]:
-    with self.standin.lock:
-      found = self.standin.buckets[self.name]
+    with self.storage.lock:
+      found = self.storage.buckets[self.name]
       return {name: found[name].data for name in sorted(found)}
 
   def put(self, name: str, data: bytes) -> None:
-    self.standin.put(self.name, name, data)
+    self.storage.put(self.name, name, data)
 
   def put_folder(self, folder: pathlib.Path, name: str) -> None:
     for path in folder.rglob('*'):
@@ -66,8 +66,8 @@ class Bucket:
     self.put(name, bytes(data))
 
   def delete(self, name: str) -> None:
-    with self.standin.lock:
-      del self.standin.buckets[self.name][name]
+    with self.storage.lock:
+      del self.storage.buckets[self.name][name]
 
 
 class Refused(Exception):
@@ -78,7 +78,7 @@ class Refused(Exception):
     self.status = status
 
 
-class Standin:
+class FakeStorage:
   """A server with buckets in memory.
 
   Attributes:
@@ -95,7 +95,7 @@ class Standin:
     self.lock = threading.Lock()
     self._generations = itertools.count(1)
     self._uploads: dict[str, dict] = {}
-    handler = type('Handler', (_Handler,), {'standin': self})
+    handler = type('Handler', (_Handler,), {'storage': self})
     self._server = _Server(('127.0.0.1', 0), handler)
     self.url = f'http://127.0.0.1:{self._server.server_port}'
     threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -111,7 +111,7 @@ class Standin:
       'STORAGE_EMULATOR_HOST': self.url,
       'TENSORSTORE_GCS_HTTP_URL': self.url,
       'CLOUD_STORAGE_EMULATOR_ENDPOINT': self.url,
-      'GOOGLE_CLOUD_PROJECT': 'standin',
+      'GOOGLE_CLOUD_PROJECT': 'storage',
       'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'of no account',
       # gcsfs asks for a bucket's kind over gRPC, which is not played here.
       'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
@@ -376,7 +376,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-  standin: Standin
+  storage: FakeStorage
   protocol_version = 'HTTP/1.1'
   # Small answers at once.
   disable_nagle_algorithm = True
@@ -384,7 +384,7 @@ class _Handler(BaseHTTPRequestHandler):
   def _serve(self):
     body = self._body()
     try:
-      status, headers, body = self.standin.answer(
+      status, headers, body = self.storage.answer(
         self.command, self.path, self.headers, body
       )
     except Refused as error:

@@ -1,7 +1,7 @@
 """Stands in for qwenvl-train on a worker or in a process of --local.
 
 Counts steps, and goes on from where an earlier run of it was. What happens is
-in $STANDIN/trainer.json:
+in $FAKE/trainer.json:
 
   steps      to take, in all
   preempt    at these steps the TPU is taken away
@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 
-here = pathlib.Path(os.environ['STANDIN'])
+here = pathlib.Path(os.environ['FAKE'])
 script = json.loads((here / 'trainer.json').read_text())
 worker = os.environ.get('WORKER') or os.environ['QWENVL_PROCESS_ID']
 checkpoint = here / f'checkpoint {worker}'

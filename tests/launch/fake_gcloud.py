@@ -1,7 +1,7 @@
 """Stands in for gcloud: records its calls and plays a small Cloud TPU.
 
 Workers are folders, and what is sent to them by ssh runs there for real, so
-that a mistake in quoting shows. All is in the folder $STANDIN:
+that a mistake in quoting shows. All is in the folder $FAKE:
 
   calls.jsonl    the arguments of every call, a line each
   script.json    what to play, see below
@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 
-HERE = pathlib.Path(os.environ['STANDIN'])
+HERE = pathlib.Path(os.environ['FAKE'])
 FAILED_SSH = 255
 
 # Seconds that a connection lives at least.
@@ -192,7 +192,7 @@ def ssh(workers, command):
     environment = {
       'HOME': str(home),
       'PATH': f'{HERE / "remote bin"}:/usr/bin:/bin',
-      'STANDIN': str(HERE),
+      'FAKE': str(HERE),
       'REAL_PYTHON': sys.executable,
       'WORKER': str(number),
     }

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import qwenvl_jax
-from qwenvl_jax.data.bad import DROPPED, Counts, Limit
+from qwenvl_jax.data.record_errors import DROPPED, Counts, ErrorBudget
 from qwenvl_jax.errors import ConfigError, DataError
 
 
@@ -29,7 +29,7 @@ def counts(seen, dropped):
 
 
 def test_few_records_are_judged_at_the_end_only():
-  limit = Limit(share=0.1, after=100)
+  limit = ErrorBudget(share=0.1, after=100)
   limit.check(counts(99, 50))
   limit.check(counts(100, 10))
   limit.check(counts(10, 1), at_end=True)
@@ -42,7 +42,7 @@ def test_few_records_are_judged_at_the_end_only():
 @pytest.mark.parametrize('share', [-0.1, 1.5, float('nan'), float('inf')])
 def test_a_share_is_from_0_to_1(share):
   with pytest.raises(ConfigError, match='no share'):
-    Limit(share=share)
+    ErrorBudget(share=share)
 
 
 def test_counts_add_up():

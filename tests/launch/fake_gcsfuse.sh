@@ -8,6 +8,6 @@ if [ "$bucket" = missing ]; then
   echo "Error: bucket $bucket does not exist" >&2
   exit 1
 fi
-mkdir -p "$STANDIN/buckets/$bucket"
+mkdir -p "$FAKE/buckets/$bucket"
 rmdir "$folder" 2>/dev/null || rm "$folder"
-ln -s "$STANDIN/buckets/$bucket" "$folder"
+ln -s "$FAKE/buckets/$bucket" "$folder"

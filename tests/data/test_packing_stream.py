@@ -10,10 +10,10 @@ import pytest
 
 from qwenvl_jax.batch import NO_IMAGE
 from qwenvl_jax.data import formats, packing
-from qwenvl_jax.data.bad import Limit
 from qwenvl_jax.data.batches import Batches
 from qwenvl_jax.data.packing import Packer
 from qwenvl_jax.data.pipeline import Pipeline, Stream
+from qwenvl_jax.data.record_errors import ErrorBudget
 from qwenvl_jax.data.records import Record, Turn
 from qwenvl_jax.errors import BadRecordError, ConfigError, DataError
 from qwenvl_jax.text.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def _pipeline(**changes):
     'batch_size': 8,
     'packer': Packer(shards=8, pool=8),
     'prefetch': 2,
-    'limit': Limit(after=50),
+    'limit': ErrorBudget(after=50),
   }
   return Pipeline(**settings | changes)
 
@@ -102,8 +102,8 @@ def test_segments_restart_and_images_are_whole():
     used = segments > 0
     assert used.sum() == np.flatnonzero(used).size == used[: used.sum()].sum()
     for segment in range(1, segments.max() + 1):
-      trunk = (segments == segment) & (row['branch_ids'] == 0)
-      np.testing.assert_array_equal(positions[trunk], np.arange(trunk.sum()))
+      prefix = (segments == segment) & (row['branch_ids'] == 0)
+      np.testing.assert_array_equal(positions[prefix], np.arange(prefix.sum()))
     # A target is the next token of the same segment.
     learned = np.flatnonzero(row['loss_weights'])
     assert (segments[learned] == segments[learned + 1]).all()
@@ -235,7 +235,9 @@ def test_bad_records_are_counted_and_left_out():
   source = listed.Listed('c', (*good, broken, tiny, unreadable, silent))
   stream = Stream(source, formats.Captions())
   made = _pipeline(
-    streams=(stream,), packer=Packer(shards=2, pool=4), limit=Limit(share=1)
+    streams=(stream,),
+    packer=Packer(shards=2, pool=4),
+    limit=ErrorBudget(share=1),
   )
   iterator = made.iterator()
   for batch in _take(iterator, 20):
@@ -259,7 +261,7 @@ def test_too_many_bad_records_stop_the_run():
   bad = tuple(BadRecordError('unreadable_record', 'x') for _ in range(10))
   source = listed.Listed('half', (*listed.captions(10), *bad))
   streams = (*_STREAMS, Stream(source, formats.Captions(), 3, 'caption'))
-  made = _pipeline(streams=streams, limit=Limit(share=0.2, after=20))
+  made = _pipeline(streams=streams, limit=ErrorBudget(share=0.2, after=20))
   with pytest.raises(DataError, match='source half: .* unreadable_record'):
     _take(made.iterator(), 30)
   stream = Stream(listed.Listed('all', bad), formats.Captions())
@@ -271,12 +273,12 @@ def test_one_sample_a_row_drops_them_too():
   bad = tuple(BadRecordError('unreadable_record', 'x') for _ in range(5))
   source = listed.Listed('some', (*listed.captions(10), *bad))
   stream = Stream(source, formats.Captions())
-  made = _pipeline(streams=(stream,), packer=None, limit=Limit(share=1))
+  made = _pipeline(streams=(stream,), packer=None, limit=ErrorBudget(share=1))
   iterator = made.iterator()
   for batch in _take(iterator, 10):
     assert (batch['segment_ids'].max(axis=1) == 1).all()
   assert iterator.counts.of('some').keys() == {'unreadable_record'}
-  made = dataclasses.replace(made, limit=Limit(share=0.1, after=40))
+  made = dataclasses.replace(made, limit=ErrorBudget(share=0.1, after=40))
   with pytest.raises(DataError, match='source some'):
     _take(made.iterator(), 20)
 
@@ -293,7 +295,7 @@ def test_an_image_that_would_be_cut_drops_its_record():
   )
   stream = Stream(listed.Listed('talk', records), formats.Conversations())
   made = _pipeline(streams=(stream,), packer=Packer(shards=1, pool=2))
-  made = dataclasses.replace(made, limit=Limit(share=1), image_slots=4)
+  made = dataclasses.replace(made, limit=ErrorBudget(share=1), image_slots=4)
   iterator = made.iterator()
   batch = next(iterator)
   assert ((batch['image_starts'] != NO_IMAGE).sum(axis=1) == 1).all()
@@ -324,7 +326,11 @@ def _single(**changes):
   )
   source = listed.Listed('some', (*listed.captions(20), *bad, cut))
   stream = Stream(source, formats.Captions())
-  settings = {'packer': None, 'limit': Limit(share=1), 'streams': (stream,)}
+  settings = {
+    'packer': None,
+    'limit': ErrorBudget(share=1),
+    'streams': (stream,),
+  }
   return _pipeline(**settings | changes)
 
 
@@ -385,7 +391,7 @@ def test_another_number_of_shards_is_refused():
 
 
 def test_an_error_shows_a_record():
-  made = _single(limit=Limit(share=0.1, after=40))
+  made = _single(limit=ErrorBudget(share=0.1, after=40))
   with pytest.raises(DataError, match='source some.*For example: x'):
     _take(made.iterator(), 20)
 
@@ -412,7 +418,7 @@ def test_a_bad_record_has_one_fate(packer):
   )  # fmt: skip
   stream = Stream(listed.Listed('talk', records), formats.Conversations())
   made = _pipeline(
-    packer=packer, streams=(stream,), prefetch=0, limit=Limit(share=1)
+    packer=packer, streams=(stream,), prefetch=0, limit=ErrorBudget(share=1)
   )
   iterator = made.iterator()
   for batch in _take(iterator, 8):
