@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.plan import jobs, kept, search, topology
+from qwenvl_jax.plan import jobs, plan_cache, search, topology
 from qwenvl_jax.plan.memory import Sizes, lower_bound
 from qwenvl_jax.plan.plan import Plan
 
@@ -32,7 +32,7 @@ def compiled(monkeypatch):
     }
     return Plan(**figures)
 
-  monkeypatch.setattr(kept, 'make_plan', make_plan)
+  monkeypatch.setattr(plan_cache, 'make_plan', make_plan)
   return asked
 
 
