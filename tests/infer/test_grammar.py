@@ -356,7 +356,8 @@ def nested(depth) -> str:
     ('json_schema', {'const': {1}}, 'is not JSON'),
     ('json_schema', {'const': '\ud800'}, 'cannot be used'),
     ('json_schema', nested(200), 'recursion limit'),
-    ('json_schema', nested(3000), 'nested too deep'),
+    # Which of the two parsers gives up first depends on Python's version.
+    ('json_schema', nested(3000), 'nested too deep|recursion limit'),
     ('json_schema', '{"const":"%s"}' % ('a' * MAX_SCHEMA_CHARS), 'smaller'),
     ('json_schema', {'type': 'tuple'}, 'Invalid type: tuple'),
     ('json_schema', {'not': {}}, r'Unimplemented keys: \["not"\]'),
