@@ -9,7 +9,7 @@ usage() {
 Usage: launch/quickstart.sh [--smoke] [--out DIR] [OPTIONS]
 
 Makes the environment, composes pictures, trains a small decoder on text, then
-the three stages of Qwen-VL, and evaluates on pictures never seen: about 20
+the three stages of Qwen-VL, and evaluates on pictures never seen: about 25
 minutes on two CPU cores. Writes one folder with the checkpoints and
 report.html.
 

@@ -20,6 +20,10 @@ from qwenvl_jax.errors import printable
 _PAUSE = 0.1
 
 
+# Columns of a table that is not for a terminal.
+_WIDEST = 1000
+
+
 class PrintableConsole(Console):
   """A console that spells out control characters in texts it is given."""
 
@@ -34,7 +38,14 @@ def print_table(
   shown = Table(*head, **style)
   for row in rows:
     shown.add_row(*row)
-  PrintableConsole().print(shown)
+  console = PrintableConsole()
+  if not console.is_terminal:
+    # In a file or a pipe, there is no edge to cut cells at.
+    wide = console.options.update(max_width=_WIDEST)
+    console.width = max(
+      console.width, console.measure(shown, options=wide).maximum
+    )
+  console.print(shown)
 
 
 class RateColumn(ProgressColumn):

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from qwenvl_jax.errors import DataError
-from qwenvl_jax.progress import bars
+from qwenvl_jax.progress import bars, print_table
 
 
 def console():
@@ -29,3 +29,10 @@ def test_a_bar_for_each_work_drawn_by_no_other_thread():
     progress('writing', 5, 5)
   last = shown.file.getvalue().rsplit('reading', 1)[1]
   assert '2/2' in last and 'writing' in last and '5/5' in last
+
+
+def test_a_table_in_a_file_is_whole(capsys):
+  cells = [letter * 40 for letter in 'abcd']
+  print_table(cells, [cells])
+  lines = capsys.readouterr().out.splitlines()
+  assert sum(all(cell in line for cell in cells) for line in lines) == 2

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='quickstart.sh',
     description='Trains a small Qwen-VL through its three stages on composed '
-    'scenes, evaluates it on held-out ones and writes report.html. About 20 '
+    'scenes, evaluates it on held-out ones and writes report.html. About 25 '
     'minutes on two CPU cores.',
   )
   parser.add_argument(
