@@ -54,11 +54,18 @@ suits() {
 sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null
 }
 find_python() {
-  # pyenv's commands start the version that is chosen, its folders any.
-  local candidate candidates=(
-    python3.11 python3.12 python3.13 python3
-    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[1-3].*/bin/python3
-  )
+  # Oldest first, as constraints.txt was resolved for it; the newest first for
+  # the newest packages. pyenv's commands start the version that is chosen, its
+  # folders any.
+  local minor candidate candidates=() minors
+  minors=$(seq "$oldest" "$newest")
+  [ "$name" != newest ] || minors=$(seq "$newest" -1 "$oldest")
+  for minor in $minors; do
+    candidates+=(
+      "python3.$minor" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3."$minor".*/bin/python3
+    )
+  done
+  candidates+=(python3)
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do
     if suits "$candidate"; then
