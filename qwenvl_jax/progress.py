@@ -20,12 +20,20 @@ from qwenvl_jax.errors import printable
 _PAUSE = 0.1
 
 
-# Columns of a table that is not for a terminal.
+# Columns of what is not for a terminal.
 _WIDEST = 1000
 
 
 class PrintableConsole(Console):
-  """A console that spells out control characters in texts it is given."""
+  """A console that spells out control characters in texts it is given.
+
+  In a file or a pipe it has no edge at which it would cut cells of a table.
+  """
+
+  def __init__(self, **options):
+    super().__init__(**options)
+    if not self.is_terminal:
+      self.width = max(self.width, _WIDEST)
 
   def render_str(self, text: str, **options) -> Text:
     return super().render_str(printable(text), **options)
@@ -38,14 +46,7 @@ def print_table(
   shown = Table(*head, **style)
   for row in rows:
     shown.add_row(*row)
-  console = PrintableConsole()
-  if not console.is_terminal:
-    # In a file or a pipe, there is no edge to cut cells at.
-    wide = console.options.update(max_width=_WIDEST)
-    console.width = max(
-      console.width, console.measure(shown, options=wide).maximum
-    )
-  console.print(shown)
+  PrintableConsole().print(shown)
 
 
 class RateColumn(ProgressColumn):

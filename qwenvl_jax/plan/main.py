@@ -15,6 +15,7 @@ from qwenvl_jax import configuration, entry
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.plan import jobs, report, search, topology
 from qwenvl_jax.plan.plan import make_plan
+from qwenvl_jax.progress import PrintableConsole
 from qwenvl_jax.sharding import MeshConfig
 from qwenvl_jax.train.loop import TrainConfig
 
@@ -150,7 +151,7 @@ def command(argv: Sequence[str]) -> int:
   if flags.json:
     print(json.dumps(dataclasses.asdict(plan), indent=2))
   else:
-    report.show(plan, Console())
+    report.show(plan, PrintableConsole())
   return 0 if plan.fits else 1
 
 
@@ -235,7 +236,7 @@ def _search(config, wanted, devices, flags) -> int:
     ]
     print(json.dumps(answers, indent=2))
   else:
-    report.show_ranking(ranked, len(found), Console())
+    report.show_ranking(ranked, len(found), PrintableConsole())
   return 0 if ranked else 1
 
 
